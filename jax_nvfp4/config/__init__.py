@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architectures, GEMM problems and kernel configs: the data that build, run time and tests share.
+
+A problem says what is asked (`GemmProblem`); a config says how one compiled kernel does it
+(`GemmConfig`). They are separate frozen types. Each architecture's module (`sm90`, `sm100`,
+`sm120`) lists its configs and a selection table, `RULES`, whose rows each carry their reason.
+This package imports nothing but the standard library and itself.
+"""
+
+from jax_nvfp4.config._types import (
+    ARCHES,
+    REFERENCE,
+    GemmConfig,
+    GemmProblem,
+    QuantizeConfig,
+    Rule,
+    arch_of_compute_capability,
+)
+from jax_nvfp4.config.select import configs, scratch_bytes, select
+
+__all__ = [
+    "ARCHES",
+    "REFERENCE",
+    "GemmConfig",
+    "GemmProblem",
+    "QuantizeConfig",
+    "Rule",
+    "arch_of_compute_capability",
+    "configs",
+    "scratch_bytes",
+    "select",
+]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen types of problems and configs, and the names of the architectures."""
+
+import dataclasses
+from collections.abc import Callable
+
+REFERENCE = "reference"
+"""The arch of the pure-JAX path."""
+
+ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
+"""Architectures that kernels can be compiled for, each a full compile target."""
+
+
+def arch_of_compute_capability(major: int, minor: int) -> str:
+    """The kernel arch that serves a GPU of this compute capability.
+
+    Families, not exact versions: 10.0 and 10.3 run the `sm_100f` kernels, 12.0 and 12.1 the
+    `sm_120f` kernels (PTX ISA, family-specific targets).
+
+    Args:
+        major: compute capability, major number.
+        minor: compute capability, minor number.
+
+    Returns:
+        A name of `ARCHES`, or `"reference"` where no kernels exist for the GPU.
+    """
+    if (major, minor) == (9, 0):
+        return "sm_90a"
+    if major == 10 and minor in (0, 3):
+        return "sm_100f"
+    if major == 12:
+        return "sm_120f"
+    return REFERENCE
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmProblem:
+    """What a GEMM call asks for: `y (m, n) = alpha * x (m, k) @ w (n, k).T + bias`.
+
+    Attributes:
+        m: rows of x, 0 or more.
+        n: rows of the weight (output features), logical.
+        k: the reduction length, logical.
+        arch: a name of `ARCHES`.
+        x_dtype: element type of the x operand: "e2m1", "bfloat16" or "float16".
+        batch_invariant: the config may depend on (n, k) alone.
+    """
+
+    m: int
+    n: int
+    k: int
+    arch: str
+    x_dtype: str
+    batch_invariant: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """How one compiled GEMM kernel works. One config is one kernel in the extension.
+
+    Attributes:
+        name: the kernel's C identifier, unique over all archs.
+        arch: a name of `ARCHES`.
+        kind: the design, e.g. "stream" or "pingpong" (the arch's module lists them).
+        x_dtype: element type of the x operand: "e2m1", "bfloat16" or "float16".
+        tile_m: rows of x in a CTA's output tile (a pair's tile for 2-CTA kernels).
+        tile_n: rows of the weight in it.
+        tile_k: elements of K in one pipeline stage.
+        cluster_m: CTAs of a cluster along M.
+        cluster_n: CTAs of a cluster along N.
+        stages: depth of the shared-memory pipeline.
+        swap_ab: the weight is the MMA's M-side operand.
+        split_k: largest number of ways in which K may be split (1: never).
+    """
+
+    name: str
+    arch: str
+    kind: str
+    x_dtype: str
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    stages: int = 1
+    swap_ab: bool = False
+    split_k: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """How one compiled quantize kernel works.
+
+    Attributes:
+        name: the kernel's C identifier, unique over all archs.
+        arch: a name of `ARCHES`.
+        kind: the design, e.g. "rows" or "grid".
+        x_dtype: "float32", "bfloat16", "float16", or "any" where the kernel switches at run time.
+        threads: threads of a CTA.
+        elements_per_thread: elements a thread quantizes at a time.
+    """
+
+    name: str
+    arch: str
+    kind: str
+    x_dtype: str
+    threads: int
+    elements_per_thread: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A row of a selection table: the first row whose `when` holds gives the config.
+
+    Attributes:
+        when: a predicate over the problem and the number of multiprocessors.
+        config: the config the row selects.
+        split_k: number of ways to split K, a function of the problem and the number of
+            multiprocessors (of (n, k) alone where the problem is batch-invariant).
+        reason: why this config wins here.
+    """
+
+    when: Callable[[GemmProblem, int], bool]
+    config: GemmConfig
+    split_k: Callable[[GemmProblem, int], int]
+    reason: str

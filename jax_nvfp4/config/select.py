@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a problem to a config: walks the arch's table."""
+
+import importlib
+from types import ModuleType
+
+from jax_nvfp4.config._types import ARCHES, GemmConfig, GemmProblem
+
+# sm_103a runs the sm_100f table: the same tensor cores, with more of the same configs.
+_MODULES = {"sm_90a": "sm90", "sm_100f": "sm100", "sm_103a": "sm100", "sm_120f": "sm120"}
+
+
+def _module(arch: str) -> ModuleType:
+    if arch not in _MODULES:
+        raise ValueError(f"arch {arch!r} has no kernels; kernels exist for {', '.join(ARCHES)}")
+    return importlib.import_module(f"jax_nvfp4.config.{_MODULES[arch]}")
+
+
+def configs(arch: str) -> tuple[GemmConfig, ...]:
+    """Every GEMM config that is compiled for `arch`."""
+    return tuple(c for c in _module(arch).CONFIGS if c.arch == arch)
+
+
+def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
+    """The config that serves a problem, and the number of ways to split K.
+
+    Args:
+        problem: the call.
+        num_sms: multiprocessors of the device.
+
+    Returns:
+        (config, split_k).
+
+    Raises:
+        ValueError: no row of the arch's table takes the problem.
+    """
+    for rule in _module(problem.arch).RULES:
+        if rule.config.x_dtype == problem.x_dtype and rule.when(problem, num_sms):
+            return rule.config, rule.split_k(problem, num_sms)
+    raise ValueError(f"no kernel config takes {problem}")
+
+
+def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
+    """Bytes of scratch memory that the kernel of `config` needs for `problem`."""
+    return _module(config.arch).scratch_bytes(config, problem, split_k, num_sms)
