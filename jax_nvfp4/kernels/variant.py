@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kernel to compile ahead of time: what a kernel module hands to the build."""
+
+import dataclasses
+import keyword
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jax_nvfp4.config import ARCHES
+
+Op = Literal["quantize", "gemm"]
+OPS: tuple[Op, ...] = ("quantize", "gemm")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelVariant:
+    """A kernel for one architecture and config, ready for `cute.compile(host, *args)`.
+
+    Attributes:
+        name: C identifier of the kernel, unique over all architectures.
+        op: the operation; all kernels of an op have the same host signature.
+        arch: a name of `jax_nvfp4.config.ARCHES`.
+        config: the frozen dataclass instance the kernel was specialized for.
+        host: the `@cute.jit` host function.
+        args: example arguments of `host` (fake pointers, integers, a fake stream).
+
+    Raises:
+        ValueError: a name that is no C identifier, or an unknown op or arch.
+        TypeError: a config that is no dataclass instance.
+    """
+
+    name: str
+    op: Op
+    arch: str
+    config: Any
+    host: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not (self.name.isascii() and self.name.isidentifier()) or keyword.iskeyword(self.name):
+            raise ValueError(f"kernel name {self.name!r} is not a C identifier")
+        if self.op not in OPS:
+            raise ValueError(f"kernel {self.name}: op {self.op!r} is none of {', '.join(OPS)}")
+        if self.arch not in ARCHES:
+            raise ValueError(f"kernel {self.name}: arch {self.arch!r} is none of {', '.join(ARCHES)}")
+        if not dataclasses.is_dataclass(self.config) or isinstance(self.config, type):
+            raise TypeError(f"kernel {self.name}: config {self.config!r} is no dataclass instance")
