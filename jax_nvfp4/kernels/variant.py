@@ -42,6 +42,7 @@ class KernelVariant:
         if self.op not in OPS:
             raise ValueError(f"kernel {self.name}: op {self.op!r} is none of {', '.join(OPS)}")
         if self.arch not in ARCHES:
-            raise ValueError(f"kernel {self.name}: arch {self.arch!r} is none of {', '.join(ARCHES)}")
+            known = ", ".join(ARCHES)
+            raise ValueError(f"kernel {self.name}: arch {self.arch!r} is none of {known}")
         if not dataclasses.is_dataclass(self.config) or isinstance(self.config, type):
             raise TypeError(f"kernel {self.name}: config {self.config!r} is no dataclass instance")
