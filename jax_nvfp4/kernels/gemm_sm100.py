@@ -1,0 +1,1106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVFP4 x NVFP4 GEMM for Blackwell data-center GPUs (sm_100f), written in CuTeDSL.
+
+`y (m, n) = round_once(x_scale * w_scale * acc + bias)` where `acc` is the block-scaled product of
+two e2m1 operands, both K-major, with e4m3 block scales in the 128x4 order.
+
+One persistent kernel, specialized by warp:
+
+    warps 0-3   epilogue: accumulators from tensor memory, scales and bias, y to global memory
+    warp 4      MMA: block scales from shared to tensor memory, tcgen05.mma
+    warp 5      loads: TMA of both operands and both scale operands into a ring of stages
+
+In the MMA's terms A is the operand of its M side (128 rows for each CTA) and B that of its N side.
+"pair" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
+configs make the weight A and the tokens a narrow B, so that few tokens waste no tensor-core rows;
+a cluster of CTAs may then split K, the partial sums meeting in distributed shared memory in a
+fixed order.
+
+Scale tiles hold 128 rows by 64 elements of K in 512 contiguous bytes, and the tiles of one row
+block follow each other along K. The tensor maps of the scales therefore have three dimensions
+(bytes of a tile, tile along K, row block): a box that runs past the end of K is filled with zeros
+and never reads the next row block's scales.
+"""
+
+import dataclasses
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float16, Float32, Int32, Int64
+from cutlass import Uint8, Uint16, Uint32
+from cutlass._mlir.dialects import llvm, nvvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.cute.runtime import make_ptr
+from cutlass.utils import blackwell_helpers, blockscaled_layout
+import cutlass.utils
+
+from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.variant import KernelVariant
+
+EPILOGUE_WARPS = 4
+MMA_WARP = 4
+LOAD_WARP = 5
+THREADS = 192
+
+ROWS = 128  # rows of A in one CTA's tile, and rows of a scale tile
+STAGE_BYTES_K = 128  # bytes of a row in one stage: 256 e2m1 values
+K_BLOCKS = 4  # MMAs (of 64 along K) and scale tiles in one stage
+CHUNK = 32  # accumulator columns that the epilogue handles at a time
+RASTER = 8  # N-side tiles that are walked before the next M-side tile
+CLUSTER = nvvm.MemScopeKind.CLUSTER
+OVERLAP_COLUMNS = 208  # distance of the two accumulators of a 256-column tile
+
+
+@dsl_user_op
+def tcgen05_fence_before(*, loc=None, ip=None):
+    """Orders this thread's tensor-memory accesses before the synchronization that follows."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def tcgen05_fence_after(*, loc=None, ip=None):
+    """Orders this thread's tensor-memory accesses after the synchronization that precedes."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def fma(a, b, c, *, loc=None, ip=None):
+    """a * b + c in fp32, rounded once."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
+    return Float32(
+        llvm.inline_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip)
+    )
+
+
+@dsl_user_op
+def wait_cluster(barrier, phase, *, loc=None, ip=None):
+    """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
+    llvm.inline_asm(
+        None,
+        [barrier.to_llvm_ptr(loc=loc, ip=ip), Int32(phase).ir_value(loc=loc, ip=ip)],
+        "{ .reg .pred p; WAIT: "
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
+        "r,r,~{memory}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def store_remote(pointer, rank, value, *, loc=None, ip=None):
+    """Stores a float where `pointer` points, in the shared memory of CTA `rank` of the cluster."""
+    llvm.inline_asm(
+        None,
+        [
+            pointer.to_llvm_ptr(loc=loc, ip=ip),
+            Int32(rank).ir_value(loc=loc, ip=ip),
+            Float32(value).ir_value(loc=loc, ip=ip),
+        ],
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.f32 [a], $2; }",
+        "r,r,f,~{memory}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes that follow from a config, all in the MMA's terms.
+
+    Attributes:
+        pair: two CTAs share an MMA.
+        columns: N of the MMA: rows of B in a tile.
+        cluster_a: CTAs of a cluster along A's rows.
+        cluster_b: CTAs of a cluster along B's rows.
+    """
+
+    pair: bool
+    columns: int
+    cluster_a: int
+    cluster_b: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share one MMA."""
+        return 2 if self.pair else 1
+
+    @property
+    def b_rows(self) -> int:
+        """Rows of B in one CTA's shared memory."""
+        return self.columns // self.ctas
+
+    @property
+    def b_blocks(self) -> int:
+        """Row blocks of 128 whose scales a tile of B needs."""
+        return max(self.columns // ROWS, 1)
+
+    @property
+    def a_slices(self) -> int:
+        """CTAs that each load a slice of A's tile and multicast it."""
+        return self.cluster_b
+
+    @property
+    def b_slices(self) -> int:
+        """CTAs that each load a slice of B's tile and multicast it."""
+        return self.cluster_a // self.ctas
+
+    @property
+    def sfb_slices(self) -> int:
+        """CTAs that each load a slice of B's scales: in a pair both CTAs need all of them."""
+        return self.cluster_a
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes that one stage of one CTA receives."""
+        rows = ROWS + self.b_rows
+        return rows * STAGE_BYTES_K + (1 + self.b_blocks) * K_BLOCKS * 512
+
+    @property
+    def overlapped(self) -> bool:
+        """Two accumulators and the scales exceed 512 columns: the accumulators overlap."""
+        return self.columns == 256
+
+    @property
+    def acc_stride(self) -> int:
+        """Tensor-memory columns between the two accumulators."""
+        return OVERLAP_COLUMNS if self.overlapped else self.columns
+
+    @property
+    def acc_barriers(self) -> int:
+        """Accumulators that may be handed over independently."""
+        return 1 if self.overlapped else 2
+
+    @property
+    def sfa_column(self) -> int:
+        """First tensor-memory column of A's scales."""
+        return self.acc_stride + self.columns
+
+    @property
+    def sfb_column(self) -> int:
+        """First tensor-memory column of B's scales."""
+        return self.sfa_column + 4 * K_BLOCKS
+
+    @property
+    def tmem_columns(self) -> int:
+        """Tensor-memory columns to allocate: a power of two."""
+        used = self.sfb_column + 4 * K_BLOCKS * self.b_blocks
+        return 1 << (used - 1).bit_length()
+
+
+def shape_of(config: GemmConfig) -> Shape:
+    """The sizes of a config in the MMA's terms."""
+    if config.swap_ab:
+        return Shape(False, config.tile_m, 1, 1)
+    return Shape(True, config.tile_n, config.cluster_m, config.cluster_n)
+
+
+def reduce_buffers(config: GemmConfig) -> int:
+    """Buffers for partial sums: two let the exchange of one chunk overlap that of the next."""
+    if config.split_k == 1:
+        return 0
+    return 2 if config.tile_m > CHUNK else 1
+
+
+class GemmSm100:
+    """The kernel of one config. An instance is a compile-time constant of its own kernel."""
+
+    def __init__(self, config: GemmConfig):
+        self.config = config
+        self.shape = shape_of(config)
+        self.stages = config.stages
+        self.swap = config.swap_ab
+        self.cta_group = tcgen05.CtaGroup.TWO if self.shape.pair else tcgen05.CtaGroup.ONE
+        self.mma_tile = (ROWS * self.shape.ctas, self.shape.columns, 256)
+        self.red_buffers = reduce_buffers(config)
+
+    # ------------------------------------------------------------------------------- host
+
+    def _tma_load(self, tensor, box, swizzled, multicast):
+        """A TMA atom that loads boxes of `tensor` into shared memory laid out as the box is."""
+        op_type = (
+            cpasync.CopyBulkTensorTileG2SMulticastOp
+            if multicast
+            else cpasync.CopyBulkTensorTileG2SOp
+        )
+        layout = cute.make_ordered_layout(box, order=(1, 0) if swizzled else (0, 1, 2))
+        if swizzled:
+            layout = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, layout)
+        return cpasync.make_tiled_tma_atom(op_type(self.cta_group), tensor, layout, box)
+
+    def _tma_data(self, pointer, rows, row_bytes, box_rows, multicast):
+        """TMA of a packed operand: (rows, bytes), boxes of one stage's 128 bytes along K."""
+        layout = cute.make_layout((rows, row_bytes), stride=(row_bytes, 1))
+        return self._tma_load(
+            cute.make_tensor(pointer, layout), (box_rows, STAGE_BYTES_K), True, multicast
+        )
+
+    def _tma_scales(self, pointer, rows, k_tiles, box_tiles, multicast):
+        """TMA of swizzled scales: (512 bytes as 256 words, tiles along K, row blocks)."""
+        blocks = cute.ceil_div(rows, ROWS)
+        layout = cute.make_layout((256, k_tiles, blocks), stride=(1, 256, 256 * k_tiles))
+        words = cute.make_tensor(cute.recast_ptr(pointer, dtype=Uint16), layout)
+        return self._tma_load(words, (256, box_tiles, 1), False, multicast)
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Pointer,
+        sfx: cute.Pointer,
+        w: cute.Pointer,
+        sfw: cute.Pointer,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        scratch: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        split_k: Int32,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Encodes the tensor maps and launches the kernel. See the package's GEMM signature."""
+        s = self.shape
+        k_tiles = cute.ceil_div(k, 64)
+        row_bytes = cute.assume(k_tiles * 32, divby=32)
+        a, sfa, rows_a = (w, sfw, n) if cutlass.const_expr(self.swap) else (x, sfx, m)
+        b, sfb, rows_b = (x, sfx, m) if cutlass.const_expr(self.swap) else (w, sfw, n)
+        load_a = self._tma_data(a, rows_a, row_bytes, ROWS // s.a_slices, s.a_slices > 1)
+        load_b = self._tma_data(b, rows_b, row_bytes, s.b_rows // s.b_slices, s.b_slices > 1)
+        load_sfa = self._tma_scales(sfa, rows_a, k_tiles, K_BLOCKS // s.a_slices, s.a_slices > 1)
+        load_sfb = self._tma_scales(
+            sfb, rows_b, k_tiles, s.b_blocks * K_BLOCKS // s.sfb_slices, s.sfb_slices > 1
+        )
+
+        # y as 16-bit words, so that one tensor map serves every output type. The row length is
+        # rounded up to what a tensor map can hold; where that changes it, TMA is not used.
+        words = n * (2 if out_dtype == 0 else 1)
+        words_tma = cute.assume(cute.ceil_div(words, 8) * 8, divby=8)
+        use_tma = Int32(words_tma == words)
+        y_words = cute.make_tensor(
+            cute.recast_ptr(y, dtype=Uint16),
+            cute.make_layout((m, words_tma), stride=(words_tma, 1)),
+        )
+        store_layout = cute.make_composed_layout(
+            cute.make_swizzle(3, 4, 3), 0, cute.make_ordered_layout((32, 64), order=(1, 0))
+        )
+        store_y = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), y_words, store_layout, (32, 64)
+        )
+
+        mma = blackwell_helpers.make_blockscaled_trivial_tiled_mma(
+            Float4E2M1FN,
+            Float4E2M1FN,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float8E4M3FN,
+            16,
+            self.cta_group,
+            self.mma_tile[:2],
+        )
+        tiles_a = cute.ceil_div(rows_a, ROWS * s.cluster_a)
+        tiles_b = cute.ceil_div(rows_b, s.columns * s.cluster_b)
+        split = split_k if cutlass.const_expr(self.config.split_k > 1) else Int32(1)
+        cluster = s.cluster_a * s.cluster_b * split
+        clusters = cutlass.max(cutlass.min(tiles_a * tiles_b, num_sms // cluster), 1)
+        self.kernel(
+            mma,
+            *load_a,
+            *load_b,
+            *load_sfa,
+            *load_sfb,
+            *store_y,
+            x_scale,
+            w_scale,
+            bias,
+            y,
+            m,
+            n,
+            k_tiles,
+            x_scale_stride,
+            w_scale_stride,
+            bias_dtype,
+            out_dtype,
+            use_tma,
+            split,
+            tiles_a,
+            tiles_b,
+            clusters,
+        ).launch(
+            grid=(clusters * cluster, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(cluster, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=1,
+        )
+
+    # ----------------------------------------------------------------------------- kernel
+
+    def _storage(self):
+        """Shared memory of a CTA."""
+        s = self.shape
+        stages = self.stages
+        barrier_count = 2 * stages + 2 * s.acc_barriers + 2 * self.red_buffers
+        staging_bytes = 1 if self.swap else EPILOGUE_WARPS * 2 * 4096
+        reduce_floats = max(self.red_buffers * CHUNK * ROWS, 1)
+
+        @cute.struct
+        class Storage:
+            barriers: cute.struct.MemRange[Int64, barrier_count]
+            tmem: Int32
+            # Scale and bias of each column of the tile, twice: the next tile's are written while
+            # slower warps still read this one's.
+            columns: cute.struct.Align[cute.struct.MemRange[Float32, 4 * s.columns], 16]
+            reduce: cute.struct.Align[cute.struct.MemRange[Float32, reduce_floats], 16]
+            sfa: cute.struct.Align[cute.struct.MemRange[Uint16, stages * K_BLOCKS * 256], 1024]
+            sfb: cute.struct.Align[
+                cute.struct.MemRange[Uint16, stages * s.b_blocks * K_BLOCKS * 256], 1024
+            ]
+            a: cute.struct.Align[cute.struct.MemRange[Uint8, stages * ROWS * STAGE_BYTES_K], 1024]
+            b: cute.struct.Align[
+                cute.struct.MemRange[Uint8, stages * s.b_rows * STAGE_BYTES_K], 1024
+            ]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint8, staging_bytes], 1024]
+
+        return Storage
+
+    @cute.kernel
+    def kernel(
+        self,
+        mma: cute.TiledMma,
+        tma_a: cute.CopyAtom,
+        gmem_a: cute.Tensor,
+        tma_b: cute.CopyAtom,
+        gmem_b: cute.Tensor,
+        tma_sfa: cute.CopyAtom,
+        gmem_sfa: cute.Tensor,
+        tma_sfb: cute.CopyAtom,
+        gmem_sfb: cute.Tensor,
+        tma_y: cute.CopyAtom,
+        gmem_y: cute.Tensor,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k_tiles: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        use_tma: Int32,
+        split: Int32,
+        tiles_a: Int32,
+        tiles_b: Int32,
+        clusters: Int32,
+    ):
+        """The kernel: sets up barriers and tensor memory, then runs each warp's role."""
+        s = self.shape
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        storage = cutlass.utils.SmemAllocator().allocate(self._storage())
+        barriers = storage.barriers.data_ptr()
+        full = barriers
+        empty = full + self.stages
+        acc_full = empty + self.stages
+        acc_empty = acc_full + s.acc_barriers
+        red_full = acc_empty + s.acc_barriers
+        red_empty = red_full + self.red_buffers
+
+        if warp == LOAD_WARP:
+            for tma in (tma_a, tma_b, tma_sfa, tma_sfb):
+                cpasync.prefetch_descriptor(tma)
+            if cutlass.const_expr(not self.swap):
+                cpasync.prefetch_descriptor(tma_y)
+        if warp == MMA_WARP:
+            with cute.arch.elect_one():
+                # A stage is free once each MMA that reads what this CTA loads is done: the MMAs
+                # of its row of the cluster and those of its column.
+                readers = s.cluster_b + s.cluster_a // s.ctas - 1
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(empty + i, readers)
+                for i in cutlass.range_constexpr(s.acc_barriers):
+                    cute.arch.mbarrier_init(acc_full + i, 1)
+                    cute.arch.mbarrier_init(acc_empty + i, EPILOGUE_WARPS * s.ctas)
+                for i in cutlass.range_constexpr(self.red_buffers):
+                    cute.arch.mbarrier_init(red_full + i, EPILOGUE_WARPS * split)
+                    cute.arch.mbarrier_init(red_empty + i, EPILOGUE_WARPS * split)
+            cute.arch.mbarrier_init_fence()
+        if warp == 0:
+            cute.arch.alloc_tmem(s.tmem_columns, storage.tmem.ptr, is_two_cta=s.pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=s.pair)
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem.ptr)
+
+        # The cluster's tiles: cluster c takes tiles c, c + clusters, ... In it, CTA `rank` has
+        # the coordinates (rank_a, rank_b), or slice `rank` of K where the cluster splits K.
+        cluster = cute.arch.block_idx()[0] // cute.arch.cluster_size()
+        stage_tiles = cute.ceil_div(k_tiles, K_BLOCKS)
+        k_begin = Int32(0)
+        k_end = stage_tiles
+        if cutlass.const_expr(self.config.split_k > 1):
+            k_begin = rank * stage_tiles // split
+            k_end = (rank + 1) * stage_tiles // split
+        walk = (cluster, clusters, tiles_a, tiles_b)
+
+        if warp == LOAD_WARP:
+            self.load(
+                (tma_a, tma_b, tma_sfa, tma_sfb),
+                (gmem_a, gmem_b, gmem_sfa, gmem_sfb),
+                storage, full, empty, rank, k_begin, k_end, walk,
+            )  # fmt: skip
+        if warp == MMA_WARP:
+            cute.arch.griddepcontrol_wait()
+            if rank % s.ctas == 0:
+                self.multiply(
+                    mma, tmem, storage, full, empty, acc_full, acc_empty, rank, k_begin, k_end, walk
+                )
+        if warp < EPILOGUE_WARPS:
+            cute.arch.griddepcontrol_wait()
+            if cutlass.const_expr(self.swap):
+                self.epilogue_swap(
+                    (x_scale, w_scale, bias, y),
+                    (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
+                    storage, tmem, (acc_full, acc_empty, red_full, red_empty),
+                    rank, split, k_end > k_begin, walk,
+                )  # fmt: skip
+            else:
+                self.epilogue_pair(
+                    (x_scale, w_scale, bias, y),
+                    (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
+                    tma_y, gmem_y, use_tma,
+                    storage, tmem, acc_full, acc_empty, rank, walk,
+                )  # fmt: skip
+
+        # No CTA may leave while another can still write to its shared memory or signal its
+        # barriers, and a pair frees its tensor memory together.
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        if warp == 0:
+            cute.arch.dealloc_tmem(tmem, s.tmem_columns, is_two_cta=s.pair)
+
+    @cute.jit
+    def tile(self, index, tiles_a, tiles_b):
+        """Coordinates of the cluster's tile `index`: RASTER tiles of B, then the next of A."""
+        band = index // (RASTER * tiles_a)
+        rest = index - band * (RASTER * tiles_a)
+        width = cutlass.min(tiles_b - band * RASTER, RASTER)
+        row = rest // width
+        return row, band * RASTER + rest - row * width
+
+    # ------------------------------------------------------------------------------ loads
+
+    def _partition(self, tma, gmem, box, smem):
+        """Source boxes and destination slices of one TMA atom."""
+        boxes = cute.local_tile(gmem, box, (None,) * len(box))
+        rank = len(box)
+        return cpasync.tma_partition(
+            tma,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(smem, 0, rank),
+            cute.group_modes(boxes, 0, rank),
+        )
+
+    @cute.jit
+    def load(self, tmas, gmem, storage, full, empty, rank, k_begin, k_end, walk):
+        """The load warp: fills stages of both operands and their scales, tile after tile."""
+        s = self.shape
+        cluster, clusters, tiles_a, tiles_b = walk
+        rank_a = rank % s.cluster_a if cutlass.const_expr(s.cluster_a > 1) else Int32(0)
+        rank_b = rank // s.cluster_a if cutlass.const_expr(s.cluster_b > 1) else Int32(0)
+        peer = rank_a % s.ctas
+        slice_b = rank_a // s.ctas
+        rows_a = ROWS // s.a_slices
+        rows_b = s.b_rows // s.b_slices
+        k_a = K_BLOCKS // s.a_slices
+        k_b = s.b_blocks * K_BLOCKS // s.sfb_slices
+        swizzle = cute.make_swizzle(3, 4, 3)
+
+        a_layout = cute.make_layout(
+            (rows_a, STAGE_BYTES_K, s.a_slices, self.stages),
+            stride=(STAGE_BYTES_K, 1, rows_a * STAGE_BYTES_K, ROWS * STAGE_BYTES_K),
+        )
+        b_layout = cute.make_layout(
+            (rows_b, STAGE_BYTES_K, s.b_slices, self.stages),
+            stride=(STAGE_BYTES_K, 1, rows_b * STAGE_BYTES_K, s.b_rows * STAGE_BYTES_K),
+        )
+        sfa_layout = cute.make_ordered_layout(
+            (256, k_a, 1, s.a_slices, self.stages), order=(0, 1, 2, 3, 4)
+        )
+        sfb_layout = cute.make_ordered_layout(
+            (256, k_b, 1, s.sfb_slices, self.stages), order=(0, 1, 2, 3, 4)
+        )
+        tma_a, tma_b, tma_sfa, tma_sfb = tmas
+        to_a, from_a = self._partition(
+            tma_a, gmem[0], (rows_a, STAGE_BYTES_K), storage.a.get_tensor(a_layout, swizzle=swizzle)
+        )
+        to_b, from_b = self._partition(
+            tma_b, gmem[1], (rows_b, STAGE_BYTES_K), storage.b.get_tensor(b_layout, swizzle=swizzle)
+        )
+        to_sfa, from_sfa = self._partition(
+            tma_sfa, gmem[2], (256, k_a, 1), storage.sfa.get_tensor(sfa_layout)
+        )
+        to_sfb, from_sfb = self._partition(
+            tma_sfb, gmem[3], (256, k_b, 1), storage.sfb.get_tensor(sfb_layout)
+        )
+
+        # Which CTAs of the cluster need the same rows of A, of B, and the same scales of B.
+        mask_a = Int32(0)
+        for i in cutlass.range_constexpr(s.cluster_b):
+            mask_a |= 1 << (rank_a + i * s.cluster_a)
+        mask_b = Int32(0)
+        for i in cutlass.range_constexpr(s.b_slices):
+            mask_b |= 1 << (i * s.ctas + peer + rank_b * s.cluster_a)
+        mask_sfb = ((1 << s.cluster_a) - 1) << (rank_b * s.cluster_a)
+        mask_a, mask_b, mask_sfb = (cutlass.Int16(v) for v in (mask_a, mask_b, mask_sfb))
+
+        waited = Int32(0)
+        stage = Int32(0)
+        phase = Int32(1)
+        index = cluster
+        while index < tiles_a * tiles_b:
+            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
+            row_a = (tile_a * s.cluster_a + rank_a) * s.a_slices + rank_b
+            block_a = tile_a * s.cluster_a + rank_a
+            first_b = tile_b * s.cluster_b + rank_b  # the MMA's tile of B
+            row_b = (first_b * s.ctas + peer) * s.b_slices + slice_b
+            sfb_tile = rank_a * k_b
+            block_b = first_b * s.columns // ROWS + sfb_tile // K_BLOCKS
+            # In units of boxes along K.
+            sfa_k = rank_b
+            sfb_k = sfb_tile % K_BLOCKS // k_b if cutlass.const_expr(k_b < K_BLOCKS) else Int32(0)
+            sfb_step = max(K_BLOCKS // k_b, 1)
+
+            if waited == 0:
+                # The weight is in place whatever the previous kernel still does, as far as L2 is
+                # concerned: L2 is coherent, so that an early prefetch can only be useless.
+                self.prefetch_weight(
+                    tmas,
+                    (from_a[None, row_a, None], from_b[None, row_b, None]),
+                    (from_sfa[None, 0, None, block_a], from_sfb[None, 0, None, block_b]),
+                    (sfa_k, sfb_k, sfb_step), k_begin, k_end,
+                )  # fmt: skip
+                cute.arch.griddepcontrol_wait()
+                waited = Int32(1)
+
+            for k in cutlass.range(k_begin, k_end, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                if peer == 0:
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(
+                            full + stage, s.ctas * s.stage_bytes
+                        )
+                bar = full + stage
+                cute.copy(
+                    tma_a, from_a[None, row_a, k], to_a[None, rank_b, stage],
+                    tma_bar_ptr=bar, mcast_mask=mask_a,
+                )  # fmt: skip
+                cute.copy(
+                    tma_b, from_b[None, row_b, k], to_b[None, slice_b, stage],
+                    tma_bar_ptr=bar, mcast_mask=mask_b,
+                )  # fmt: skip
+                cute.copy(
+                    tma_sfa, from_sfa[None, 0, k * s.a_slices + sfa_k, block_a],
+                    to_sfa[None, rank_b, stage], tma_bar_ptr=bar, mcast_mask=mask_a,
+                )  # fmt: skip
+                cute.copy(
+                    tma_sfb, from_sfb[None, 0, k * sfb_step + sfb_k, block_b],
+                    to_sfb[None, rank_a, stage], tma_bar_ptr=bar, mcast_mask=mask_sfb,
+                )  # fmt: skip
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+            index += clusters
+
+        if waited == 0:
+            cute.arch.griddepcontrol_wait()
+        # The next kernel may start its own prologue: it waits for this one's end before it reads.
+        cute.arch.griddepcontrol_launch_dependents()
+        # Each MMA that reads this CTA's loads signals its barriers: they must outlive that.
+        for _ in cutlass.range(self.stages, unroll=1):
+            cute.arch.mbarrier_wait(empty + stage, phase)
+            stage += 1
+            if stage == self.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+
+    @cute.jit
+    def prefetch_weight(self, tmas, data, scales, offsets, k_begin, k_end):
+        """Prefetches the weight of the first stages of the first tile into L2."""
+        s = self.shape
+        tma_a, tma_b, tma_sfa, tma_sfb = tmas
+        sfa_k, sfb_k, sfb_step = offsets
+        last = cutlass.min(k_end, k_begin + self.stages)
+        for k in cutlass.range(k_begin, last, unroll=1):
+            if cutlass.const_expr(self.swap):
+                cute.prefetch(tma_a, data[0][None, k])
+                cute.prefetch(tma_sfa, scales[0][None, k * s.a_slices + sfa_k])
+            else:
+                cute.prefetch(tma_b, data[1][None, k])
+                cute.prefetch(tma_sfb, scales[1][None, k * sfb_step + sfb_k])
+
+    # -------------------------------------------------------------------------------- MMA
+
+    def _scale_copy(self, smem, tmem_tensor):
+        """The copy of one stage's scales from shared to tensor memory."""
+        atom = cute.make_copy_atom(tcgen05.Cp4x32x128bOp(self.cta_group), Float8E4M3FN)
+        compact = cute.filter_zeros(tmem_tensor)
+        copy = tcgen05.make_s2t_copy(atom, compact)
+        thread = copy.get_slice(0)
+        source = tcgen05.get_s2t_smem_desc_tensor(copy, thread.partition_S(cute.filter_zeros(smem)))
+        return copy, source, thread.partition_D(compact)
+
+    @cute.jit
+    def multiply(
+        self, mma, tmem, storage, full, empty, acc_full, acc_empty, rank, k_begin, k_end, walk
+    ):
+        """The MMA warp (of the pair's first CTA): one accumulator tile after the other."""
+        s = self.shape
+        cluster, clusters, tiles_a, tiles_b = walk
+        smem_a = blackwell_helpers.make_smem_layout_a(mma, self.mma_tile, Float4E2M1FN, self.stages)
+        smem_b = blackwell_helpers.make_smem_layout_b(mma, self.mma_tile, Float4E2M1FN, self.stages)
+        a_ptr = cute.recast_ptr(storage.a.data_ptr(), smem_a.inner, dtype=Float4E2M1FN)
+        b_ptr = cute.recast_ptr(storage.b.data_ptr(), smem_b.inner, dtype=Float4E2M1FN)
+        frag_a = mma.make_fragment_A(cute.make_tensor(a_ptr, smem_a.outer))
+        frag_b = mma.make_fragment_B(cute.make_tensor(b_ptr, smem_b.outer))
+
+        smem_sfa = blockscaled_layout.make_smem_layout_sfa(mma, self.mma_tile, 16, self.stages)
+        smem_sfb = blockscaled_layout.make_smem_layout_sfb(mma, self.mma_tile, 16, self.stages)
+        one_stage = (None, None, None, 0)
+        tmem_sfa = blockscaled_layout.make_tmem_layout_sfa(
+            mma, self.mma_tile, 16, cute.slice_(smem_sfa, one_stage)
+        )
+        tmem_sfb = blockscaled_layout.make_tmem_layout_sfb(
+            mma, self.mma_tile, 16, cute.slice_(smem_sfb, one_stage)
+        )
+        sfa = cute.make_tensor(cute.recast_ptr(tmem + s.sfa_column, dtype=Float8E4M3FN), tmem_sfa)
+        sfb = cute.make_tensor(cute.recast_ptr(tmem + s.sfb_column, dtype=Float8E4M3FN), tmem_sfb)
+        sfa_ptr = cute.recast_ptr(storage.sfa.data_ptr(), dtype=Float8E4M3FN)
+        sfb_ptr = cute.recast_ptr(storage.sfb.data_ptr(), dtype=Float8E4M3FN)
+        copy_sfa, from_sfa, to_sfa = self._scale_copy(cute.make_tensor(sfa_ptr, smem_sfa), sfa)
+        copy_sfb, from_sfb, to_sfb = self._scale_copy(cute.make_tensor(sfb_ptr, smem_sfb), sfb)
+
+        acc_fake = mma.make_fragment_C(mma.partition_shape_C(self.mma_tile[:2]))
+
+        # Who loads into the stages that this MMA frees: its row and its column of the cluster.
+        free_mask = Int32(0)
+        rank_a = rank % s.cluster_a if cutlass.const_expr(s.cluster_a > 1) else Int32(0)
+        rank_b = rank // s.cluster_a if cutlass.const_expr(s.cluster_b > 1) else Int32(0)
+        for i in cutlass.range_constexpr(s.cluster_b):
+            for j in cutlass.range_constexpr(s.ctas):
+                free_mask |= 1 << (rank_a + j + i * s.cluster_a)
+        free_mask |= ((1 << s.cluster_a) - 1) << (rank_b * s.cluster_a)
+        free_mask = cutlass.Int16(free_mask)
+        pair_mask = cutlass.Int16(3 << rank)
+
+        stage = Int32(0)
+        phase = Int32(0)
+        count = Int32(0)
+        index = cluster
+        while index < tiles_a * tiles_b:
+            buffer = count % 2
+            barrier = count % s.acc_barriers
+            cute.arch.mbarrier_wait(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
+            tcgen05_fence_after()
+            acc = cute.make_tensor(tmem + buffer * s.acc_stride, acc_fake.layout)
+            sfb_mma = sfb
+            if cutlass.const_expr(s.columns < ROWS):
+                # Several tiles share a row block of scales: rows 32 j.. are in column j.
+                _, tile_b = self.tile(index, tiles_a, tiles_b)
+                column = tile_b % (ROWS // s.columns) * (s.columns // 32)
+                sfb_mma = cute.make_tensor(
+                    cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), tmem_sfb
+                )
+            mma.set(tcgen05.Field.ACCUMULATE, False)
+            for _ in cutlass.range(k_begin, k_end, unroll=1):
+                cute.arch.mbarrier_wait(full + stage, phase)
+                stage_coord = (None, None, None, None, stage)
+                cute.copy(copy_sfa, from_sfa[stage_coord], to_sfa)
+                cute.copy(copy_sfb, from_sfb[stage_coord], to_sfb)
+                for j in cutlass.range_constexpr(K_BLOCKS):
+                    mma.set(tcgen05.Field.SFA, sfa[None, None, j].iterator)
+                    mma.set(tcgen05.Field.SFB, sfb_mma[None, None, j].iterator)
+                    cute.gemm(
+                        mma, acc, frag_a[None, None, j, stage], frag_b[None, None, j, stage], acc
+                    )
+                    mma.set(tcgen05.Field.ACCUMULATE, True)
+                self.commit(empty + stage, free_mask, s.cluster_a * s.cluster_b > 1)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+            self.commit(acc_full + barrier, pair_mask, s.pair)
+            count += 1
+            index += clusters
+
+    @cute.jit
+    def commit(self, barrier, mask, multicast: cutlass.Constexpr):
+        """Signals `barrier` (of each CTA in `mask`) when the MMAs issued so far are done."""
+        with cute.arch.elect_one():
+            if cutlass.const_expr(multicast):
+                tcgen05.commit(barrier, mask, self.cta_group)
+            else:
+                tcgen05.commit(barrier, None, self.cta_group)
+
+    # --------------------------------------------------------------------------- epilogue
+
+    def _accumulators(self, tmem, column):
+        """Loads CHUNK accumulators of this thread's row, from tensor-memory column `column`."""
+        layout = cute.make_layout((ROWS, CHUNK), stride=(65536, 1))
+        tensor = cute.make_tensor(tmem + column, layout)
+        atom = cute.make_copy_atom(
+            tcgen05.Ld32x32bOp(tcgen05.Repetition(CHUNK), tcgen05.Pack.NONE), Float32
+        )
+        copy = tcgen05.make_tmem_copy(atom, tensor)
+        thread = copy.get_slice(cute.arch.thread_idx()[0])
+        coords = thread.partition_D(cute.make_identity_tensor((ROWS, CHUNK)))
+        registers = cute.make_rmem_tensor(coords.shape, Float32)
+        cute.copy(copy, thread.partition_S(tensor), registers)
+        return cute.make_tensor(registers.iterator, cute.make_layout(CHUNK))
+
+    @cute.jit
+    def read_scale(self, scale: cute.Pointer, stride: Int32, index: Int32, limit: Int32):
+        """The global scale of row `index`: one for all rows, one for each, or none (1.0)."""
+        value = Float32(1.0)
+        if stride >= 0 and index < limit:
+            value = cute.make_tensor(scale + Int64(index * stride), cute.make_layout(1))[0]
+        return value
+
+    @cute.jit
+    def read_bias(self, bias: cute.Pointer, dtype: Int32, index: Int32, limit: Int32):
+        """The bias of output feature `index`; -0.0, which adds nothing to any value, if none."""
+        value = Float32(-0.0)
+        if index < limit:
+            for code, kind in enumerate((Float32, BFloat16, Float16)):
+                if dtype == code:
+                    typed = cute.recast_ptr(bias, dtype=kind)
+                    value = cute.make_tensor(typed + Int64(index), cute.make_layout(1))[0].to(
+                        Float32
+                    )
+        return value
+
+    @cute.jit
+    def write_columns(self, storage, offset, index, scale, bias):
+        """Puts the scale and the bias of one column of the tile into shared memory."""
+        columns = storage.columns.data_ptr()
+        cute.make_tensor(columns + (offset + index), cute.make_layout(1))[0] = scale
+        cute.make_tensor(columns + (offset + self.shape.columns + index), cute.make_layout(1))[
+            0
+        ] = bias
+
+    def _column_values(self, storage, offset):
+        """The scales or biases of CHUNK columns, in registers."""
+        registers = cute.make_rmem_tensor((CHUNK,), Float32)
+        source = (storage.columns.data_ptr() + offset).align(16)
+        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), registers)
+        return registers
+
+    @cute.jit
+    def release(self, barrier, leader):
+        """Tells the MMA warp of CTA `leader` that this warp has read its accumulators."""
+        tcgen05_fence_before()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            if cutlass.const_expr(self.shape.pair):
+                cute.arch.mbarrier_arrive(barrier, leader, scope=CLUSTER)
+            else:
+                cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def epilogue_pair(
+        self, pointers, args, tma_y, gmem_y, use_tma, storage, tmem, acc_full, acc_empty, rank, walk
+    ):
+        """Epilogue warps where x is A: a thread has one row of y, its columns follow each other."""
+        s = self.shape
+        x_scale, w_scale, bias, y = pointers
+        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
+        cluster, clusters, tiles_a, tiles_b = walk
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        leader = rank // 2 * 2
+        buffers = storage.staging.data_ptr() + warp * 8192
+        used = Int32(0)  # staging buffers used so far
+        count = Int32(0)
+        index = cluster
+        while index < tiles_a * tiles_b:
+            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
+            row0 = (tile_a * s.cluster_a + rank % s.cluster_a) * ROWS
+            col0 = (tile_b * s.cluster_b + rank // s.cluster_a) * s.columns
+            vectors = count % 2 * (2 * s.columns)
+            for i in cutlass.range_constexpr(s.columns // 128):
+                col = thread + i * 128
+                self.write_columns(
+                    storage, vectors, col,
+                    self.read_scale(w_scale, w_scale_stride, col0 + col, n),
+                    self.read_bias(bias, bias_dtype, col0 + col, n),
+                )  # fmt: skip
+            row_scale = self.read_scale(x_scale, x_scale_stride, row0 + thread, m)
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+
+            buffer = count % 2
+            barrier = count % s.acc_barriers
+            cute.arch.mbarrier_wait(acc_full + barrier, count // s.acc_barriers % 2)
+            tcgen05_fence_after()
+            groups = s.columns // 64
+            for i in cutlass.range(groups, unroll=1):
+                group = i
+                if cutlass.const_expr(s.overlapped):
+                    # The columns that the next tile overwrites first: the last ones of the first
+                    # accumulator, the first ones of the second.
+                    group = i if buffer == 1 else groups - 1 - i
+                base = buffer * s.acc_stride + group * 64
+                halves = (
+                    self._accumulators(tmem, base), self._accumulators(tmem, base + CHUNK)
+                )  # fmt: skip
+                cute.arch.fence_view_async_tmem_load()
+                if i == (0 if s.overlapped else groups - 1):
+                    self.release(acc_empty + barrier, leader)
+                for half in cutlass.range_constexpr(2):
+                    col = vectors + group * 64 + half * CHUNK
+                    self.finish(
+                        halves[half], row_scale, self._column_values(storage, col),
+                        self._column_values(storage, col + s.columns),
+                    )  # fmt: skip
+                used = self.store_group(
+                    halves, buffers, used, (tma_y, gmem_y, use_tma, y),
+                    (m, n, out_dtype), row0 + warp * 32, col0 + group * 64,
+                )  # fmt: skip
+            count += 1
+            index += clusters
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    def finish(self, acc, row_scale, col_scale, col_bias):
+        """acc <- (row_scale * col_scale) * acc + col_bias, the sum rounded once."""
+        for j in range(CHUNK):
+            acc[j] = fma(row_scale * col_scale[j], acc[j], col_bias[j])
+
+    @cute.jit
+    def store_group(self, halves, buffers, used, target, args, row, col):
+        """Stores 32 rows by 64 columns through shared memory, in boxes of 32 rows of 128 bytes."""
+        m, n, out_dtype = args
+        if out_dtype == 0:
+            for half in cutlass.range_constexpr(2):
+                buffer = self.staging_buffer(buffers, used)
+                values = cute.recast_tensor(halves[half], Uint32)
+                self.stage_words(buffer, values, 0)
+                self.store_box(buffer, target, m, 2 * n, row, 2 * (col + half * CHUNK))
+                used += 1
+        else:
+            buffer = self.staging_buffer(buffers, used)
+            for half in cutlass.range_constexpr(2):
+                words = cute.make_rmem_tensor((CHUNK // 2,), Uint32)
+                for code, kind in ((1, BFloat16), (2, Float16)):
+                    if out_dtype == code:
+                        rounded = cute.make_rmem_tensor((CHUNK,), kind)
+                        rounded.store(halves[half].load().to(kind))
+                        cute.autovec_copy(cute.recast_tensor(rounded, Uint32), words)
+                self.stage_words(buffer, words, half * 4)
+            self.store_box(buffer, target, m, n, row, col)
+            used += 1
+        return used
+
+    @cute.jit
+    def staging_buffer(self, buffers, used):
+        """The next of the warp's two staging buffers, once TMA has read what it held before."""
+        cute.arch.cp_async_bulk_wait_group(1, read=True)
+        cute.arch.sync_warp()
+        return buffers + used % 2 * 4096
+
+    def stage_words(self, buffer, words, first):
+        """Writes a thread's words from 16-byte chunk `first` on of its row, in TMA's swizzle."""
+        lane = cute.arch.lane_idx()
+        for i in range(cute.size(words) // 4):
+            offset = lane * 128 + ((first + i) ^ (lane % 8)) * 16
+            pointer = cute.recast_ptr((buffer + offset).align(16), dtype=Uint32)
+            source = cute.make_tensor(words.iterator + 4 * i, cute.make_layout(4))
+            cute.autovec_copy(source, cute.make_tensor(pointer, cute.make_layout(4)))
+
+    @cute.jit
+    def store_box(self, buffer, target, m, width, row, col):
+        """Stores a staged box at (row, col), in 16-bit words of y's rows of `width` words.
+
+        By TMA where rows of y are 16-byte aligned, else word by word. Both clip at y's edges.
+        """
+        tma_y, gmem_y, use_tma, y = target
+        if use_tma != 0:
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            layout = cute.make_layout((32, 64), stride=(64, 1))
+            words = cute.make_tensor(
+                cute.recast_ptr(buffer.align(1024), cute.make_swizzle(3, 4, 3), dtype=Uint16),
+                layout,
+            )
+            source, boxes = cpasync.tma_partition(
+                tma_y,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(words, 0, 2),
+                cute.group_modes(cute.local_tile(gmem_y, (32, 64), (None, None)), 0, 2),
+            )
+            cute.copy(tma_y, source, boxes[None, row // 32, col // 64])
+        else:
+            cute.arch.sync_warp()
+            lane = cute.arch.lane_idx()
+            out = cute.recast_ptr(y, dtype=Uint16)
+            for r in cutlass.range(cutlass.min(m - row, 32), unroll=1):
+                for part in cutlass.range_constexpr(2):
+                    c = lane + 32 * part
+                    if col + c < width:
+                        offset = r * 128 + ((c // 8) ^ (r % 8)) * 16 + c % 8 * 2
+                        word = cute.make_tensor(
+                            cute.recast_ptr((buffer + offset).align(2), dtype=Uint16),
+                            cute.make_layout(1),
+                        )
+                        at = Int64(row + r) * width + (col + c)
+                        cute.make_tensor(out + at, cute.make_layout(1))[0] = word[0]
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def epilogue_swap(self, pointers, args, storage, tmem, barriers, rank, split, has_k, walk):
+        """Epilogue warps where the weight is A: a thread has one column of y, m runs along N."""
+        s = self.shape
+        x_scale, w_scale, bias, y = pointers
+        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
+        acc_full, acc_empty, red_full, red_empty = barriers
+        cluster, clusters, tiles_a, tiles_b = walk
+        thread = cute.arch.thread_idx()[0]
+        chunks = s.columns // CHUNK
+        count = Int32(0)
+        index = cluster
+        while index < tiles_a * tiles_b:
+            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
+            feature = tile_a * ROWS + thread
+            token0 = tile_b * s.columns
+            vectors = count % 2 * (2 * s.columns)
+            if thread < s.columns:
+                token_scale = self.read_scale(x_scale, x_scale_stride, token0 + thread, m)
+                self.write_columns(storage, vectors, thread, token_scale, Float32(0.0))
+            row_scale = self.read_scale(w_scale, w_scale_stride, feature, n)
+            row_bias = self.read_bias(bias, bias_dtype, feature, n)
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+
+            buffer = count % 2
+            cute.arch.mbarrier_wait(acc_full + buffer, count // 2 % 2)
+            tcgen05_fence_after()
+            for i in cutlass.range(chunks, unroll=1):
+                acc = self._accumulators(tmem, buffer * s.acc_stride + i * CHUNK)
+                cute.arch.fence_view_async_tmem_load()
+                if i == chunks - 1:
+                    self.release(acc_empty + buffer, 0)
+                token = token0 + i * CHUNK
+                scales = self._column_values(storage, vectors + i * CHUNK)
+                if split == 1:
+                    self.store_features(
+                        acc, scales, row_scale, row_bias, y, (m, n, out_dtype), token, feature
+                    )
+                else:
+                    if not has_k:
+                        # This CTA's share of K is empty: nothing was ever accumulated.
+                        acc.fill(0.0)
+                    self.store_reduced(
+                        acc, storage, (red_full, red_empty), count * chunks + i,
+                        (rank, split, vectors + i * CHUNK), row_scale, row_bias, y,
+                        (m, n, out_dtype), token, feature,
+                    )  # fmt: skip
+            count += 1
+            index += clusters
+
+    @cute.jit
+    def store_features(self, acc, scales, row_scale, row_bias, y, args, token, feature):
+        """Stores CHUNK tokens of one output feature; a warp writes 32 features of a token."""
+        m, n, out_dtype = args
+        for code, kind in enumerate((Float32, BFloat16, Float16)):
+            if out_dtype == code:
+                out = cute.recast_ptr(y, dtype=kind) + (Int64(token) * n + feature)
+                for j in cutlass.range_constexpr(CHUNK):
+                    value = fma(row_scale * scales[j], acc[j], row_bias)
+                    if token + j < m and feature < n:
+                        cell = cute.make_tensor(out + Int64(j) * n, cute.make_layout(1))
+                        cell[0] = value.to(kind)
+
+    @cute.jit
+    def store_reduced(
+        self, acc, storage, barriers, number, part, row_scale, row_bias, y, args, token, feature
+    ):
+        """Adds the partial sums of a cluster that splits K and stores this CTA's share of tokens.
+
+        Each CTA owns CHUNK / split tokens of the chunk. Every CTA writes its partial sums of them
+        into the owner's shared memory, one slot for each source; the owner adds the slots in the
+        order of K, whatever the order of their arrival.
+        """
+        m, n, out_dtype = args
+        red_full, red_empty = barriers
+        rank, split, vectors = part
+        thread = cute.arch.thread_idx()[0]
+        lane = cute.arch.lane_idx()
+        buffer = number % self.red_buffers
+        phase = number // self.red_buffers % 2
+        own = CHUNK // split
+        slots = storage.reduce.data_ptr() + buffer * (CHUNK * ROWS)
+        wait_cluster(red_empty + buffer, phase ^ 1)
+        for j in cutlass.range_constexpr(CHUNK):
+            owner = j // own
+            slot = slots + ((rank * own + j % own) * ROWS + thread)
+            store_remote(slot, owner, acc[j])
+        cute.arch.sync_warp()
+        if lane < split:
+            cute.arch.mbarrier_arrive(red_full + buffer, lane, scope=CLUSTER)
+        wait_cluster(red_full + buffer, phase)
+        for j in cutlass.range(own, unroll=1):
+            total = Float32(0.0)
+            for source in cutlass.range(split, unroll=1):
+                cell = cute.make_tensor(
+                    slots + ((source * own + j) * ROWS + thread), cute.make_layout(1)
+                )
+                total = total + cell[0]
+            column = rank * own + j
+            scale = cute.make_tensor(
+                storage.columns.data_ptr() + (vectors + column), cute.make_layout(1)
+            )[0]
+            value = fma(row_scale * scale, total, row_bias)
+            if token + column < m and feature < n:
+                at = Int64(token + column) * n + feature
+                for code, kind in enumerate((Float32, BFloat16, Float16)):
+                    if out_dtype == code:
+                        out = cute.recast_ptr(y, dtype=kind) + at
+                        cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)
+        cute.arch.sync_warp()
+        if lane < split:
+            cute.arch.mbarrier_arrive(red_empty + buffer, lane, scope=CLUSTER)
+
+
+def variants(arch: str) -> list[KernelVariant]:
+    """The GEMM kernels to compile for `arch`.
+
+    Args:
+        arch: a name of `jax_nvfp4.config.ARCHES`.
+
+    Returns:
+        One variant for each config of `arch`; none if `arch` is not of this family.
+    """
+    if arch not in ("sm_100f", "sm_103a"):
+        return []
+    pointer = lambda kind: make_ptr(kind, 1024, cute.AddressSpace.gmem, assumed_align=16)  # noqa: E731
+    args = (
+        *(pointer(Uint8) for _ in range(4)),
+        *(pointer(Float32) for _ in range(2)),
+        *(pointer(Uint8) for _ in range(3)),
+        *(Int32(1) for _ in range(9)),
+        cuda.CUstream(0),
+    )
+    return [KernelVariant(c.name, "gemm", arch, c, GemmSm100(c), args) for c in configs(arch)]
