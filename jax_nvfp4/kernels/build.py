@@ -4,7 +4,7 @@
     python -m jax_nvfp4.kernels.build --arch sm_90a,sm_100f,sm_120f --out DIR
 
 writes, for each kernel, `NAME.o` (host launch code with the cubin inside) and `NAME.h`, the
-`manifest.json` that describes them all, and a copy of the static library that linking them needs.
+`manifest.json` that describes them all, and copies of the static libraries that linking them needs.
 A kernel whose sources, config and compiler are unchanged is not compiled again.
 """
 
@@ -38,7 +38,14 @@ MODULES = tuple(
     f"jax_nvfp4.kernels.{name}" for name in ("quantize", "gemm_sm90", "gemm_sm100", "gemm_sm120")
 )
 MANIFEST = "manifest.json"
-RUNTIME_LIBRARY = "libcuda_dialect_runtime_static.a"
+# What linking the objects needs, and the packages that carry it.
+RUNTIME_LIBRARIES = {
+    "libcuda_dialect_runtime_static.a": (
+        "nvidia-cutlass-dsl-libs-cu12",
+        "nvidia-cutlass-dsl-libs-base",
+    ),
+    "libcudart_static.a": ("nvidia-cuda-runtime-cu12",),
+}
 # Raised when the contents of an entry, or how a kernel is compiled, change.
 FORMAT = 1
 
@@ -264,17 +271,24 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def _copy_runtime_library(out: pathlib.Path) -> None:
-    for distribution in ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-base"):
+def _copy_runtime_libraries(out: pathlib.Path) -> None:
+    for library, distributions in RUNTIME_LIBRARIES.items():
+        found = _file_of_distributions(library, distributions)
+        if found is None:
+            raise FileNotFoundError(f"{library} is in no installed {' or '.join(distributions)}")
+        shutil.copyfile(found, out / library)
+
+
+def _file_of_distributions(name: str, distributions: Sequence[str]) -> pathlib.Path | None:
+    for distribution in distributions:
         try:
             files = importlib.metadata.files(distribution) or []
         except importlib.metadata.PackageNotFoundError:
             continue
         for file in files:
-            if file.name == RUNTIME_LIBRARY:
-                shutil.copyfile(str(file.locate()), out / RUNTIME_LIBRARY)
-                return
-    raise FileNotFoundError(f"{RUNTIME_LIBRARY} is in none of the installed CuTeDSL packages")
+            if file.name == name:
+                return pathlib.Path(str(file.locate()))
+    return None
 
 
 def build(args: argparse.Namespace) -> int:
@@ -307,7 +321,7 @@ def build(args: argparse.Namespace) -> int:
         elif old["name"] not in entries:
             for path in args.out.glob(f"{old['name']}.*"):
                 path.unlink()
-    _copy_runtime_library(args.out)
+    _copy_runtime_libraries(args.out)
     manifest = {
         "format": FORMAT,
         "dsl_version": _dsl_version(),

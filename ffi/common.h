@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the handlers share: the table of kernels, their loading, and checks of buffers.
+#ifndef JAX_NVFP4_FFI_COMMON_H_
+#define JAX_NVFP4_FFI_COMMON_H_
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+
+#include "cudart.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nvfp4 {
+
+namespace ffi = ::xla::ffi;
+
+enum class Op { kQuantize, kGemm };
+
+// Element types as the kernels number them.
+enum DType : int32_t { kNone = -1, kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// A compiled kernel: host functions that CuTeDSL exported, and on which devices it is ready.
+class Kernel {
+ public:
+  using Init = void (*)(void** args);                 // (cudaLibrary_t**, cudaError_t*)
+  using LoadToDevice = void (*)(void** args);         // (cudaLibrary_t**, int32_t*, cudaError_t*)
+  using Entry = void (*)(void** args, int32_t size);  // the op's operands, the stream, the result
+
+  constexpr Kernel(Op op, const char* name, const char* arch, const char* x_dtype, Init init,
+                   LoadToDevice load, Entry entry)
+      : op_(op), name_(name), arch_(arch), x_dtype_(x_dtype), init_(init), load_(load),
+        entry_(entry) {}
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+
+  Op op() const { return op_; }
+  const char* name() const { return name_; }
+  const char* arch() const { return arch_; }
+  // The element type of x it was compiled for, or "any".
+  std::string_view x_dtype() const { return x_dtype_; }
+
+  // Makes the kernel ready on a device; returns at once where it is. From any thread.
+  ffi::Error Load(int32_t device);
+
+  // Enqueues the kernel. `operands` are the op's, in the order of its signature.
+  template <typename... Operands>
+  ffi::Error Launch(cudaStream_t stream, Operands... operands) const {
+    cudaError_t result = kCudaSuccess;
+    void* args[] = {static_cast<void*>(&operands)..., &stream, &result};
+    entry_(args, static_cast<int32_t>(std::size(args)));
+    return result == kCudaSuccess ? ffi::Error::Success() : LaunchError(result);
+  }
+
+ private:
+  ffi::Error LaunchError(cudaError_t error) const;
+
+  const Op op_;
+  const char* const name_;
+  const char* const arch_;
+  const std::string_view x_dtype_;
+  const Init init_;
+  const LoadToDevice load_;
+  const Entry entry_;
+  std::mutex mutex_;
+  cudaLibrary_t library_ = nullptr;   // guarded by mutex_
+  std::atomic<uint64_t> loaded_ = 0;  // bit d: ready on device d
+};
+
+// The kernels of this build (generated from the manifest), and the manifest itself as JSON.
+Kernel* FindKernel(Op op, std::string_view name);
+std::string_view Manifest();
+
+struct Device {
+  int32_t num_sms;
+  int32_t major;
+  int32_t minor;
+};
+
+// Properties of a device, read once.
+ffi::ErrorOr<Device> GetDevice(int32_t ordinal);
+
+// The number of multiprocessors a call may count on: what the caller planned with (0: no plan), but
+// never more than the device has, since kernels with grid-wide barriers need all CTAs resident.
+int32_t UsableSms(int32_t planned, const Device& device);
+
+const char* OpName(Op op);
+
+// InvalidArgument naming the op, the operand, and both sides.
+ffi::Error Mismatch(Op op, std::string_view operand, std::string_view expected,
+                    std::string_view got);
+
+// The error of a call that ended up on the host.
+ffi::Error CudaOnly(const Kernel& kernel);
+
+// "BF16[16,4096]"
+std::string Describe(const ffi::AnyBuffer& buffer);
+
+// Checks that collect: the first that fails is the error, later ones do nothing.
+class Checker {
+ public:
+  explicit Checker(Op op) : op_(op) {}
+
+  // One of the element types the kernels number; kNone and an error if it is another.
+  DType Float(std::string_view operand, const ffi::AnyBuffer& buffer);
+  // One-byte elements: codes and scales, whichever way they are typed.
+  void Bytes(std::string_view operand, const ffi::AnyBuffer& buffer);
+  void Type(std::string_view operand, const ffi::AnyBuffer& buffer, ffi::DataType dtype);
+  // A matrix, both sizes within int32.
+  void Matrix(std::string_view operand, const ffi::AnyBuffer& buffer);
+  void Count(std::string_view operand, const ffi::AnyBuffer& buffer, int64_t elements,
+             std::string_view meaning);
+  // Empty, or aligned as the kernels assume.
+  void Aligned(std::string_view operand, const ffi::AnyBuffer& buffer, uintptr_t bytes = 16);
+  void Attribute(std::string_view name, int32_t value, int32_t low, int32_t high);
+  // A condition on an operand that the above do not cover.
+  void That(bool holds, std::string_view operand, std::string_view expected,
+            const ffi::AnyBuffer& buffer);
+  void Add(ffi::Error error);
+
+  bool ok() const { return error_.success(); }
+  const ffi::Error& error() const { return error_; }
+
+ private:
+  Op op_;
+  ffi::Error error_ = ffi::Error::Success();
+};
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// XLA numbers state types separately for each runtime in the process, hence a type per platform.
+enum class Platform { kCuda, kHost };
+
+// What an op's Instantiate stage leaves for the others: its attributes, decoded, and its kernel.
+template <typename Attributes, Platform>
+struct CallState {
+  inline static ffi::TypeId id = {};
+  Attributes attributes;
+  Kernel* kernel;
+};
+
+template <typename Attributes, Platform platform>
+ffi::ErrorOr<std::unique_ptr<CallState<Attributes, platform>>> MakeState(Op op,
+                                                                         Attributes attributes) {
+  Kernel* kernel = FindKernel(op, attributes.kernel);
+  if (kernel == nullptr) {
+    return ffi::Unexpected(ffi::Error(
+        ffi::ErrorCode::kNotFound, std::string("jax_nvfp4 ") + OpName(op) + ": no kernel named '" +
+                                       std::string(attributes.kernel) + "' is built in"));
+  }
+  attributes.kernel = kernel->name();  // the name in the call frame does not outlive this stage
+  return std::make_unique<CallState<Attributes, platform>>(
+      CallState<Attributes, platform>{attributes, kernel});
+}
+
+// Initialize, the same for each op: the one stage that may load, since Execute may run under graph
+// capture.
+template <typename State>
+ffi::Error LoadKernel(int32_t device, State* state) {
+  return state->kernel->Load(device);
+}
+
+// A custom call target on one platform, as module.cc hands it to JAX.
+struct Target {
+  const char* name;
+  const char* platform;
+  XLA_FFI_Handler* instantiate;
+  XLA_FFI_Handler* initialize;  // null: none
+  XLA_FFI_Handler* execute;
+  const char* state_name;
+  ffi::TypeId* state_id;
+  ffi::TypeInfo* state_info;
+};
+
+std::array<Target, 2> QuantizeTargets();
+std::array<Target, 2> GemmTargets();
+
+}  // namespace jax_nvfp4
+
+#endif  // JAX_NVFP4_FFI_COMMON_H_

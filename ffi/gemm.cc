@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// gemm: y (m, n) = alpha * x (m, k) @ w (n, k).T + bias, the weight repacked for the architecture.
+#include "common.h"
+
+namespace jax_nvfp4 {
+namespace {
+
+struct GemmAttributes {
+  std::string_view kernel;
+  int32_t num_sms;
+  int32_t split_k;
+};
+
+template <Platform platform>
+using State = CallState<GemmAttributes, platform>;
+
+}  // namespace
+}  // namespace jax_nvfp4
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nvfp4::GemmAttributes,
+                                      ::xla::ffi::StructMember<std::string_view>("kernel"),
+                                      ::xla::ffi::StructMember<int32_t>("num_sms"),
+                                      ::xla::ffi::StructMember<int32_t>("split_k"));
+
+namespace jax_nvfp4 {
+namespace {
+
+// The buffers of a call, in the order of the custom call's operands and results. Operands that are
+// not given are empty.
+struct Buffers {
+  ffi::AnyBuffer x, sfx, w, sfw, x_scale, w_scale, bias;
+  ffi::AnyBuffer y, scratch;
+};
+
+struct Sizes {
+  int32_t m, n, k;
+  int32_t x_scale_stride, w_scale_stride;
+  DType bias_dtype, out_dtype;
+};
+
+template <Platform platform>
+ffi::ErrorOr<std::unique_ptr<State<platform>>> Instantiate(GemmAttributes attributes) {
+  Checker check(Op::kGemm);
+  check.Attribute("split_k", attributes.split_k, 1, 1 << 16);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  return MakeState<GemmAttributes, platform>(Op::kGemm, attributes);
+}
+
+// 0 for one value, 1 for one per row; an operand of another size fails the check.
+int32_t ScaleStride(Checker& check, std::string_view operand, const ffi::AnyBuffer& scale,
+                    int64_t rows) {
+  check.Type(operand, scale, ffi::DataType::F32);
+  const int64_t count = scale.element_count();
+  check.That(count == 1 || count == rows, operand, "1 or " + std::to_string(rows) + " elements",
+             scale);
+  return count == 1 ? 0 : 1;
+}
+
+// Checks all buffers against one another and against the kernel; reads no memory.
+ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
+  Checker check(Op::kGemm);
+  check.Matrix("x", b.x);
+  check.Matrix("y", b.y);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  const bool packed = kernel.x_dtype() == "e2m1";
+  const int64_t m = b.x.dimensions()[0], n = b.y.dimensions()[1];
+  const int64_t k = b.x.dimensions()[1] * (packed ? 2 : 1);
+  check.That(b.y.dimensions()[0] == m, "y", std::to_string(m) + " rows, as many as x", b.y);
+  check.That(k > 0 && k % 64 == 0 && k <= INT32_MAX, "x",
+             "a positive multiple of 64 elements along k", b.x);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+
+  if (packed) {
+    check.Type("x", b.x, ffi::DataType::U8);
+    check.Bytes("sfx", b.sfx);
+    check.Count("sfx", b.sfx, 128 * CeilDiv(m, 128) * (k / 16), "ceil(m/128)*128 * k/16");
+  } else {
+    const bool half = kernel.x_dtype() == "float16";
+    if (kernel.x_dtype() != "any") {
+      check.Type("x", b.x, half ? ffi::DataType::F16 : ffi::DataType::BF16);
+    }
+    check.Count("sfx", b.sfx, 0, "none: x holds values");
+  }
+  // The weight's rows are padded to what the kernel's tiles take; both parts agree on how many.
+  const int64_t w_bytes = b.w.element_count(), w_rows = w_bytes / (k / 2);
+  check.Type("w", b.w, ffi::DataType::U8);
+  check.That(w_rows * (k / 2) == w_bytes && w_rows >= n && w_rows < n + 256, "w",
+             "codes of " + std::to_string(n) + " rows, padded by less than 256, of " +
+                 std::to_string(k) + " elements",
+             b.w);
+  check.Bytes("sfw", b.sfw);
+  check.Count("sfw", b.sfw, w_rows * (k / 16), "w's padded rows * k/16");
+
+  Sizes sizes{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), -1, 0,
+              kNone, kNone};
+  sizes.w_scale_stride = ScaleStride(check, "w_scale", b.w_scale, n);
+  if (b.x_scale.element_count() > 0) {
+    sizes.x_scale_stride = ScaleStride(check, "x_scale", b.x_scale, m);
+  }
+  if (b.bias.element_count() > 0) {
+    sizes.bias_dtype = check.Float("bias", b.bias);
+    check.Count("bias", b.bias, n, "n");
+  }
+  sizes.out_dtype = check.Float("y", b.y);
+
+  check.Aligned("x", b.x);
+  check.Aligned("sfx", b.sfx);
+  check.Aligned("w", b.w);
+  check.Aligned("sfw", b.sfw);
+  check.Aligned("y", b.y);
+  check.Aligned("scratch", b.scratch);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  return sizes;
+}
+
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>* state,
+                   ffi::AnyBuffer x, ffi::AnyBuffer sfx, ffi::AnyBuffer w, ffi::AnyBuffer sfw,
+                   ffi::AnyBuffer x_scale, ffi::AnyBuffer w_scale, ffi::AnyBuffer bias,
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
+  const Buffers b{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
+  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
+  if (sizes.has_error()) return sizes.error();
+  if (sizes->m == 0 || sizes->n == 0) return ffi::Error::Success();
+  ffi::ErrorOr<Device> device = GetDevice(ordinal);
+  if (device.has_error()) return device.error();
+  return state->kernel->Launch(
+      stream, x.untyped_data(), sfx.untyped_data(), w.untyped_data(), sfw.untyped_data(),
+      x_scale.untyped_data(), w_scale.untyped_data(), bias.untyped_data(), y->untyped_data(),
+      scratch->untyped_data(), sizes->m, sizes->n, sizes->k, sizes->x_scale_stride,
+      sizes->w_scale_stride, static_cast<int32_t>(sizes->bias_dtype),
+      static_cast<int32_t>(sizes->out_dtype), state->attributes.split_k,
+      UsableSms(state->attributes.num_sms, *device));
+}
+
+// On the host the same checks run, and then an error: there is no kernel to launch.
+ffi::Error HostExecute(State<Platform::kHost>* state, ffi::AnyBuffer x, ffi::AnyBuffer sfx,
+                       ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer x_scale,
+                       ffi::AnyBuffer w_scale, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
+                       ffi::Result<ffi::AnyBuffer> scratch) {
+  const Buffers b{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
+  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
+  if (sizes.has_error()) return sizes.error();
+  return CudaOnly(*state->kernel);
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate<Platform::kCuda>,
+                       ffi::Ffi::BindInstantiate().Attrs<GemmAttributes>());
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State<Platform::kCuda>>,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<State<Platform::kCuda>>>());
+XLA_FFI_DEFINE_HANDLER(kHostInstantiate, Instantiate<Platform::kHost>,
+                       ffi::Ffi::BindInstantiate().Attrs<GemmAttributes>());
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Gemm, Execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::State<State<Platform::kCuda>>>()
+                                  .Arg<ffi::AnyBuffer>()   // x
+                                  .Arg<ffi::AnyBuffer>()   // sfx
+                                  .Arg<ffi::AnyBuffer>()   // w
+                                  .Arg<ffi::AnyBuffer>()   // sfw
+                                  .Arg<ffi::AnyBuffer>()   // x_scale
+                                  .Arg<ffi::AnyBuffer>()   // w_scale
+                                  .Arg<ffi::AnyBuffer>()   // bias
+                                  .Ret<ffi::AnyBuffer>()   // y
+                                  .Ret<ffi::AnyBuffer>(),  // scratch
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4GemmHost, HostExecute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<State<Platform::kHost>>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+std::array<Target, 2> GemmTargets() {
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<State<Platform::kCuda>>();
+  static ffi::TypeInfo host_info = ffi::MakeTypeInfo<State<Platform::kHost>>();
+  return {
+      Target{"jax_nvfp4_gemm", "CUDA", kInstantiate, kInitialize, JaxNvfp4Gemm,
+             "jax_nvfp4_gemm_state", &State<Platform::kCuda>::id, &info},
+      Target{"jax_nvfp4_gemm", "cpu", kHostInstantiate, nullptr, JaxNvfp4GemmHost,
+             "jax_nvfp4_gemm_host_state", &State<Platform::kHost>::id, &host_info},
+  };
+}
+
+}  // namespace jax_nvfp4

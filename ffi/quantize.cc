@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantize: x (m, k) and, where it is given, a global scale -> data, block_scale, global_scale.
+#include "common.h"
+
+namespace jax_nvfp4 {
+namespace {
+
+// Values are the kernels'.
+enum Mode : int32_t { kScalarGiven = 0, kPerRowGiven = 1, kPerRow = 2, kPerTensor = 3 };
+enum OutFormat : int32_t { kLinear = 0, kOperand = 1, kBF16Values = 2 };
+
+struct QuantizeAttributes {
+  std::string_view kernel;
+  int32_t mode;
+  int32_t num_sms;
+  int32_t out_format;
+};
+
+template <Platform platform>
+using State = CallState<QuantizeAttributes, platform>;
+
+}  // namespace
+}  // namespace jax_nvfp4
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_nvfp4::QuantizeAttributes, ::xla::ffi::StructMember<std::string_view>("kernel"),
+    ::xla::ffi::StructMember<int32_t>("mode"), ::xla::ffi::StructMember<int32_t>("num_sms"),
+    ::xla::ffi::StructMember<int32_t>("out_format"));
+
+namespace jax_nvfp4 {
+namespace {
+
+struct Sizes {
+  int32_t m;
+  int32_t k;
+  DType x_dtype;
+};
+
+template <Platform platform>
+ffi::ErrorOr<std::unique_ptr<State<platform>>> Instantiate(QuantizeAttributes attributes) {
+  Checker check(Op::kQuantize);
+  check.Attribute("mode", attributes.mode, kScalarGiven, kPerTensor);
+  check.Attribute("out_format", attributes.out_format, kLinear, kBF16Values);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  return MakeState<QuantizeAttributes, platform>(Op::kQuantize, attributes);
+}
+
+// Checks all buffers against one another and against the kernel; reads no memory.
+ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const QuantizeAttributes& attributes,
+                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& g,
+                          const ffi::AnyBuffer& data, const ffi::AnyBuffer& block_scale,
+                          const ffi::AnyBuffer& global_scale, const ffi::AnyBuffer& scratch) {
+  Checker check(Op::kQuantize);
+  const DType dtype = check.Float("x", x);
+  check.Matrix("x", x);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  constexpr std::string_view kNames[] = {"float32", "bfloat16", "float16"};
+  check.That(kernel.x_dtype() == "any" || kernel.x_dtype() == kNames[dtype], "x",
+             std::string(kernel.x_dtype()) + " for kernel " + kernel.name(), x);
+
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t blocks = CeilDiv(k, 16), padded_blocks = 4 * CeilDiv(k, 64);
+  const bool per_row = attributes.mode == kPerRowGiven || attributes.mode == kPerRow;
+  const bool given = attributes.mode == kScalarGiven || attributes.mode == kPerRowGiven;
+  check.Type("global_scale (given)", g, ffi::DataType::F32);
+  check.Count("global_scale (given)", g, given ? (per_row ? m : 1) : 0,
+              given ? (per_row ? "one per row of x" : "one") : "none: it is computed");
+  check.Type("global_scale", global_scale, ffi::DataType::F32);
+  check.Count("global_scale", global_scale, per_row ? m : 1,
+              per_row ? "one per row of x" : "one");
+  switch (attributes.out_format) {
+    case kLinear:
+      check.Bytes("data", data);
+      check.Count("data", data, m * blocks * 8, "m * ceil(k/16) * 8");
+      check.Bytes("block_scale", block_scale);
+      check.Count("block_scale", block_scale, m * blocks, "m * ceil(k/16)");
+      break;
+    case kOperand:
+      check.Bytes("data", data);
+      check.Count("data", data, m * padded_blocks * 8, "m * ceil(k/64) * 32");
+      check.Bytes("block_scale", block_scale);
+      check.Count("block_scale", block_scale, 128 * CeilDiv(m, 128) * padded_blocks,
+                  "ceil(m/128)*128 * ceil(k/64)*4");
+      break;
+    default:
+      check.Type("data", data, ffi::DataType::BF16);
+      check.Count("data", data, m * padded_blocks * 16, "m * ceil(k/64) * 64");
+      check.Count("block_scale", block_scale, 0, "none: data holds values");
+  }
+  check.Aligned("x", x, dtype == kF32 ? 4 : 2);
+  check.Aligned("data", data);
+  check.Aligned("block_scale", block_scale);
+  check.Aligned("scratch", scratch);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  return Sizes{static_cast<int32_t>(m), static_cast<int32_t>(k), dtype};
+}
+
+// The global scale of an x without elements: the one given, or that of an amax of 0, which is 1.
+ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::AnyBuffer& g,
+                               ffi::AnyBuffer& global_scale, cudaStream_t stream) {
+  const size_t count = global_scale.element_count();
+  if (count == 0) return ffi::Error::Success();
+  char* out = static_cast<char*>(global_scale.untyped_data());
+  cudaError_t error = kCudaSuccess;
+  if (attributes.mode == kScalarGiven || attributes.mode == kPerRowGiven) {
+    error = cudaMemcpyAsync(out, g.untyped_data(), count * sizeof(float), kMemcpyDeviceToDevice,
+                            stream);
+  } else {
+    // 1.0f is the bytes 00 00 80 3f.
+    error = cudaMemset2DAsync(out, sizeof(float), 0x00, 2, count, stream);
+    if (error == kCudaSuccess) {
+      error = cudaMemset2DAsync(out + 2, sizeof(float), 0x80, 1, count, stream);
+    }
+    if (error == kCudaSuccess) {
+      error = cudaMemset2DAsync(out + 3, sizeof(float), 0x3f, 1, count, stream);
+    }
+  }
+  if (error == kCudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("jax_nvfp4 quantize: ") + cudaGetErrorString(error));
+}
+
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>* state,
+                   ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> data,
+                   ffi::Result<ffi::AnyBuffer> block_scale,
+                   ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
+  const QuantizeAttributes& attributes = state->attributes;
+  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, attributes, x, g, *data, *block_scale,
+                                    *global_scale, *scratch);
+  if (sizes.has_error()) return sizes.error();
+  if (sizes->m == 0 || sizes->k == 0) {
+    return WriteScaleOfNothing(attributes, g, *global_scale, stream);
+  }
+  ffi::ErrorOr<Device> device = GetDevice(ordinal);
+  if (device.has_error()) return device.error();
+  return state->kernel->Launch(stream, x.untyped_data(), g.untyped_data(), data->untyped_data(),
+                               block_scale->untyped_data(), global_scale->untyped_data(),
+                               scratch->untyped_data(), sizes->m, sizes->k,
+                               static_cast<int32_t>(sizes->x_dtype), attributes.mode,
+                               attributes.out_format, UsableSms(attributes.num_sms, *device));
+}
+
+// On the host the same checks run, and then an error: there is no kernel to launch.
+ffi::Error HostExecute(State<Platform::kHost>* state, ffi::AnyBuffer x, ffi::AnyBuffer g,
+                       ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
+                       ffi::Result<ffi::AnyBuffer> global_scale,
+                       ffi::Result<ffi::AnyBuffer> scratch) {
+  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, state->attributes, x, g, *data, *block_scale,
+                                    *global_scale, *scratch);
+  if (sizes.has_error()) return sizes.error();
+  return CudaOnly(*state->kernel);
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate<Platform::kCuda>,
+                       ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State<Platform::kCuda>>,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<State<Platform::kCuda>>>());
+XLA_FFI_DEFINE_HANDLER(kHostInstantiate, Instantiate<Platform::kHost>,
+                       ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::State<State<Platform::kCuda>>>()
+                                  .Arg<ffi::AnyBuffer>()   // x
+                                  .Arg<ffi::AnyBuffer>()   // global_scale (given)
+                                  .Ret<ffi::AnyBuffer>()   // data
+                                  .Ret<ffi::AnyBuffer>()   // block_scale
+                                  .Ret<ffi::AnyBuffer>()   // global_scale
+                                  .Ret<ffi::AnyBuffer>(),  // scratch
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4QuantizeHost, HostExecute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<State<Platform::kHost>>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+std::array<Target, 2> QuantizeTargets() {
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<State<Platform::kCuda>>();
+  static ffi::TypeInfo host_info = ffi::MakeTypeInfo<State<Platform::kHost>>();
+  return {
+      Target{"jax_nvfp4_quantize", "CUDA", kInstantiate, kInitialize, JaxNvfp4Quantize,
+             "jax_nvfp4_quantize_state", &State<Platform::kCuda>::id, &info},
+      Target{"jax_nvfp4_quantize", "cpu", kHostInstantiate, nullptr, JaxNvfp4QuantizeHost,
+             "jax_nvfp4_quantize_host_state", &State<Platform::kHost>::id, &host_info},
+  };
+}
+
+}  // namespace jax_nvfp4
