@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the linen and the nnx layer share: dtypes and the call."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_nvfp4 import functional
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+LayerActivationScale = Literal["token", "tensor", "static"] | None
+
+
+def check_fields(layer: str, activation_scale: Any, dot_general: Any) -> None:
+    """Refuses field values that the layer could not honor.
+
+    Raises:
+        ValueError: an unknown activation_scale, or a dot_general of the user's own.
+    """
+    if activation_scale not in ("token", "tensor", "static", None):
+        raise ValueError(
+            f'{layer}.activation_scale must be "token", "tensor", "static" or None; '
+            f"got {activation_scale!r}"
+        )
+    if dot_general is not None:
+        raise ValueError(f"{layer} has its own product: dot_general must be None")
+
+
+def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
+    """Refuses a kernel that the layer cannot use.
+
+    Raises:
+        TypeError: the kernel is not an NVFP4 weight.
+        ValueError: it has another shape.
+    """
+    if not isinstance(kernel, Nvfp4Tensor | RepackedWeight):
+        raise TypeError(
+            f"the kernel of {layer} must be an Nvfp4Tensor or a RepackedWeight; got "
+            f"{type(kernel).__name__} (jax_nvfp4.quantize_params turns the params of a Dense model "
+            f"into NVFP4)"
+        )
+    if kernel.shape != (features, k):
+        raise ValueError(
+            f"the kernel of {layer} must have shape (features, inputs) = {(features, k)}; "
+            f"got {kernel.shape}"
+        )
+
+
+def apply(
+    inputs: jax.Array,
+    kernel: Nvfp4Tensor | RepackedWeight,
+    bias: jax.Array | None,
+    *,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    activation_scale: Any,
+    batch_invariant: bool,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """`linear` with the dtype rules of Flax's dense layers.
+
+    The compute dtype is `dtype` or, where that is None, what inputs and params promote to. Inputs
+    are rounded to it only where it is narrower: widening would only lose the fact that they are 16
+    bits wide.
+    """
+    compute = jnp.dtype(dtype or jnp.promote_types(inputs.dtype, param_dtype))
+    if not jnp.issubdtype(inputs.dtype, jnp.floating) or (
+        jnp.promote_types(inputs.dtype, compute) != compute
+    ):
+        inputs = inputs.astype(compute)
+    return functional.linear(
+        inputs,
+        kernel,
+        bias,
+        activation_scale=activation_scale,
+        out_dtype=out_dtype or compute,
+        batch_invariant=batch_invariant,
+    )

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flax linen layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from flax.typing import Dtype, Initializer
+
+from jax_nvfp4 import _layer, numerics, params
+from jax_nvfp4.tensor import Nvfp4Tensor
+
+COLLECTION = "quant"
+"""The collection of the static activation scales."""
+
+
+def _quantized(kernel_init: Initializer) -> Any:
+    """An initializer of the NVFP4 kernel: quantizes what a Dense layer would start from."""
+
+    def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Nvfp4Tensor:
+        kernel = kernel_init(key, shape, dtype)
+        if isinstance(kernel, meta.AxisMetadata):
+            return params.box_like(kernel, params.quantize_kernel(meta.unbox(kernel)))
+        return params.quantize_kernel(kernel)
+
+    return init
+
+
+class Nvfp4Dense(nn.Module):
+    """A drop-in for `flax.linen.Dense` with an NVFP4 kernel.
+
+    The params have Dense's names: `kernel`, an Nvfp4Tensor or RepackedWeight of logical shape
+    (features, inputs), and `bias`. `jax_nvfp4.quantize_params` makes them from a Dense model's.
+
+    With `activation_scale="static"` the layer reads the variable `activation_scale` (float32, ()) of
+    the collection `quant`. Applied with `mutable=["quant"]` it calibrates instead: it keeps the
+    running amax of its inputs in the variable `activation_amax` and the scale that follows from it
+    in `activation_scale`. Before any calibration the scale is 1, which suits inputs up to 2688.
+
+    Attributes:
+        features: output features.
+        use_bias: whether to add a bias.
+        dtype: of the computation and the output; None: what inputs and `param_dtype` promote to.
+        param_dtype: of the bias, and of the kernel before it is quantized at init.
+        precision: no effect: products are exact and sums float32. Here so that Dense's fields are.
+        kernel_init: initializer of the (inputs, features) kernel that init quantizes.
+        bias_init: initializer of the bias.
+        dot_general: must be None.
+        activation_scale: how inputs are quantized: "token", "tensor", "static" or None
+            (weight-only), as in `jax_nvfp4.linear`.
+        batch_invariant: as in `jax_nvfp4.linear`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    dot_general: Any = None
+    activation_scale: _layer.LayerActivationScale = "token"
+    batch_invariant: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer along the last axis.
+
+        Args:
+            inputs: (..., K).
+
+        Returns:
+            (..., features).
+
+        Raises:
+            TypeError: the kernel is not an NVFP4 weight.
+            ValueError: the kernel has another shape, or a field an unknown value.
+        """
+        _layer.check_fields("Nvfp4Dense", self.activation_scale, self.dot_general)
+        inputs = jnp.asarray(inputs)
+        k = inputs.shape[-1]
+        if self.has_variable("params", "kernel"):
+            # Not through `param`, which would refuse a RepackedWeight for its parts' shapes.
+            kernel = meta.unbox(self.get_variable("params", "kernel"))
+        else:
+            kernel = self.param(
+                "kernel", _quantized(self.kernel_init), (k, self.features), self.param_dtype
+            )
+        _layer.check_kernel("Nvfp4Dense", kernel, self.features, k)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        scale = self._static_scale(inputs) if self.activation_scale == "static" else None
+        return _layer.apply(
+            inputs,
+            kernel,
+            bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            activation_scale=self.activation_scale if scale is None else scale,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def _static_scale(self, inputs: jax.Array) -> jax.Array:
+        """The calibrated scale; first takes the inputs in where the collection is mutable."""
+        amax = self.variable(COLLECTION, "activation_amax", jnp.zeros, (), jnp.float32)
+        scale = self.variable(COLLECTION, "activation_scale", jnp.ones, (), jnp.float32)
+        if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
+            amax.value = jnp.maximum(amax.value, numerics.amax(inputs))
+            scale.value = numerics.dynamic_scales(amax.value)[1]
+        return scale.value
+
+

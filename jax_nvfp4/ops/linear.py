@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear primitive: quantize the rows of x as asked, multiply by an NVFP4 weight, add a bias.
+
+One primitive holds the activation quantization and the GEMM, so that a batch axis folds into the
+rows of both. Its derivative is straight-through: that of `x @ dequantize(weight).T + bias`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import ad
+
+from jax_nvfp4 import numerics
+from jax_nvfp4.layout.weights import unpack_weight
+from jax_nvfp4.ops import _primitive
+from jax_nvfp4.ops import quantize as quantize_op
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """What is static in a call of `linear`.
+
+    Attributes:
+        arch: the order the weight is in; None: canonical, to be repacked in the graph as needed.
+        n: logical rows of the weight.
+        k: logical columns of the weight.
+        activation: the mode of quantization of x, or None (weight-only).
+        has_bias: whether there is a bias operand.
+        out_dtype: name of the result's dtype.
+        batch_invariant: a row of the result has the same bits whatever the other rows.
+    """
+
+    arch: str | None
+    n: int
+    k: int
+    activation: quantize_op.Mode | None
+    has_bias: bool
+    out_dtype: str
+    batch_invariant: bool
+
+
+def linear(
+    x: jax.Array,
+    weight: tuple[jax.Array, jax.Array, jax.Array],
+    bias: jax.Array | None,
+    given: jax.Array | None,
+    spec: LinearSpec,
+) -> jax.Array:
+    """`y = alpha * (x_q @ w_q.T) + bias` for a matrix x.
+
+    Args:
+        x: (M, K), f32, bf16 or f16.
+        weight: data, block_scale, global_scale (() or (N,)) in the order of `spec.arch`.
+        bias: (N,) or None.
+        given: the activations' global scale or amax, () or (M,); None where `spec.activation`
+            needs none.
+        spec: the rest.
+
+    Returns:
+        (M, N) of `spec.out_dtype`.
+    """
+    operands = [x, *weight, *(a for a in (bias, given) if a is not None)]
+    (y,) = linear_p.bind(*operands, spec=spec)
+    return y
+
+
+def _split(
+    operands: tuple[Any, ...], spec: LinearSpec
+) -> tuple[Any, tuple[Any, Any, Any], Any | None, tuple[Any, ...]]:
+    """Operands of the primitive as (x, weight, bias or None, (given,) or ())."""
+    x, data, block_scale, global_scale, *rest = operands
+    bias = rest.pop(0) if spec.has_bias else None
+    return x, (data, block_scale, global_scale), bias, tuple(rest)
+
+
+def _abstract(*operands: Any, spec: LinearSpec) -> list[Any]:
+    shape = (operands[0].shape[0], spec.n)
+    return [_primitive.out_aval(shape, spec.out_dtype, operands)]
+
+
+# ---- Reference ----------------------------------------------------------------------------------
+
+
+def _canonical(
+    weight: tuple[jax.Array, jax.Array, jax.Array], spec: LinearSpec
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    data, block_scale, global_scale = weight
+    if spec.arch is not None:
+        data, block_scale = unpack_weight(spec.arch, data, block_scale, spec.n, spec.k)
+    return data, block_scale, global_scale
+
+
+def _dot(x: jax.Array, w: jax.Array, values: Any) -> jax.Array:
+    """x (M, K) times w (N, K) transposed in float32; `values` is a dtype that holds both."""
+    contract_k = (((1,), (1,)), ((), ()))
+
+    def wide(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x, w, contract_k, precision=lax.Precision.HIGHEST)
+
+    def narrow(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x.astype(values), w.astype(values), contract_k, preferred_element_type=jnp.float32
+        )
+
+    # A 16-bit dot has the same exact products. CPUs are faster, or only exact, with float32.
+    return lax.platform_dependent(x, w, cpu=wide, default=narrow)
+
+
+def _reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+    x, weight, bias, given = _split(operands, spec)
+    data, block_scale, w_scale = _canonical(weight, spec)
+    w = numerics.block_values(data, block_scale)[:, : spec.k]
+
+    if spec.activation is None:
+        values = jnp.dtype(jnp.float16 if x.dtype == jnp.float16 else jnp.bfloat16)
+        x = x.astype(values).astype(jnp.float32)
+        alpha = w_scale
+    else:
+        values = jnp.dtype(jnp.bfloat16)
+        encode, decode, x_scale = quantize_op.scales(x, *given, mode=spec.activation)
+        x = numerics.block_values(*numerics.quantize(x, encode, decode))[:, : spec.k]
+        alpha = (x_scale if x_scale.ndim == 0 else x_scale[:, None]) * w_scale
+
+    if spec.batch_invariant:
+        # Each row by itself: the order of its reduction cannot depend on the other rows.
+        acc = lax.map(lambda row: _dot(row[None], w, values)[0], x)
+    else:
+        acc = _dot(x, w, values)
+    y = alpha * acc
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return [y.astype(spec.out_dtype)]
+
+
+# ---- Transformations ----------------------------------------------------------------------------
+
+
+def _batch(
+    operands: tuple[Any, ...], dims: tuple[int | None, ...], *, spec: LinearSpec
+) -> tuple[Any, Any]:
+    _, weight_dims, bias_dim, _ = _split(dims, spec)
+    if any(d is not None for d in (*weight_dims, bias_dim)):
+        return _primitive.batch_by_loop(linear_p, operands, dims, {"spec": spec})
+
+    x, weight, bias, given = _split(operands, spec)
+    x_dim, _, _, given_dims = _split(dims, spec)
+    size = _primitive.batch_size(operands, dims)
+    mode = spec.activation
+    if mode is None:
+        rows = _primitive.to_front(x, x_dim).reshape(-1, spec.k)
+    else:
+        rows, given, mode = quantize_op.fold_rows((x, *given), (x_dim, *given_dims), mode)
+    folded = dataclasses.replace(spec, activation=mode)
+    y = linear(rows, weight, bias, given[0] if given else None, folded)
+    return [y.reshape(size, rows.shape[0] // size, spec.n)], [0]
+
+
+def _jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...], *, spec: LinearSpec
+) -> tuple[Any, Any]:
+    (y,) = linear_p.bind(*primals, spec=spec)
+    _, weight, _, _ = _split(primals, spec)
+    x_dot, _, bias_dot, _ = _split(tangents, spec)
+    terms = []
+    if not isinstance(x_dot, ad.Zero):
+        terms.append(_ste(x_dot, weight, transposed=False, dtype="float32", spec=spec))
+    if bias_dot is not None and not isinstance(bias_dot, ad.Zero):
+        terms.append(bias_dot.astype(jnp.float32))
+    if not terms:
+        return [y], [_primitive.zero_tangent(y)]
+    tangent = jnp.broadcast_to(functools.reduce(jnp.add, terms), y.shape)
+    return [y], [tangent.astype(y.dtype)]
+
+
+def _ste(v: jax.Array, weight: tuple[Any, ...], **params: Any) -> jax.Array:
+    (result,) = ste_p.bind(v, *weight, **params)
+    return result
+
+
+def _ste_abstract(
+    v: Any, *weight: Any, transposed: bool, dtype: str, spec: LinearSpec
+) -> list[Any]:
+    columns = spec.k if transposed else spec.n
+    return [_primitive.out_aval((v.shape[0], columns), dtype, (v, *weight))]
+
+
+def _ste_impl(
+    v: jax.Array, *weight: jax.Array, transposed: bool, dtype: str, spec: LinearSpec
+) -> list[jax.Array]:
+    """v (M, K) @ dequantize(w).T or, transposed, v (M, N) @ dequantize(w), as `dtype`."""
+    data, block_scale, w_scale = _canonical(weight, spec)
+    w = numerics.block_values(data, block_scale)[:, : spec.k]
+    w = w * (w_scale if w_scale.ndim == 0 else w_scale[:, None])
+    contract = (((1,), (0 if transposed else 1,)), ((), ()))
+    product = lax.dot_general(
+        v.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST
+    )
+    return [product.astype(dtype)]
+
+
+def _ste_batch(args: tuple[Any, ...], dims: tuple[int | None, ...], **params: Any) -> Any:
+    results = jax.vmap(functools.partial(_ste_impl, **params), in_axes=dims)(*args)
+    return results, [0] * len(results)
+
+
+def _ste_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    v, *weight = primals
+    results = ste_p.bind(v, *weight, **params)
+    if isinstance(tangents[0], ad.Zero):
+        return results, [_primitive.zero_tangent(r) for r in results]
+    return results, ste_p.bind(tangents[0], *weight, **params)
+
+
+def _ste_transpose(
+    cotangents: Any, v: Any, *weight: Any, transposed: bool, dtype: str, spec: LinearSpec
+) -> list[Any]:
+    del dtype
+    (ct,) = cotangents
+    none_for_weight = [None] * len(weight)
+    if isinstance(ct, ad.Zero):
+        return [ad.Zero(v.aval), *none_for_weight]
+    dv = _ste(ct, weight, transposed=not transposed, dtype=v.aval.dtype.name, spec=spec)
+    return [dv, *none_for_weight]
+
+
+linear_p = _primitive.define(
+    "nvfp4_linear", abstract=_abstract, reference=_reference, batch=_batch
+)
+ad.primitive_jvps[linear_p] = _jvp
+
+ste_p = _primitive.define(
+    "nvfp4_linear_ste", abstract=_ste_abstract, reference=_ste_impl, batch=_ste_batch
+)
+ad.primitive_jvps[ste_p] = _ste_jvp
+ad.primitive_transposes[ste_p] = _ste_transpose

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantize primitive: rows of 16-element blocks, with one of four sources of global scale."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad
+
+from jax_nvfp4 import numerics
+from jax_nvfp4.ops import _primitive
+
+Mode = Literal["tensor", "token", "static", "amax"]
+"""Where the global scale comes from: the amax of all of x, the amax of each row, a given global
+scale, or a given amax (of data of which x is a part)."""
+
+
+def quantize(
+    x: jax.Array, given: jax.Array | None = None, *, mode: Mode
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Quantizes the rows of a matrix.
+
+    Args:
+        x: (M, K), f32, bf16 or f16.
+        given: float32 () or (M,), the global scale ("static") or the amax ("amax").
+        mode: the source of the global scale.
+
+    Returns:
+        data uint8 (M, ceil(K/16)*8), block_scale float8_e4m3fn (M, ceil(K/16)), and global_scale
+        float32, () or (M,).
+    """
+    operands = (x,) if given is None else (x, given)
+    data, block_scale, global_scale = quantize_p.bind(*operands, mode=mode)
+    return data, block_scale, global_scale
+
+
+def scales(x: jax.Array, *given: jax.Array, mode: Mode) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Encode scale S, decode scale D, and the global scale to report, for each mode."""
+    if mode == "static":
+        return *numerics.static_scales(given[0]), given[0]
+    if mode == "amax":
+        largest = given[0]
+    else:
+        largest = numerics.amax(x, axis=-1 if mode == "token" else None)
+    encode, decode = numerics.dynamic_scales(largest)
+    return encode, decode, decode
+
+
+def _abstract(x: Any, *given: Any, mode: Mode) -> list[Any]:
+    m, k = x.shape
+    blocks = -(-k // numerics.BLOCK)
+    scale_shape = given[0].shape if given else ((m,) if mode == "token" else ())
+    operands = (x, *given)
+    return [
+        _primitive.out_aval((m, blocks * 8), jnp.uint8, operands),
+        _primitive.out_aval((m, blocks), jnp.float8_e4m3fn, operands),
+        _primitive.out_aval(scale_shape, jnp.float32, operands),
+    ]
+
+
+def _reference(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
+    encode, decode, global_scale = scales(x, *given, mode=mode)
+    return [*numerics.quantize(x, encode, decode), global_scale]
+
+
+def fold_rows(
+    args: tuple[Any, ...], dims: tuple[int | None, ...], mode: Mode
+) -> tuple[jax.Array, tuple[jax.Array, ...], Mode]:
+    """Folds a batch axis of x and its given scale into the rows.
+
+    Args:
+        args: x (M, K), and perhaps the given scale, with a batch axis where `dims` says so.
+        dims: the batch axis of each, or None.
+        mode: the mode of each element of the batch.
+
+    Returns:
+        x of shape (B*M, K), the given scale of shape (B*M,) if any, and the mode that quantizes
+        those rows to the same bits.
+    """
+    size = _primitive.batch_size(args, dims)
+    x = _primitive.to_front(args[0], dims[0])
+    if dims[0] is None:
+        x = jnp.broadcast_to(x, (size, *x.shape))
+    m, k = x.shape[1:]
+    given = [_primitive.to_front(a, d) for a, d in zip(args[1:], dims[1:], strict=True)]
+    if mode == "tensor":
+        given, mode = [numerics.amax(x, axis=(1, 2))], "amax"
+        rows = [jnp.broadcast_to(g[:, None], (size, m)) for g in given]
+    else:
+        per_batch = [g if d is not None else g[None] for g, d in zip(given, dims[1:], strict=True)]
+        rows = [
+            jnp.broadcast_to(g if g.ndim == 2 else g[:, None], (size, m)) for g in per_batch
+        ]
+    return x.reshape(size * m, k), tuple(g.reshape(size * m) for g in rows), mode
+
+
+def _batch(args: tuple[Any, ...], dims: tuple[int | None, ...], *, mode: Mode) -> tuple[Any, Any]:
+    size = _primitive.batch_size(args, dims)
+    x, given, row_mode = fold_rows(args, dims, mode)
+    data, block_scale, row_scale = quantize_p.bind(x, *given, mode=row_mode)
+    m = x.shape[0] // size
+    data, block_scale = (a.reshape(size, m, a.shape[-1]) for a in (data, block_scale))
+    if mode == "static":
+        global_scale, dim = args[1], dims[1]
+    elif mode == "amax":
+        global_scale, dim = numerics.dynamic_scales(args[1])[1], dims[1]
+    elif mode == "token":
+        global_scale, dim = row_scale.reshape(size, m), 0
+    else:
+        largest = numerics.amax(_primitive.to_front(args[0], dims[0]), axis=(1, 2))
+        global_scale, dim = numerics.dynamic_scales(largest)[1], 0
+    return [data, block_scale, global_scale], [0, 0, dim]
+
+
+def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, mode: Mode) -> tuple[Any, Any]:
+    del tangents  # piecewise constant
+    results = quantize_p.bind(*primals, mode=mode)
+    return results, [_primitive.zero_tangent(r) for r in results]
+
+
+quantize_p = _primitive.define(
+    "nvfp4_quantize", abstract=_abstract, reference=_reference, batch=_batch
+)
+ad.primitive_jvps[quantize_p] = _jvp
