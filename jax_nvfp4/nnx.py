@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flax nnx layer, and the swap of a model's Linear layers."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+
+from jax_nvfp4 import _layer, functional, numerics, params
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+
+class QuantizedParam(nnx.Variable[jax.Array]):
+    """A part of an NVFP4 kernel. Not an `nnx.Param`: `nnx.grad` must not differentiate codes."""
+
+
+class QuantStat(nnx.Variable[jax.Array]):
+    """A static activation scale, or the running amax that it follows from."""
+
+
+def _variables(weight: Nvfp4Tensor | RepackedWeight, metadata: Mapping[str, Any]) -> Any:
+    """A weight with a variable for each part.
+
+    Args:
+        weight: with arrays as parts.
+        metadata: of a kernel variable (in, out); its axis names are transposed for the codes and
+            the block scales and left out for the global scale.
+    """
+    names = metadata.get("out_sharding")
+    rest = {name: value for name, value in metadata.items() if name != "out_sharding"}
+
+    def variable(path: Any, part: jax.Array) -> QuantizedParam:
+        if names is None or path[-1].name == "global_scale":
+            return QuantizedParam(part, **rest)
+        return QuantizedParam(part, out_sharding=tuple(reversed(names)), **rest)
+
+    return jax.tree_util.tree_map_with_path(variable, weight)
+
+
+def _arrays(weight: Any) -> Any:
+    """The inverse of `_variables`, metadata aside."""
+    return jax.tree.map(
+        lambda part: part[...], weight, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+
+
+class Nvfp4Linear(nnx.Module):
+    """A drop-in for `flax.nnx.Linear` with an NVFP4 kernel.
+
+    `kernel` is an Nvfp4Tensor or RepackedWeight of logical shape (out_features, in_features) with a
+    QuantizedParam for each part; `bias` is an `nnx.Param`. `quantize_model` swaps the Linear layers
+    of a model for this one, `repack_model` repacks their kernels.
+
+    With `activation_scale="static"` the layer reads its QuantStat `input_scale`; while `calibrating`
+    is True it keeps the running amax of its inputs in `input_amax` and the scale that follows from
+    it in `input_scale`. Switch it for a whole model with
+    `model.set_attributes(calibrating=True)`. Before any calibration the scale is 1, which suits
+    inputs up to 2688.
+
+    Args:
+        in_features: input features, K.
+        out_features: output features, N.
+        use_bias: whether to add a bias.
+        dtype: of the computation and the output; None: what inputs and `param_dtype` promote to.
+        param_dtype: of the bias, and of the kernel before it is quantized.
+        precision: no effect: products are exact and sums float32.
+        kernel_init: initializer of the (in_features, out_features) kernel that is then quantized.
+        bias_init: initializer of the bias.
+        dot_general: must be None.
+        preferred_element_type: dtype of the output; that of the computation if None.
+        activation_scale: "token", "tensor", "static" or None, as in `jax_nvfp4.linear`.
+        batch_invariant: as in `jax_nvfp4.linear`.
+        rngs: streams for the initializers.
+        kernel_metadata: metadata of the kernel's variable, axis names in the order (in, out).
+        bias_metadata: metadata of the bias's variable.
+
+    Raises:
+        ValueError: a field has a value that the layer cannot honor.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = nnx.nn.linear.default_kernel_init,
+        bias_init: Initializer = nnx.nn.linear.default_bias_init,
+        dot_general: Any = None,
+        preferred_element_type: Dtype | None = None,
+        activation_scale: _layer.LayerActivationScale = "token",
+        batch_invariant: bool = False,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        _layer.check_fields("Nvfp4Linear", activation_scale, dot_general)
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        self.kernel = nnx.data(_variables(params.quantize_kernel(kernel), kernel_metadata))
+        self.bias: Any = nnx.data(None)
+        if use_bias:
+            bias = bias_init(rngs.params(), (out_features,), param_dtype)
+            self.bias = nnx.Param(bias, **bias_metadata)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.preferred_element_type = preferred_element_type
+        self.activation_scale = activation_scale
+        self.batch_invariant = batch_invariant
+        self.calibrating = False
+        static = activation_scale == "static"
+        self.input_amax: Any = QuantStat(jnp.zeros((), jnp.float32)) if static else nnx.data(None)
+        self.input_scale: Any = QuantStat(jnp.ones((), jnp.float32)) if static else nnx.data(None)
+
+    @classmethod
+    def from_linear(cls, linear: nnx.Linear, **fields: Any) -> "Nvfp4Linear":
+        """Quantizes the kernel of an `nnx.Linear`.
+
+        Args:
+            linear: the layer; its bias variable is shared, not copied.
+            **fields: activation_scale and batch_invariant of the new layer.
+
+        Returns:
+            The new layer.
+
+        Raises:
+            ValueError: the layer has a dot_general of its own.
+        """
+        own_product = linear.dot_general is not jax.lax.dot_general
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            use_bias=False,
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            precision=linear.precision,
+            kernel_init=lambda *_: linear.kernel[...],
+            dot_general=linear.dot_general if own_product else None,
+            preferred_element_type=linear.preferred_element_type,
+            rngs=nnx.Rngs(0),
+            kernel_metadata=linear.kernel.get_metadata(),
+            **fields,
+        )
+        if linear.bias is not None:
+            layer.bias, layer.use_bias = linear.bias, True
+        return layer
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer along the last axis.
+
+        Args:
+            inputs: (..., in_features).
+
+        Returns:
+            (..., out_features).
+
+        Raises:
+            TypeError: the kernel is not an NVFP4 weight.
+            ValueError: shapes do not go together.
+        """
+        inputs = jnp.asarray(inputs)
+        kernel = _arrays(self.kernel)
+        _layer.check_kernel("Nvfp4Linear", kernel, self.out_features, self.in_features)
+        scale: Any = self.activation_scale
+        if scale == "static":
+            if self.calibrating:
+                amax = jnp.maximum(self.input_amax[...], numerics.amax(inputs))
+                self.input_amax[...] = amax
+                self.input_scale[...] = numerics.dynamic_scales(amax)[1]
+            scale = self.input_scale[...]
+        return _layer.apply(
+            inputs,
+            kernel,
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            activation_scale=scale,
+            batch_invariant=self.batch_invariant,
+            out_dtype=self.preferred_element_type,
+        )
+
+
+def _every_linear(path: tuple[Any, ...], layer: nnx.Linear) -> bool:
+    return True
+
+
+def quantize_model(
+    model: nnx.Module,
+    where: Callable[[tuple[Any, ...], nnx.Linear], bool] = _every_linear,
+    **fields: Any,
+) -> None:
+    """Swaps the `nnx.Linear` layers of a model for Nvfp4Linear, in place.
+
+    Args:
+        model: changed in place. A layer that is shared stays shared.
+        where: given a layer's path and the layer, whether to swap it; every Linear by default.
+        **fields: activation_scale and batch_invariant of the new layers.
+
+    Raises:
+        ValueError: no layer was chosen, or the model is itself a Linear.
+    """
+    if isinstance(model, nnx.Linear):
+        raise ValueError("the model is itself a Linear; use Nvfp4Linear.from_linear")
+    swapped: dict[int, Nvfp4Linear] = {}
+    for path, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.Linear) and type(node) is nnx.Linear and where(path, node):
+            swapped[id(node)] = Nvfp4Linear.from_linear(node, **fields)
+    if not swapped:
+        raise ValueError("no nnx.Linear layer of the model was chosen to be quantized")
+    _replace(model, swapped)
+
+
+def repack_model(model: nnx.Module, arch: str | None = None) -> None:
+    """Repacks the kernels of a model's Nvfp4Linear layers, in place.
+
+    Args:
+        model: changed in place; kernels that are repacked already stay as they are.
+        arch: as in `jax_nvfp4.repack`.
+    """
+    for _, node in list(nnx.iter_graph(model)):
+        if isinstance(node, Nvfp4Linear) and isinstance(node.kernel, Nvfp4Tensor):
+            weight = functional.repack(_arrays(node.kernel), arch)
+            # Tiles take the place of rows and columns, in the same order: the names stay.
+            node.kernel = nnx.data(_variables(weight, {}))
+
+
+def _replace(root: Any, swapped: dict[int, Nvfp4Linear]) -> None:
+    """Puts the new layers wherever the old ones are attributes or items, at any depth."""
+    for _, node in list(nnx.iter_graph(root)):
+        if isinstance(node, list):
+            items: Any = enumerate(node)
+        elif isinstance(node, dict):
+            items = list(node.items())
+        elif isinstance(node, nnx.Module):
+            items = list(vars(node).items())
+        else:
+            continue
+        for key, child in items:
+            if id(child) in swapped:
+                if isinstance(node, nnx.Module):
+                    setattr(node, key, swapped[id(child)])
+                else:
+                    node[key] = swapped[id(child)]
