@@ -1,26 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blackwell data-center GPUs (sm_100, sm_103): GEMM configs and which one serves which problem."""
+"""Blackwell data-center GPUs (sm_100, sm_103): GEMM configs and which one serves which problem.
+
+Two designs of one kernel (`kind`). "swap": the weight is the MMA's M side (128 rows for each CTA)
+and the tokens a narrow N side; a cluster of up to eight CTAs may split K. "pair": tcgen05.mma over
+two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many as shared memory holds.
+The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
+"""
 
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
+MAX_SPLIT_K = 8
+"""CTAs that may split K: the largest cluster that every GPU is sure to schedule."""
 
-def _config(suffix: str, **fields: object) -> GemmConfig:
+_REFERENCE_SMS = 148
+"""Multiprocessors that batch-invariant calls assume: their split may not depend on the GPU."""
+
+
+def _config(suffix: str, kind: str, tile_m: int, tile_n: int, stages: int, **rest: int):
+    swap = kind == "swap"
     return GemmConfig(
-        name=f"gemm_sm100f_{suffix}", arch="sm_100f", x_dtype="e2m1", tile_k=256, **fields
+        name=f"gemm_sm100f_{suffix}",
+        arch="sm_100f",
+        kind=kind,
+        x_dtype="e2m1",
+        tile_m=tile_m,
+        tile_n=tile_n,
+        tile_k=256,
+        stages=stages,
+        swap_ab=swap,
+        split_k=MAX_SPLIT_K if swap else 1,
+        **rest,
     )
 
 
-SWAP_32 = _config("swap_t32", kind="swap", tile_m=32, tile_n=128, stages=8, swap_ab=True, split_k=8)
-SWAP_64 = _config("swap_t64", kind="swap", tile_m=64, tile_n=128, stages=6, swap_ab=True, split_k=8)
-SWAP_128 = _config("swap_t128", kind="swap", tile_m=128, tile_n=128, stages=5, swap_ab=True, split_k=8)
-PAIR_128 = _config("pair_t256x128", kind="pair", tile_m=256, tile_n=128, cluster_m=2, stages=6)
-PAIR_256 = _config("pair_t256x256", kind="pair", tile_m=256, tile_n=256, cluster_m=2, stages=5)
-PAIR_256_C4 = _config("pair_t256x256_c2x2", kind="pair", tile_m=256, tile_n=256, cluster_m=2, cluster_n=2, stages=5)
+SWAP_32 = _config("swap_t32", "swap", 32, 128, 8)
+SWAP_64 = _config("swap_t64", "swap", 64, 128, 6)
+SWAP_128 = _config("swap_t128", "swap", 128, 128, 5)
+PAIR_128 = _config("pair_t256x128", "pair", 256, 128, 6, cluster_m=2)
+PAIR_256 = _config("pair_t256x256", "pair", 256, 256, 5, cluster_m=2)
+PAIR_256_C4 = _config("pair_t256x256_c2x2", "pair", 256, 256, 5, cluster_m=2, cluster_n=2)
 
 CONFIGS = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4)
-RULES = ()
+
+
+def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
+    """Output tiles of a problem: one CTA's (swap) or one pair's."""
+    return -(-problem.m // config.tile_m) * -(-problem.n // config.tile_n)
+
+
+def _split(tiles: int, k: int, num_sms: int) -> int:
+    """Ways to split K: doubled while the CTAs fit the chip and each keeps two stages of K."""
+    split = 1
+    while split < MAX_SPLIT_K and 2 * split * tiles <= num_sms and -(-k // 256) >= 4 * split:
+        split *= 2
+    return split
+
+
+def _split_swap(config: GemmConfig):
+    return lambda p, num_sms: _split(_tiles(config, p), p.k, num_sms)
+
+
+def _split_invariant(problem: GemmProblem, num_sms: int) -> int:
+    return _split(-(-problem.n // SWAP_128.tile_n), problem.k, _REFERENCE_SMS)
+
+
+def _one(problem: GemmProblem, num_sms: int) -> int:
+    return 1
+
+
+RULES = (
+    Rule(
+        lambda p, sms: p.batch_invariant,
+        SWAP_128,
+        _split_invariant,
+        "One config and a split from (n, k) alone: the weight is read once up to 128 tokens, as "
+        "in decoding, and a 128x128 tile still reaches a large share of the MMA rate beyond.",
+    ),
+    Rule(
+        lambda p, sms: p.m <= 32,
+        SWAP_32,
+        _split_swap(SWAP_32),
+        "Bound by the weight's bytes: the narrowest token tile leaves shared memory to eight "
+        "stages, 144 KB of weight in flight on each multiprocessor; K is split to use them all.",
+    ),
+    Rule(
+        lambda p, sms: p.m <= 64,
+        SWAP_64,
+        _split_swap(SWAP_64),
+        "Still bound by the weight's bytes; 64 tokens in one tile read the weight once.",
+    ),
+    Rule(
+        lambda p, sms: p.m <= 128 or (p.m <= 256 and 4 * _tiles(PAIR_128, p) <= sms),
+        SWAP_128,
+        _split_swap(SWAP_128),
+        "128 tokens in one tile read the weight once; up to 256 tokens also where pairs would "
+        "leave half of the chip idle, because only the swap configs split K.",
+    ),
+    Rule(
+        lambda p, sms: 2 * _tiles(PAIR_256, p) <= sms,
+        PAIR_128,
+        _one,
+        "The larger tiles would not fill the chip once: twice as many tiles of half the size do "
+        "better, although each loads more bytes for an MMA.",
+    ),
+    Rule(
+        lambda p, sms: p.m > 256 and _tiles(PAIR_256, p) >= 4 * (sms // 2) and p.n > 256,
+        PAIR_256_C4,
+        _one,
+        "Bound by the MMA rate: clusters of two pairs share x, 54 bytes a cycle for each CTA "
+        "rather than 72, which no longer nears what L2 delivers. Four waves or more, so that the "
+        "tail of the larger clusters does not show.",
+    ),
+    Rule(
+        lambda p, sms: True,
+        PAIR_256,
+        _one,
+        "The largest tile with the smallest cluster: the tail of a few waves wastes least.",
+    ),
+)
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
-    """Scratch memory of a call: none, partial sums meet in distributed shared memory."""
+    """Bytes of scratch memory that a call needs: none.
+
+    The partial sums of a split K meet in distributed shared memory, so that nothing is left in
+    global memory to be initialized or reset.
+    """
     return 0

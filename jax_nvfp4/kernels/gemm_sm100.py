@@ -309,7 +309,7 @@ class GemmSm100:
         )
         tiles_a = cute.ceil_div(rows_a, ROWS * s.cluster_a)
         tiles_b = cute.ceil_div(rows_b, s.columns * s.cluster_b)
-        split = split_k if cutlass.const_expr(self.config.split_k > 1) else Int32(1)
+        split = split_k if cutlass.const_expr(self.config.split_k > 1) else 1
         cluster = s.cluster_a * s.cluster_b * split
         clusters = cutlass.max(cutlass.min(tiles_a * tiles_b, num_sms // cluster), 1)
         self.kernel(
@@ -331,7 +331,7 @@ class GemmSm100:
             bias_dtype,
             out_dtype,
             use_tma,
-            split,
+            Int32(split),
             tiles_a,
             tiles_b,
             clusters,
@@ -647,12 +647,13 @@ class GemmSm100:
         sfa_k, sfb_k, sfb_step = offsets
         last = cutlass.min(k_end, k_begin + self.stages)
         for k in cutlass.range(k_begin, last, unroll=1):
-            if cutlass.const_expr(self.swap):
-                cute.prefetch(tma_a, data[0][None, k])
-                cute.prefetch(tma_sfa, scales[0][None, k * s.a_slices + sfa_k])
-            else:
-                cute.prefetch(tma_b, data[1][None, k])
-                cute.prefetch(tma_sfb, scales[1][None, k * sfb_step + sfb_k])
+            with cute.arch.elect_one():
+                if cutlass.const_expr(self.swap):
+                    cute.prefetch(tma_a, data[0][None, k])
+                    cute.prefetch(tma_sfa, scales[0][None, k * s.a_slices + sfa_k])
+                else:
+                    cute.prefetch(tma_b, data[1][None, k])
+                    cute.prefetch(tma_sfb, scales[1][None, k * sfb_step + sfb_k])
 
     # -------------------------------------------------------------------------------- MMA
 
@@ -806,7 +807,7 @@ class GemmSm100:
     def _column_values(self, storage, offset):
         """The scales or biases of CHUNK columns, in registers."""
         registers = cute.make_rmem_tensor((CHUNK,), Float32)
-        source = (storage.columns.data_ptr() + offset).align(16)
+        source = storage.columns.data_ptr() + cute.assume(offset, divby=4)
         cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), registers)
         return registers
 
@@ -833,7 +834,7 @@ class GemmSm100:
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         leader = rank // 2 * 2
-        buffers = storage.staging.data_ptr() + warp * 8192
+        buffers = storage.staging.data_ptr() + cute.assume(warp * 8192, divby=8192)
         used = Int32(0)  # staging buffers used so far
         count = Int32(0)
         index = cluster
@@ -919,14 +920,14 @@ class GemmSm100:
         """The next of the warp's two staging buffers, once TMA has read what it held before."""
         cute.arch.cp_async_bulk_wait_group(1, read=True)
         cute.arch.sync_warp()
-        return buffers + used % 2 * 4096
+        return buffers + cute.assume(used % 2 * 4096, divby=4096)
 
     def stage_words(self, buffer, words, first):
         """Writes a thread's words from 16-byte chunk `first` on of its row, in TMA's swizzle."""
         lane = cute.arch.lane_idx()
         for i in range(cute.size(words) // 4):
             offset = lane * 128 + ((first + i) ^ (lane % 8)) * 16
-            pointer = cute.recast_ptr((buffer + offset).align(16), dtype=Uint32)
+            pointer = cute.recast_ptr(buffer + cute.assume(offset, divby=16), dtype=Uint32)
             source = cute.make_tensor(words.iterator + 4 * i, cute.make_layout(4))
             cute.autovec_copy(source, cute.make_tensor(pointer, cute.make_layout(4)))
 
@@ -952,7 +953,9 @@ class GemmSm100:
                 cute.group_modes(words, 0, 2),
                 cute.group_modes(cute.local_tile(gmem_y, (32, 64), (None, None)), 0, 2),
             )
-            cute.copy(tma_y, source, boxes[None, row // 32, col // 64])
+            # Unlike loads, stores and prefetches are issued by each thread that reaches them.
+            with cute.arch.elect_one():
+                cute.copy(tma_y, source, boxes[None, row // 32, col // 64])
         else:
             cute.arch.sync_warp()
             lane = cute.arch.lane_idx()
@@ -963,7 +966,7 @@ class GemmSm100:
                     if col + c < width:
                         offset = r * 128 + ((c // 8) ^ (r % 8)) * 16 + c % 8 * 2
                         word = cute.make_tensor(
-                            cute.recast_ptr((buffer + offset).align(2), dtype=Uint16),
+                            cute.recast_ptr(buffer + cute.assume(offset, divby=2), dtype=Uint16),
                             cute.make_layout(1),
                         )
                         at = Int64(row + r) * width + (col + c)
