@@ -132,20 +132,16 @@ class Checker {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// XLA numbers state types separately for each runtime in the process, hence a type per platform.
-enum class Platform { kCuda, kHost };
-
 // What an op's Instantiate stage leaves for the others: its attributes, decoded, and its kernel.
-template <typename Attributes, Platform>
+template <typename Attributes>
 struct CallState {
   inline static ffi::TypeId id = {};
   Attributes attributes;
   Kernel* kernel;
 };
 
-template <typename Attributes, Platform platform>
-ffi::ErrorOr<std::unique_ptr<CallState<Attributes, platform>>> MakeState(Op op,
-                                                                         Attributes attributes) {
+template <typename Attributes>
+ffi::ErrorOr<CallState<Attributes>> Resolve(Op op, Attributes attributes) {
   Kernel* kernel = FindKernel(op, attributes.kernel);
   if (kernel == nullptr) {
     return ffi::Unexpected(ffi::Error(
@@ -153,8 +149,7 @@ ffi::ErrorOr<std::unique_ptr<CallState<Attributes, platform>>> MakeState(Op op,
                                        std::string(attributes.kernel) + "' is built in"));
   }
   attributes.kernel = kernel->name();  // the name in the call frame does not outlive this stage
-  return std::make_unique<CallState<Attributes, platform>>(
-      CallState<Attributes, platform>{attributes, kernel});
+  return CallState<Attributes>{attributes, kernel};
 }
 
 // Initialize, the same for each op: the one stage that may load, since Execute may run under graph
@@ -164,12 +159,13 @@ ffi::Error LoadKernel(int32_t device, State* state) {
   return state->kernel->Load(device);
 }
 
-// A custom call target on one platform, as module.cc hands it to JAX.
+// A custom call target on one platform, as module.cc hands it to JAX. On the host it only checks: its
+// state type could not be registered in time, since JAX hands the CPU runtime targets before types.
 struct Target {
   const char* name;
   const char* platform;
-  XLA_FFI_Handler* instantiate;
-  XLA_FFI_Handler* initialize;  // null: none
+  XLA_FFI_Handler* instantiate;  // null: no such stage
+  XLA_FFI_Handler* initialize;
   XLA_FFI_Handler* execute;
   const char* state_name;
   ffi::TypeId* state_id;

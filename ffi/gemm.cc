@@ -11,8 +11,7 @@ struct GemmAttributes {
   int32_t split_k;
 };
 
-template <Platform platform>
-using State = CallState<GemmAttributes, platform>;
+using State = CallState<GemmAttributes>;
 
 }  // namespace
 }  // namespace jax_nvfp4
@@ -38,12 +37,27 @@ struct Sizes {
   DType bias_dtype, out_dtype;
 };
 
-template <Platform platform>
-ffi::ErrorOr<std::unique_ptr<State<platform>>> Instantiate(GemmAttributes attributes) {
+// What a repacked weight's sizes are rounded up to.
+struct Padding {
+  int64_t n, k;
+};
+
+Padding WeightPadding(const Kernel& kernel) {
+  return kernel.arch() == std::string_view("sm_90a") ? Padding{128, 128} : Padding{128, 64};
+}
+
+// Checks the attributes and finds the kernel.
+ffi::ErrorOr<State> Decode(GemmAttributes attributes) {
   Checker check(Op::kGemm);
   check.Attribute("split_k", attributes.split_k, 1, 1 << 16);
   if (!check.ok()) return ffi::Unexpected(check.error());
-  return MakeState<GemmAttributes, platform>(Op::kGemm, attributes);
+  return Resolve(Op::kGemm, attributes);
+}
+
+ffi::ErrorOr<std::unique_ptr<State>> Instantiate(GemmAttributes attributes) {
+  ffi::ErrorOr<State> state = Decode(attributes);
+  if (state.has_error()) return ffi::Unexpected(state.error());
+  return std::make_unique<State>(*state);
 }
 
 // 0 for one value, 1 for one per row; an operand of another size fails the check.
@@ -81,15 +95,14 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
     }
     check.Count("sfx", b.sfx, 0, "none: x holds values");
   }
-  // The weight's rows are padded to what the kernel's tiles take; both parts agree on how many.
-  const int64_t w_bytes = b.w.element_count(), w_rows = w_bytes / (k / 2);
+  const Padding padding = WeightPadding(kernel);
+  const int64_t w_elements = CeilDiv(n, padding.n) * padding.n * CeilDiv(k, padding.k) * padding.k;
+  const std::string of = " of (" + std::to_string(n) + "," + std::to_string(k) + ") padded to (" +
+                         std::to_string(padding.n) + "," + std::to_string(padding.k) + ")";
   check.Type("w", b.w, ffi::DataType::U8);
-  check.That(w_rows * (k / 2) == w_bytes && w_rows >= n && w_rows < n + 256, "w",
-             "codes of " + std::to_string(n) + " rows, padded by less than 256, of " +
-                 std::to_string(k) + " elements",
-             b.w);
+  check.Count("w", b.w, w_elements / 2, "codes" + of);
   check.Bytes("sfw", b.sfw);
-  check.Count("sfw", b.sfw, w_rows * (k / 16), "w's padded rows * k/16");
+  check.Count("sfw", b.sfw, w_elements / 16, "scales" + of);
 
   Sizes sizes{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), -1, 0,
               kNone, kNone};
@@ -113,7 +126,7 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
   return sizes;
 }
 
-ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>* state,
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
                    ffi::AnyBuffer x, ffi::AnyBuffer sfx, ffi::AnyBuffer w, ffi::AnyBuffer sfw,
                    ffi::AnyBuffer x_scale, ffi::AnyBuffer w_scale, ffi::AnyBuffer bias,
                    ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
@@ -133,32 +146,31 @@ ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>*
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
-ffi::Error HostExecute(State<Platform::kHost>* state, ffi::AnyBuffer x, ffi::AnyBuffer sfx,
+ffi::Error HostExecute(GemmAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer sfx,
                        ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer x_scale,
                        ffi::AnyBuffer w_scale, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> scratch) {
+  ffi::ErrorOr<State> state = Decode(attributes);
+  if (state.has_error()) return state.error();
   const Buffers b{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
   ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
   if (sizes.has_error()) return sizes.error();
   return CudaOnly(*state->kernel);
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate<Platform::kCuda>,
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                        ffi::Ffi::BindInstantiate().Attrs<GemmAttributes>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State<Platform::kCuda>>,
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<State<Platform::kCuda>>>());
-XLA_FFI_DEFINE_HANDLER(kHostInstantiate, Instantiate<Platform::kHost>,
-                       ffi::Ffi::BindInstantiate().Attrs<GemmAttributes>());
-
+                           .Ctx<ffi::State<State>>());
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Gemm, Execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<State<Platform::kCuda>>>()
+                                  .Ctx<ffi::State<State>>()
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // sfx
                                   .Arg<ffi::AnyBuffer>()   // w
@@ -172,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Gemm, Execute,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4GemmHost, HostExecute,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<State<Platform::kHost>>>()
+                                  .Attrs<GemmAttributes>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
@@ -184,13 +196,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4GemmHost, HostExecute,
                                   .Ret<ffi::AnyBuffer>());
 
 std::array<Target, 2> GemmTargets() {
-  static ffi::TypeInfo info = ffi::MakeTypeInfo<State<Platform::kCuda>>();
-  static ffi::TypeInfo host_info = ffi::MakeTypeInfo<State<Platform::kHost>>();
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<State>();
   return {
       Target{"jax_nvfp4_gemm", "CUDA", kInstantiate, kInitialize, JaxNvfp4Gemm,
-             "jax_nvfp4_gemm_state", &State<Platform::kCuda>::id, &info},
-      Target{"jax_nvfp4_gemm", "cpu", kHostInstantiate, nullptr, JaxNvfp4GemmHost,
-             "jax_nvfp4_gemm_host_state", &State<Platform::kHost>::id, &host_info},
+             "jax_nvfp4_gemm_state", &State::id, &info},
+      Target{"jax_nvfp4_gemm", "cpu", nullptr, nullptr, JaxNvfp4GemmHost, nullptr, nullptr,
+             nullptr},
   };
 }
 

@@ -9,29 +9,36 @@ namespace nb = nanobind;
 namespace jax_nvfp4 {
 namespace {
 
-nb::capsule Capsule(const void* pointer) { return nb::capsule(pointer); }
-
 // A list of {name, platform, handlers: {stage: capsule}, state_name, state: {type_id, type_info}},
-// the dictionaries being those that jax.ffi.register_ffi_target and register_ffi_type take.
+// the inner dictionaries being those that jax.ffi.register_ffi_target and register_ffi_type take;
+// state_name and state are None for a target without.
 nb::list Targets() {
   nb::list list;
   for (const auto& targets : {QuantizeTargets(), GemmTargets()}) {
     for (const Target& target : targets) {
       nb::dict handlers;
-      handlers["instantiate"] = Capsule(reinterpret_cast<void*>(target.instantiate));
-      if (target.initialize != nullptr) {
-        handlers["initialize"] = Capsule(reinterpret_cast<void*>(target.initialize));
+      const std::pair<const char*, XLA_FFI_Handler*> stages[] = {
+          {"instantiate", target.instantiate},
+          {"initialize", target.initialize},
+          {"execute", target.execute},
+      };
+      for (const auto& [stage, handler] : stages) {
+        if (handler != nullptr) {
+          handlers[stage] = nb::capsule(reinterpret_cast<const void*>(handler));
+        }
       }
-      handlers["execute"] = Capsule(reinterpret_cast<void*>(target.execute));
-      nb::dict state;
-      state["type_id"] = Capsule(target.state_id);
-      state["type_info"] = Capsule(target.state_info);
       nb::dict entry;
       entry["name"] = target.name;
       entry["platform"] = target.platform;
       entry["handlers"] = handlers;
       entry["state_name"] = target.state_name;
-      entry["state"] = state;
+      entry["state"] = nb::none();
+      if (target.state_id != nullptr) {
+        nb::dict state;
+        state["type_id"] = nb::capsule(target.state_id);
+        state["type_info"] = nb::capsule(target.state_info);
+        entry["state"] = state;
+      }
       list.append(entry);
     }
   }

@@ -16,8 +16,7 @@ struct QuantizeAttributes {
   int32_t out_format;
 };
 
-template <Platform platform>
-using State = CallState<QuantizeAttributes, platform>;
+using State = CallState<QuantizeAttributes>;
 
 }  // namespace
 }  // namespace jax_nvfp4
@@ -36,13 +35,19 @@ struct Sizes {
   DType x_dtype;
 };
 
-template <Platform platform>
-ffi::ErrorOr<std::unique_ptr<State<platform>>> Instantiate(QuantizeAttributes attributes) {
+// Checks the attributes and finds the kernel.
+ffi::ErrorOr<State> Decode(QuantizeAttributes attributes) {
   Checker check(Op::kQuantize);
   check.Attribute("mode", attributes.mode, kScalarGiven, kPerTensor);
   check.Attribute("out_format", attributes.out_format, kLinear, kBF16Values);
   if (!check.ok()) return ffi::Unexpected(check.error());
-  return MakeState<QuantizeAttributes, platform>(Op::kQuantize, attributes);
+  return Resolve(Op::kQuantize, attributes);
+}
+
+ffi::ErrorOr<std::unique_ptr<State>> Instantiate(QuantizeAttributes attributes) {
+  ffi::ErrorOr<State> state = Decode(attributes);
+  if (state.has_error()) return ffi::Unexpected(state.error());
+  return std::make_unique<State>(*state);
 }
 
 // Checks all buffers against one another and against the kernel; reads no memory.
@@ -120,7 +125,7 @@ ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::
                     std::string("jax_nvfp4 quantize: ") + cudaGetErrorString(error));
 }
 
-ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>* state,
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
                    ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> data,
                    ffi::Result<ffi::AnyBuffer> block_scale,
                    ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
@@ -141,32 +146,31 @@ ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State<Platform::kCuda>*
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
-ffi::Error HostExecute(State<Platform::kHost>* state, ffi::AnyBuffer x, ffi::AnyBuffer g,
+ffi::Error HostExecute(QuantizeAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer g,
                        ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
                        ffi::Result<ffi::AnyBuffer> global_scale,
                        ffi::Result<ffi::AnyBuffer> scratch) {
+  ffi::ErrorOr<State> state = Decode(attributes);
+  if (state.has_error()) return state.error();
   ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, state->attributes, x, g, *data, *block_scale,
                                     *global_scale, *scratch);
   if (sizes.has_error()) return sizes.error();
   return CudaOnly(*state->kernel);
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate<Platform::kCuda>,
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                        ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State<Platform::kCuda>>,
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<State<Platform::kCuda>>>());
-XLA_FFI_DEFINE_HANDLER(kHostInstantiate, Instantiate<Platform::kHost>,
-                       ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
-
+                           .Ctx<ffi::State<State>>());
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<State<Platform::kCuda>>>()
+                                  .Ctx<ffi::State<State>>()
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // global_scale (given)
                                   .Ret<ffi::AnyBuffer>()   // data
@@ -177,7 +181,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4QuantizeHost, HostExecute,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<State<Platform::kHost>>>()
+                                  .Attrs<QuantizeAttributes>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
@@ -186,13 +190,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4QuantizeHost, HostExecute,
                                   .Ret<ffi::AnyBuffer>());
 
 std::array<Target, 2> QuantizeTargets() {
-  static ffi::TypeInfo info = ffi::MakeTypeInfo<State<Platform::kCuda>>();
-  static ffi::TypeInfo host_info = ffi::MakeTypeInfo<State<Platform::kHost>>();
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<State>();
   return {
       Target{"jax_nvfp4_quantize", "CUDA", kInstantiate, kInitialize, JaxNvfp4Quantize,
-             "jax_nvfp4_quantize_state", &State<Platform::kCuda>::id, &info},
-      Target{"jax_nvfp4_quantize", "cpu", kHostInstantiate, nullptr, JaxNvfp4QuantizeHost,
-             "jax_nvfp4_quantize_host_state", &State<Platform::kHost>::id, &host_info},
+             "jax_nvfp4_quantize_state", &State::id, &info},
+      Target{"jax_nvfp4_quantize", "cpu", nullptr, nullptr, JaxNvfp4QuantizeHost, nullptr, nullptr,
+             nullptr},
   };
 }
 

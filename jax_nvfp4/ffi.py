@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The custom calls into the compiled kernels; the only importer of the extension module.
+
+Importing this module registers the call targets with JAX. Where the extension is absent the module
+imports all the same, `available` is False for every architecture and `reason` says why.
+
+The calls take operands that the caller has checked and computes nothing but shapes; the handlers
+check all of it again, against one another and against the kernel, and return an XLA error that
+names the op, the operand, expected and got.
+"""
+
+import enum
+import functools
+import importlib
+import importlib.resources
+import json
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_nvfp4.config import GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
+from jax_nvfp4.layout import swizzle
+
+_ABSENT_NOTE = "_no_extension.txt"
+
+
+class Mode(enum.IntEnum):
+    """Where a quantize kernel takes the global scale from."""
+
+    SCALAR_GIVEN = 0
+    ROWS_GIVEN = 1
+    TOKEN = 2
+    """The amax of each row."""
+    TENSOR = 3
+    """The amax of all of x."""
+
+
+class OutFormat(enum.IntEnum):
+    """What a quantize kernel writes."""
+
+    LINEAR = 0
+    """The canonical form: blocks padded to 16 elements, scales in logical order."""
+    OPERAND = 1
+    """A GEMM operand of Blackwell: rows padded to 64 elements, scales in the 128x4 order."""
+    VALUES = 2
+    """bfloat16 `e2m1 * block_scale`, exactly, rows padded to 64 elements; no scales."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and why there is none."""
+    try:
+        return importlib.import_module("jax_nvfp4._ffi"), ""
+    except ModuleNotFoundError:
+        note = importlib.resources.files("jax_nvfp4") / _ABSENT_NOTE
+        why = note.read_text() if note.is_file() else "this installation was not built"
+        return None, f"the CUDA extension jax_nvfp4._ffi is absent: {why}"
+    except ImportError as error:
+        return None, f"the CUDA extension jax_nvfp4._ffi does not load: {error}"
+
+
+def _register(extension: ModuleType) -> None:
+    for target in extension.targets():
+        if target["state"] is not None:  # types first: a handler refers to its state's
+            jax.ffi.register_ffi_type(target["state_name"], target["state"], target["platform"])
+        jax.ffi.register_ffi_target(target["name"], target["handlers"], target["platform"])
+
+
+_extension, _absent = _load()
+if _extension is not None:
+    _register(_extension)
+
+
+@functools.cache
+def manifest() -> dict[str, Any]:
+    """What is built in: {"dsl_version": str, "kernels": [{"name", "op", "arch", "config", ...}]}.
+
+    Each kernel has its resources too: `registers` a thread, static `shared_bytes` a CTA,
+    `stack_bytes` a thread (where spills would be).
+    """
+    if _extension is None:
+        return {"dsl_version": "", "kernels": []}
+    return json.loads(_extension.manifest())
+
+
+@functools.cache
+def kernels(arch: str) -> dict[str, dict[str, Any]]:
+    """The kernels built in for an architecture, from name to manifest entry."""
+    return {entry["name"]: entry for entry in manifest()["kernels"] if entry["arch"] == arch}
+
+
+def arches() -> tuple[str, ...]:
+    """The architectures that kernels are built in for."""
+    return tuple(sorted({entry["arch"] for entry in manifest()["kernels"]}))
+
+
+def available(arch: str) -> bool:
+    """Whether kernels for `arch` are built in."""
+    return bool(kernels(arch))
+
+
+def reason(arch: str) -> str:
+    """Why `available(arch)` is False; an empty string where it is True."""
+    if available(arch):
+        return ""
+    if _extension is None:
+        return _absent
+    return f"kernels are built in for {', '.join(arches())}, and not for {arch}"
+
+
+def _padded(k: int, multiple: int) -> int:
+    return -(-k // multiple) * multiple
+
+
+def _empty(dtype: DTypeLike) -> np.ndarray:
+    """The operand or result that stands for one that is not there."""
+    return np.zeros((0,), dtype)
+
+
+def quantize_call(
+    x: jax.Array,
+    global_scale: jax.Array | None,
+    *,
+    config: QuantizeConfig,
+    mode: Mode | int,
+    out_format: OutFormat | int,
+    num_sms: int = 0,
+    scratch_bytes: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Calls a quantize kernel.
+
+    Args:
+        x: (m, k), of the dtype the config is for.
+        global_scale: float32, one value for SCALAR_GIVEN, (m,) for ROWS_GIVEN, else None.
+        config: the kernel to call.
+        mode: a `Mode`.
+        out_format: an `OutFormat`.
+        num_sms: multiprocessors that `scratch_bytes` was computed for; 0: all of the device's.
+        scratch_bytes: scratch memory to hand to the kernel.
+
+    Returns:
+        (data, block_scale, global_scale). LINEAR: uint8 (m, ceil(k/16)*8) and float8_e4m3fn
+        (m, ceil(k/16)). OPERAND: uint8 (m, ceil(k/64)*32) and uint8 of the swizzled shape, padding
+        zero. VALUES: bfloat16 (m, ceil(k/64)*64) and uint8 (0,). global_scale is float32, () or,
+        by row, (m,).
+    """
+    m, k = x.shape
+    if out_format == OutFormat.LINEAR:
+        data = jax.ShapeDtypeStruct((m, _padded(k, 16) // 2), jnp.uint8)
+        block_scale = jax.ShapeDtypeStruct((m, -(-k // 16)), jnp.float8_e4m3fn)
+    elif out_format == OutFormat.OPERAND:
+        data = jax.ShapeDtypeStruct((m, _padded(k, 64) // 2), jnp.uint8)
+        block_scale = jax.ShapeDtypeStruct(swizzle.swizzled_shape(m, -(-k // 16)), jnp.uint8)
+    else:
+        data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
+        block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
+    per_row = mode in (Mode.ROWS_GIVEN, Mode.TOKEN)
+    results = (
+        data,
+        block_scale,
+        jax.ShapeDtypeStruct((m,) if per_row else (), jnp.float32),
+        jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8),
+    )
+    given = _empty(np.float32) if global_scale is None else global_scale
+    data, block_scale, global_scale, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
+        x,
+        given,
+        kernel=config.name,
+        mode=np.int32(mode),
+        num_sms=np.int32(num_sms),
+        out_format=np.int32(out_format),
+    )
+    return data, block_scale, global_scale
+
+
+def gemm_call(
+    x: jax.Array,
+    sfx: jax.Array | None,
+    w: jax.Array,
+    sfw: jax.Array,
+    x_scale: jax.Array | None,
+    w_scale: jax.Array,
+    bias: jax.Array | None,
+    *,
+    config: GemmConfig,
+    split_k: int,
+    n: int,
+    out_dtype: DTypeLike,
+    num_sms: int,
+) -> jax.Array:
+    """Calls a GEMM kernel: `y = x_scale * w_scale * (x @ w.T) + bias`, rounded once.
+
+    Args:
+        x: (m, k), k a positive multiple of 64; uint8 (m, k/2) where the config takes e2m1.
+        sfx: the 128x4-swizzled scales of an e2m1 x, else None.
+        w: uint8, the repacked weight's codes.
+        sfw: the repacked weight's scales.
+        x_scale: float32, one value or (m,); None: 1.
+        w_scale: float32, one value or (n,).
+        bias: (n,) float32, bfloat16 or float16, or None.
+        config: the kernel to call.
+        split_k: number of ways in which K is split.
+        n: logical rows of the weight.
+        out_dtype: float32, bfloat16 or float16.
+        num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
+
+    Returns:
+        y, (m, n) of `out_dtype`.
+    """
+    m, columns = x.shape
+    k = 2 * columns if config.x_dtype == "e2m1" else columns
+    problem = GemmProblem(m=m, n=n, k=k, arch=config.arch, x_dtype=config.x_dtype)
+    results = (
+        jax.ShapeDtypeStruct((m, n), out_dtype),
+        jax.ShapeDtypeStruct((scratch_bytes(config, problem, split_k, num_sms),), jnp.uint8),
+    )
+    y, _ = jax.ffi.ffi_call("jax_nvfp4_gemm", results)(
+        x,
+        _empty(np.uint8) if sfx is None else sfx,
+        w,
+        sfw,
+        _empty(np.float32) if x_scale is None else x_scale,
+        w_scale,
+        _empty(np.float32) if bias is None else bias,
+        kernel=config.name,
+        num_sms=np.int32(num_sms),
+        split_k=np.int32(split_k),
+    )
+    return y
