@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing a checkpoint: a folder in bf16, f16 or f32 to a ModelOpt NVFP4 folder.
+
+The work goes shard by shard. A shard takes its name when it is whole, and a record of it holds its
+hash, so that a killed run is taken up where it was: shards that are as they were written, from the
+same source with the same options, are kept, the others are made again. The index and the
+configuration are written last; without them the folder is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import jax_nvfp4
+from jax_nvfp4.checkpoint import modelopt
+from jax_nvfp4.checkpoint.errors import CheckpointError
+from jax_nvfp4.checkpoint.files import (
+    INDEX_SUFFIX,
+    Entry,
+    Folder,
+    commit,
+    list_file,
+    open_folder,
+    read,
+    read_json,
+    temporary_name,
+    write_index,
+    write_json,
+    write_safetensors,
+)
+from jax_nvfp4.checkpoint.formats import split_name
+from jax_nvfp4.checkpoint.load import detect
+from jax_nvfp4.checkpoint.save import LayerSummary, pack_weight, write_configs
+from jax_nvfp4.functional import quantize
+from jax_nvfp4.numerics import BLOCK
+from jax_nvfp4.tensor import Nvfp4Tensor
+
+DEFAULT_SKIP = (
+    "*embed*",
+    "*wte.*",
+    "*wpe.*",
+    "*norm*",
+    "*lm_head*",
+    "*router*",
+    "*mlp.gate.*",
+    "*block_sparse_moe.gate.*",
+)
+"""Embeddings, norms, the output head and the routers of mixtures of experts."""
+
+RECORDS = ".quantize"
+"""The folder in the destination that holds the records of an unfinished run."""
+
+_FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+# Their linear layers hold (K, N) under the name `weight`, where all others hold (N, K).
+_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor.
+
+    Attributes:
+        name: the tensor.
+        shape: its logical shape.
+        bytes_before: as stored in the source.
+        bytes_after: as stored in the destination, scales included.
+        error: of a quantized tensor, |w - dequantized| / |w| (Frobenius norms).
+        reason: of a tensor left alone, why.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked conversion, ready to run.
+
+    Attributes:
+        source: the checkpoint.
+        config: the content of its config.json, None where it has none.
+        destination: the folder to write.
+        reasons: for each tensor why it is left alone, or None where it is to be quantized.
+        identity: the source and the options, to recognize an unfinished run of the same.
+    """
+
+    source: Folder
+    config: dict[str, Any] | None
+    destination: Path
+    reasons: dict[str, str | None]
+    identity: dict[str, Any]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors of the source."""
+        return sum(entry.nbytes for entry in self.source.entries.values())
+
+
+def plan(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    skip: Sequence[str] = DEFAULT_SKIP,
+    only: Sequence[str] = ("*",),
+) -> Plan:
+    """Decides what to quantize: every `X.weight` of two axes with K a multiple of 16.
+
+    Args:
+        source: a Hugging Face style folder of safetensors files.
+        destination: a folder that is empty, does not exist or holds an unfinished run of the same.
+        skip: globs of tensor names to leave alone; case does not count.
+        only: globs of tensor names to consider.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: the source is damaged or quantized already, or its linear layers are stored
+            transposed; or the destination holds an unfinished run of something else.
+        FileExistsError: the destination holds something else.
+        FileNotFoundError: the source does not exist.
+    """
+    folder = open_folder(source)
+    destination = Path(destination)
+    if destination.resolve().is_relative_to(folder.path.resolve()):
+        raise FileExistsError(f"{destination}: the destination must lie outside the source")
+    config = folder.json("config.json") if (folder.path / "config.json").is_file() else None
+    if detect(folder).data:
+        raise CheckpointError(f"{folder.path}: this checkpoint is quantized already")
+    model_type = (config or {}).get("model_type")
+    if model_type in _TRANSPOSED_MODELS:
+        raise CheckpointError(
+            f"{folder.path}: models of type {model_type!r} store their linear layers transposed, "
+            "(K, N), which is not supported"
+        )
+    identity = {
+        "version": jax_nvfp4.__version__,
+        "skip": sorted(skip),
+        "only": sorted(only),
+        "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.shards],
+    }
+    _check_destination(destination, identity)
+    reasons = {name: _why_left_alone(entry, skip, only) for name, entry in folder.entries.items()}
+    return Plan(folder, config, destination, reasons, identity)
+
+
+def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise FileExistsError(f"{destination}: not a folder")
+    run = destination / RECORDS / "run.json"
+    if run.is_file():
+        if read_json(run) != identity:
+            raise CheckpointError(
+                f"{destination}: holds an unfinished run of another source or with other options; "
+                "delete the folder to start anew"
+            )
+    elif any(path.name != RECORDS for path in destination.iterdir()):
+        raise FileExistsError(f"{destination}: not empty, and not an unfinished run")
+
+
+def _why_left_alone(entry: Entry, skip: Sequence[str], only: Sequence[str]) -> str | None:
+    if split_name(entry.name)[1] != "weight":
+        return "not a weight"
+    if entry.dtype not in _FLOATS:
+        return f"dtype {entry.dtype.name}"
+    if len(entry.shape) != 2:
+        return f"{len(entry.shape)} axes"
+    if 0 in entry.shape or entry.shape[1] % BLOCK:
+        return f"K = {entry.shape[1]} is not a multiple of {BLOCK}"
+    name = entry.name.lower()
+    for pattern in skip:
+        if fnmatch.fnmatchcase(name, pattern.lower()):
+            return f"matches {pattern!r}"
+    if not any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in only):
+        return "not selected"
+    return None
+
+
+def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> list[TensorReport]:
+    """Carries out a plan.
+
+    Beside the output of one shard, one tensor is in memory at a time.
+
+    Args:
+        plan: from `plan`.
+        on_tensor: called after each tensor, for progress; tensors of kept shards come at once.
+
+    Returns:
+        A report for each tensor.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or Inf, or the source is truncated.
+    """
+    records = plan.destination / RECORDS
+    records.mkdir(parents=True, exist_ok=True)
+    write_json(records / "run.json", plan.identity)
+    reports: list[TensorReport] = []
+    for shard in plan.source.shards:
+        entries = [entry for entry in plan.source.entries.values() if entry.file == shard]
+        output, record = plan.destination / shard.name, records / f"{shard.name}.json"
+        done = _recorded(output, record)
+        if done is None:
+            done = _convert_shard(entries, plan.reasons, output, on_tensor)
+            content = {"sha256": _hash(output), "tensors": [dataclasses.asdict(r) for r in done]}
+            write_json(record, content)
+        else:
+            for entry in entries:
+                on_tensor(entry)
+        reports += done
+    _finish(plan)
+    return reports
+
+
+def _recorded(output: Path, record: Path) -> list[TensorReport] | None:
+    """The report of a shard that an earlier run finished, if it is still as it was written."""
+    if not (record.is_file() and output.is_file()):
+        return None
+    content = read_json(record)
+    if content.get("sha256") != _hash(output):
+        return None
+    return [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in content["tensors"]]
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _convert_shard(
+    entries: Sequence[Entry],
+    reasons: dict[str, str | None],
+    output: Path,
+    on_tensor: Callable[[Entry], None],
+) -> list[TensorReport]:
+    arrays: dict[str, np.ndarray] = {}
+    reports = []
+    for entry in entries:
+        reason, error = reasons[entry.name], None
+        if reason is None:
+            parts, error = _quantize(entry)
+        else:
+            parts = {entry.name: read(entry)}
+        after = sum(array.nbytes for array in parts.values())
+        reports.append(TensorReport(entry.name, entry.shape, entry.nbytes, after, error, reason))
+        arrays |= parts
+        on_tensor(entry)
+    write_safetensors(output, arrays)
+    return reports
+
+
+def _quantize(entry: Entry) -> tuple[dict[str, np.ndarray], float]:
+    """The stored parts of a weight, and its relative error."""
+    tensor, lost, total = _quantize_and_compare(jax.device_put(read(entry)))
+    if (np.asarray(tensor.block_scale).view(np.uint8) == 0x7F).any():
+        raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or Inf")
+    squares = np.sum(total, dtype=np.float64)
+    error = math.sqrt(np.sum(lost, dtype=np.float64) / squares) if squares else 0.0
+    return pack_weight(entry.name, tensor), error
+
+
+@jax.jit
+def _quantize_and_compare(weight: jax.Array) -> tuple[Nvfp4Tensor, jax.Array, jax.Array]:
+    """Quantizes (N, K); also gives the squares of what is lost and of the weight, summed by row."""
+    tensor = quantize(weight)
+    wide = weight.astype(jnp.float32)
+    lost = wide - tensor.dequantize(jnp.float32)
+    return tensor, jnp.sum(lost * lost, axis=-1), jnp.sum(wide * wide, axis=-1)
+
+
+def _finish(plan: Plan) -> None:
+    """Writes what makes the folder a checkpoint: other files, the index, the configuration."""
+    source, destination = plan.source, plan.destination
+    for path in _other_files(source.path):
+        copy = destination / path.relative_to(source.path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, temporary_name(copy))
+        commit(temporary_name(copy), copy)
+
+    written = {shard.name: list_file(destination / shard.name) for shard in source.shards}
+    if source.index is not None:
+        total = sum(entry.nbytes for entries in written.values() for entry in entries.values())
+        write_index(destination / source.index.name, written, total)
+    summary = LayerSummary()
+    for name, entry in source.entries.items():
+        summary.add(name, len(entry.shape), quantized=plan.reasons[name] is None)
+    write_configs(destination, plan.config, summary)
+    shutil.rmtree(destination / RECORDS)
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """The tokenizer and whatever else lies beside the weights, in subfolders too."""
+    ours = ("config.json", modelopt.CONFIG_FILE)
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = path.suffix in (".safetensors", *_OTHER_WEIGHTS) or path.name.endswith(
+            (INDEX_SUFFIX, ".bin.index.json")
+        )
+        if path.is_file() and not hidden and not weights and str(relative) not in ours:
+            yield path

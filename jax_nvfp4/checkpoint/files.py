@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files and folders: what is in them, one tensor at a time, and atomic writes.
+
+The `safetensors` library opens, checks and writes the files. Its NumPy interface cannot return the
+8-bit float dtypes, and it copies out of a memory map that counts as the process's memory; so the
+bytes of a tensor are read here, straight into the buffer that becomes the array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_nvfp4.checkpoint.errors import CheckpointError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "F32": np.float32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F64": np.float64,
+        "C64": np.complex64,
+    }.items()
+}
+
+# XLA's CPU client takes a host buffer as its own, without a copy, at this alignment.
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One stored tensor: its name, what it is and where it lies.
+
+    Attributes:
+        name: the name in the file.
+        dtype: the NumPy (or ml_dtypes) dtype.
+        shape: the stored shape.
+        file: the file.
+        offset: of the first byte, from the start of the file.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
+
+
+def read(entry: Entry) -> np.ndarray:
+    """Reads one tensor.
+
+    Args:
+        entry: where it lies.
+
+    Returns:
+        A new array, aligned so that a CPU device can take the buffer as it is.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    storage = np.empty(entry.nbytes + _ALIGNMENT, np.uint8)
+    start = -storage.ctypes.data % _ALIGNMENT
+    buffer = storage[start : start + entry.nbytes]
+    with open(entry.file, "rb", buffering=0) as f:
+        f.seek(entry.offset)
+        view = memoryview(buffer.data)
+        filled = 0
+        while filled < entry.nbytes:  # one call reads at most 2 GiB
+            count = f.readinto(view[filled:])
+            if not count:
+                raise CheckpointError(
+                    f"{entry.file}: truncated in tensor {entry.name!r}: "
+                    f"{filled} of its {entry.nbytes} bytes are there"
+                )
+            filled += count
+    return buffer.view(entry.dtype).reshape(entry.shape)
+
+
+def list_file(path: Path) -> dict[str, Entry]:
+    """Lists the tensors of one safetensors file, in the order in which they are stored.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file, or holds a dtype without a NumPy one.
+        FileNotFoundError: it does not exist.
+    """
+    try:
+        with safe_open(path, framework="np") as f:
+            slices = [(name, f.get_slice(name)) for name in f.offset_keys()]
+            described = [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_why_not_whole(path) or f"{path}: {error}") from error
+
+    with open(path, "rb") as f:
+        offset = 8 + int.from_bytes(f.read(8), "little")
+    entries = {}
+    for name, dtype, shape in described:
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has the unsupported dtype {dtype}")
+        entries[name] = Entry(name, _DTYPES[dtype], shape, path, offset)
+        offset += entries[name].nbytes  # the library has checked that there are no holes
+    return entries
+
+
+def _why_not_whole(path: Path) -> str | None:
+    """Says which tensor a file that the library refused is cut in, if it is cut in one."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            header_size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(header_size, size)))
+        header.pop("__metadata__", None)
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if 8 + header_size + info["data_offsets"][1] > size:
+                return f"{path}: truncated in tensor {name!r}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: it is not valid JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A checkpoint as it lies on disk.
+
+    Attributes:
+        path: the folder.
+        shards: its safetensors files, in the order of their names.
+        index: the index file of a sharded checkpoint.
+        entries: every tensor, shard by shard in the stored order.
+    """
+
+    path: Path
+    shards: tuple[Path, ...]
+    index: Path | None
+    entries: Mapping[str, Entry]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Reads a JSON file of the folder; {} where there is none."""
+        path = self.path / name
+        return read_json(path) if path.is_file() else {}
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """Opens a checkpoint: a folder, or one safetensors file.
+
+    A folder holds one index (`*.safetensors.index.json`) with its shards, or `model.safetensors`,
+    or one safetensors file of any name.
+
+    Args:
+        path: the folder or file.
+
+    Returns:
+        The folder with its list of tensors; no tensor is read.
+
+    Raises:
+        FileNotFoundError: the path, or a shard that the index names, does not exist.
+        CheckpointError: the files are damaged or do not belong together.
+    """
+    path = Path(path)
+    if path.is_file():
+        return Folder(path.parent, (path,), None, list_file(path))
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    indexes = sorted(path.glob("*" + INDEX_SUFFIX))
+    if len(indexes) > 1:
+        raise CheckpointError(f"{path}: more than one index: {', '.join(p.name for p in indexes)}")
+    if indexes:
+        return _open_sharded(path, indexes[0])
+    files = sorted(path.glob("*.safetensors"))
+    if path / "model.safetensors" in files:
+        files = [path / "model.safetensors"]
+    if not files:
+        raise FileNotFoundError(f"{path}: no safetensors file in this folder")
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path}: {len(files)} safetensors files and no index ({INDEX_SUFFIX[1:]}); "
+            "an unfinished or incomplete checkpoint"
+        )
+    return Folder(path, (files[0],), None, list_file(files[0]))
+
+
+def _open_sharded(path: Path, index: Path) -> Folder:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    shards = tuple(path / name for name in sorted(set(weight_map.values())))
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        if not shard.is_file():
+            wanted = next(name for name, file in weight_map.items() if file == shard.name)
+            raise FileNotFoundError(
+                f"{shard}: missing shard, which the index names for tensor {wanted!r}"
+            )
+        entries |= {
+            name: entry
+            for name, entry in list_file(shard).items()
+            if weight_map.get(name) == shard.name
+        }
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise CheckpointError(
+                f"{path / file}: tensor {name!r}, which the index names, is not there"
+            )
+    return Folder(path, shards, index, entries)
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file that either is whole or is not there."""
+    temporary = temporary_name(path)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # the library would leave the file readable by its owner alone
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
+    commit(temporary, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that either is whole or is not there."""
+    temporary = temporary_name(path)
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    commit(temporary, path)
+
+
+def write_index(path: Path, arrays_of_shard: Mapping[str, Iterable[str]], total: int) -> None:
+    """Writes the index of a sharded checkpoint.
+
+    Args:
+        path: the index file.
+        arrays_of_shard: the tensor names of each file name.
+        total: bytes of all tensors.
+    """
+    weight_map = {name: shard for shard, names in arrays_of_shard.items() for name in names}
+    weight_map = dict(sorted(weight_map.items()))
+    write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def temporary_name(path: Path) -> Path:
+    """The name under which a file is written; no reader takes it for a part of a checkpoint."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name, durably."""
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

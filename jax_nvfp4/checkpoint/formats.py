@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two formats have in common: a quantized linear layer X is a set of tensors `X.part`.
+
+    ours             ModelOpt          compressed-tensors     dtype, shape
+    X.weight         weight            weight_packed          uint8 [..., N, K/2]
+                     weight_scale      weight_scale           float8_e4m3fn [..., N, K/16]
+                     weight_scale_2    weight_global_scale    float32 scalar
+    X.input_scale    input_scale       input_global_scale     float32 scalar, optional
+    X.pre_quant_scale  pre_quant_scale                        [K], optional
+
+ModelOpt's global scales multiply on dequantization; compressed-tensors' divide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_nvfp4.checkpoint.errors import CheckpointError
+from jax_nvfp4.checkpoint.files import Entry, Folder, read
+from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_LARGEST_FINITE_E4M3 = 0x7E
+_WIDE_FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a producer names and means the tensors of a quantized linear layer.
+
+    Attributes:
+        name: for messages.
+        data: the suffix of the packed codes; so the other three.
+        block_scale: of the block scales.
+        global_scale: of the weight's global scale.
+        input_scale: of the activations' global scale.
+        reciprocal: the global scales divide on dequantization.
+        is_quantized: whether the tensors of layer X, by suffix, are those of an NVFP4 layer.
+        refuse: raises for a quantized layer X that the configuration gives another meaning.
+    """
+
+    name: str
+    data: str
+    block_scale: str
+    global_scale: str
+    input_scale: str
+    reciprocal: bool
+    is_quantized: Callable[[Mapping[str, Entry]], bool]
+    refuse: Callable[[str], None] = lambda layer: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The stored tensors of one NVFP4 linear layer.
+
+    Attributes:
+        name: X, the layer.
+        parts: its tensors by suffix (`weight_scale`, `bias`, ...).
+        format: what the suffixes mean.
+    """
+
+    name: str
+    parts: Mapping[str, Entry]
+    format: Format
+
+    def key(self, suffix: str) -> str:
+        """The name of a tensor of this layer."""
+        return f"{self.name}.{suffix}" if self.name else suffix
+
+    def _part(self, suffix: str) -> Entry:
+        if suffix not in self.parts:
+            there = ", ".join(sorted(self.parts))
+            raise CheckpointError(
+                f"tensor {self.key(suffix)!r} is missing; its NVFP4 layer has only: {there}"
+            )
+        return self.parts[suffix]
+
+    def read_weight(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Reads the weight.
+
+        Returns:
+            (data, block_scale, global_scale): uint8 (..., N, K/2), float8_e4m3fn (..., N, K/16),
+            and a float32 global scale that multiplies, () or the axes before N.
+
+        Raises:
+            CheckpointError: a part is missing, of the wrong shape or dtype, or a scale is NaN,
+                infinite or negative, or a global scale 0.
+        """
+        self.format.refuse(self.name)
+        data = self._part(self.format.data)
+        block_scale = self._part(self.format.block_scale)
+        global_scale = self._part(self.format.global_scale)
+
+        require(
+            data,
+            np.dtype(np.uint8),
+            len(data.shape) >= 2 and data.shape[-1] * 2 % BLOCK == 0,
+            f"[..., N, K/2] with K a multiple of {BLOCK}",
+        )
+        blocks = (*data.shape[:-1], data.shape[-1] * 2 // BLOCK)
+        require(block_scale, E4M3, block_scale.shape == blocks, f"{list(blocks)}")
+        leading = data.shape[:-2]
+        shapes = [(), leading] if leading else [(), (1,)]
+        require(
+            global_scale,
+            np.dtype(np.float32),
+            global_scale.shape in shapes,
+            " or ".join(str(list(shape)) for shape in shapes),
+        )
+        multiplier = self._read_global_scale(global_scale)
+        return read(data), _read_block_scale(block_scale), multiplier
+
+    def read_input_scale(self) -> np.ndarray:
+        """Reads the activations' global scale, a float32 scalar that multiplies."""
+        entry = self.parts[self.format.input_scale]
+        require(entry, np.dtype(np.float32), entry.shape in ((), (1,)), "[] or [1]")
+        return self._read_global_scale(entry)
+
+    def read_pre_quant_scale(self) -> np.ndarray:
+        """Reads what to multiply the activations by before they are quantized: [K]."""
+        entry = self.parts["pre_quant_scale"]
+        k = self._part(self.format.data).shape[-1] * 2
+        dtype = entry.dtype if entry.dtype in _WIDE_FLOATS else _WIDE_FLOATS[0]
+        require(entry, dtype, entry.shape == (k,), f"[{k}]")
+        value = read(entry)
+        require_positive(entry, value)
+        return value
+
+    def _read_global_scale(self, entry: Entry) -> np.ndarray:
+        value = read(entry)
+        value = value.reshape(() if entry.shape == (1,) else entry.shape)
+        require_positive(entry, value, GLOBAL_SCALE_MIN, GLOBAL_SCALE_MAX)
+        return np.float32(1) / value if self.format.reciprocal else value
+
+
+def require(entry: Entry, dtype: np.dtype[Any], shape_fits: bool, shape: str) -> None:
+    """Raises unless a tensor has the dtype and shape that its role asks for."""
+    if entry.dtype != dtype or not shape_fits:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name!r} is {entry}, expected {dtype.name}{shape}"
+        )
+
+
+def require_positive(
+    entry: Entry, value: np.ndarray, smallest: float = 0.0, largest: float = np.inf
+) -> None:
+    """Raises unless all values are positive, finite and in [smallest, largest]."""
+    wide = value.astype(np.float32)
+    good = np.isfinite(wide) & (wide > 0) & (wide >= smallest) & (wide <= largest)
+    if not good.all():
+        where = tuple(int(i) for i in np.argwhere(~good)[0])
+        at = f" at {list(where)}" if where else ""
+        limits = f" in [{smallest:g}, {largest:g}]" if smallest else ""
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name!r} is {wide[where]}{at}; "
+            f"a scale must be positive and finite{limits}"
+        )
+
+
+def _read_block_scale(entry: Entry) -> np.ndarray:
+    """Reads block scales, which are not negative: as bytes at most 0x7E. Zero blocks may be 0."""
+    value = read(entry)
+    bits = value.view(np.uint8)
+    if bits.size and bits.max() > _LARGEST_FINITE_E4M3:
+        bad = bits > _LARGEST_FINITE_E4M3
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name!r} has {int(bad.sum())} NaN or negative block "
+            f"scales, the first {float(value[where])} at {list(where)}"
+        )
+    return value
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits the name of a tensor into its layer and what it is there."""
+    layer, _, suffix = name.rpartition(".")
+    return layer, suffix
+
+
+def group(folder: Folder, fmt: Format) -> Iterator[Linear | Entry]:
+    """Groups the tensors of a checkpoint into quantized layers and others, in the stored order.
+
+    A quantized layer comes where its first tensor lies; tensors that only share its name (a bias)
+    come as they are.
+    """
+    layers: dict[str, dict[str, Entry]] = {}
+    for name, entry in folder.entries.items():
+        layer, suffix = split_name(name)
+        layers.setdefault(layer, {})[suffix] = entry
+    quantized = {layer for layer, parts in layers.items() if fmt.is_quantized(parts)}
+    own = {fmt.data, fmt.block_scale, fmt.global_scale, fmt.input_scale, "pre_quant_scale"}
+    done = set()
+    for name, entry in folder.entries.items():
+        layer, suffix = split_name(name)
+        if layer not in quantized or suffix not in own:
+            yield entry
+        elif layer not in done:
+            done.add(layer)
+            yield Linear(layer, layers[layer], fmt)
+
+
+def has_suffix(names: Iterable[str], suffix: str) -> bool:
+    """Whether a name is X.suffix for some layer X."""
+    return any(split_name(name)[1] == suffix for name in names)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading checkpoints, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jax_nvfp4.checkpoint import compressed_tensors, modelopt
+from jax_nvfp4.checkpoint.errors import CheckpointError
+from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read
+from jax_nvfp4.checkpoint.formats import Format, Linear, group
+from jax_nvfp4.tensor import Nvfp4Tensor
+
+Placement: TypeAlias = jax.Device | Sharding | None
+"""Where an array goes: a device, a sharding, or the default device."""
+
+_UNQUANTIZED = Format(
+    name="unquantized",
+    data="",
+    block_scale="",
+    global_scale="",
+    input_scale="",
+    reciprocal=False,
+    is_quantized=lambda parts: False,
+)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    where: Callable[[str], bool] | None = None,
+    placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+) -> dict[str, jax.Array | Nvfp4Tensor]:
+    """Loads a checkpoint.
+
+    Both formats, NVIDIA ModelOpt's and compressed-tensors' `nvfp4-pack-quantized`, give the same
+    keys for a quantized linear layer X:
+
+    - `X.weight`: an `Nvfp4Tensor` of shape (N, K), or (..., N, K) where the file has more axes;
+    - `X.input_scale`, where the file has one: a float32 scalar, the global scale of the
+      activations, which multiplies on dequantization whatever the direction in the file;
+    - `X.pre_quant_scale`, where the file has one: [K], to multiply the activations by first.
+
+    Every other tensor, 8-bit layers of a mixed checkpoint included, keeps its name and dtype (64-bit
+    ones whether `jax_enable_x64` is set or not). A checkpoint that is not quantized loads as it is.
+    Beyond what is returned, the peak of host memory is below twice the largest tensor.
+
+    Args:
+        path: a folder (one safetensors file, or shards and their index, with `config.json` or
+            `hf_quant_config.json`), or one safetensors file.
+        where: keeps only the keys for which it returns True; the others are not read.
+        placement: a device or a sharding, or a function from key and logical shape to one. The
+            sharding of a quantized weight is that of its logical axes: codes and block scales
+            follow it, so each shard of K must hold whole blocks of 16.
+
+    Returns:
+        The tensors by key, in the order in which they are stored.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, inconsistent or of an unsupported kind; a scale
+            is NaN, infinite, negative or (global scales) zero. The message names the tensor.
+        FileNotFoundError: the path, or a shard that the index names, does not exist.
+    """
+    return dict(iter_checkpoint(path, where=where, placement=placement))
+
+
+def iter_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    where: Callable[[str], bool] | None = None,
+    placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
+    """The lazy form of `load_checkpoint`: reads each tensor when it is asked for.
+
+    The list of tensors and the configuration are read and checked at once, each tensor when its
+    turn comes. Arguments and errors are those of `load_checkpoint`.
+
+    Yields:
+        (key, tensor) in the order in which they are stored.
+    """
+    folder = open_folder(path)
+    fmt = detect(folder)
+    wanted = where or (lambda key: True)
+    return _tensors(folder, fmt, wanted, placement)
+
+
+def detect(folder: Folder) -> Format:
+    """Tells the format from the configuration, or from the names of the tensors without one.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized in a way that is not supported.
+    """
+    config = folder.json("config.json").get("quantization_config") or {}
+    fmt = compressed_tensors.match(folder, config) or modelopt.match(folder, config)
+    if fmt is None and config:
+        raise CheckpointError(
+            f"{folder.path / 'config.json'}: quant_method {config.get('quant_method')!r} is not "
+            "supported; supported are 'modelopt' and 'compressed-tensors'"
+        )
+    return fmt or _UNQUANTIZED
+
+
+def _tensors(
+    folder: Folder,
+    fmt: Format,
+    wanted: Callable[[str], bool],
+    placement: Any,
+) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
+    def target(key: str, shape: tuple[int, ...]) -> Placement:
+        return placement(key, shape) if callable(placement) else placement
+
+    for item in group(folder, fmt):
+        if isinstance(item, Entry):
+            if wanted(item.name):
+                if fmt.name == modelopt.FORMAT.name:
+                    modelopt.refuse_stacked_experts(item.name)
+                yield item.name, _put(item.name, read(item), target(item.name, item.shape))
+            continue
+        yield from _linear(item, wanted, target)
+
+
+def _linear(
+    layer: Linear,
+    wanted: Callable[[str], bool],
+    target: Callable[[str, tuple[int, ...]], Placement],
+) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
+    key = layer.key("weight")
+    if wanted(key):
+        data, block_scale, global_scale = layer.read_weight()
+        where = target(key, (*data.shape[:-1], data.shape[-1] * 2))
+        tensor = Nvfp4Tensor(
+            _put(key, data, where),
+            _put(key, block_scale, where),
+            _put(key, global_scale, _leading_axes(where, global_scale.ndim)),
+        )
+        del data, block_scale
+        yield key, tensor
+        del tensor
+    key = layer.key("input_scale")
+    if layer.format.input_scale in layer.parts and wanted(key):
+        yield key, _put(key, layer.read_input_scale(), target(key, ()))
+    key = layer.key("pre_quant_scale")
+    if "pre_quant_scale" in layer.parts and wanted(key):
+        value = layer.read_pre_quant_scale()
+        yield key, _put(key, value, target(key, value.shape))
+
+
+def _leading_axes(placement: Placement, ndim: int) -> Placement:
+    """The placement of an array that has only the first axes of a sharded one."""
+    if not isinstance(placement, NamedSharding):
+        return placement
+    spec = PartitionSpec(*placement.spec[:ndim])
+    return NamedSharding(placement.mesh, spec, memory_kind=placement.memory_kind)
+
+
+def _put(key: str, value: np.ndarray, placement: Placement) -> jax.Array:
+    """Moves an array to its place; a CPU device takes the buffer as it is."""
+    try:
+        if value.dtype.itemsize < 8:
+            return jax.device_put(value, placement)
+        with jax.enable_x64(True):  # the file's dtype is kept, whatever the program computes in
+            return jax.device_put(value, placement)
+    except ValueError as error:
+        raise ValueError(f"tensor {key!r} of shape {list(value.shape)}: {error}") from error

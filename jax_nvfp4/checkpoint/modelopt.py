@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVIDIA ModelOpt's format: `hf_quant_config.json`, and the same in `config.json`.
+
+The algorithm of a checkpoint (`quant_algo`) is one of
+
+    NVFP4              weights and activations, `input_scale` calibrated
+    W4A16_NVFP4        weights only
+    NVFP4_AWQ          with a `pre_quant_scale` that multiplies the activations first
+    NVFP4_SVD          likewise, with a low-rank residual in `svdquant_lora_a` and `_b`
+    MIXED_PRECISION    an algorithm for each layer, in `quantized_layers`
+
+Layers that MIXED_PRECISION keeps in 8 bits pass through as they are stored, scales included, as all
+other tensors do. Layers packed in 4 bits by another algorithm than the ones above are refused:
+their tensors look like NVFP4's and mean something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_nvfp4.checkpoint.errors import CheckpointError
+from jax_nvfp4.checkpoint.files import Entry, Folder
+from jax_nvfp4.checkpoint.formats import E4M3, Format, has_suffix
+from jax_nvfp4.numerics import BLOCK
+
+CONFIG_FILE = "hf_quant_config.json"
+
+_LAYER_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_SVD")
+_MIXED = "MIXED_PRECISION"
+
+
+def _is_quantized(parts: Mapping[str, Entry]) -> bool:
+    """Tells NVFP4 layers from 8-bit and unquantized ones, even with a part missing or damaged."""
+    weight, block_scale = parts.get("weight"), parts.get("weight_scale")
+    if "weight_scale_2" in parts:
+        return True
+    if weight is None:
+        return block_scale is not None
+    if weight.dtype == np.uint8:
+        return True
+    return block_scale is not None and block_scale.dtype == E4M3 and weight.dtype.itemsize > 1
+
+
+FORMAT = Format(
+    name="ModelOpt",
+    data="weight",
+    block_scale="weight_scale",
+    global_scale="weight_scale_2",
+    input_scale="input_scale",
+    reciprocal=False,
+    is_quantized=_is_quantized,
+)
+
+
+def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
+    """Recognizes the format.
+
+    Args:
+        folder: the checkpoint.
+        config: `quantization_config` of its `config.json`, {} where there is none.
+
+    Returns:
+        The format with the layers' algorithms, or None where the checkpoint is not ModelOpt's.
+
+    Raises:
+        CheckpointError: it is, but with an algorithm that is not supported.
+    """
+    details = folder.json(CONFIG_FILE).get("quantization", {})
+    source = CONFIG_FILE
+    if not details and config.get("quant_method") == "modelopt":
+        details, source = config, "config.json"
+    if not details:
+        return FORMAT if has_suffix(folder.entries, FORMAT.global_scale) else None
+
+    algorithm = details.get("quant_algo")
+    supported = (*_LAYER_ALGORITHMS, _MIXED)
+    if algorithm not in supported:
+        raise CheckpointError(
+            f"{folder.path / source}: quant_algo {algorithm!r} is not supported; "
+            f"supported are {', '.join(supported)}"
+        )
+    if details.get("group_size") not in (None, BLOCK):
+        raise CheckpointError(
+            f"{folder.path / source}: group_size {details['group_size']!r} is not supported; "
+            f"NVFP4 has blocks of {BLOCK}"
+        )
+    if algorithm != _MIXED:
+        return FORMAT
+    layers = details.get("quantized_layers") or {}
+
+    def refuse(layer: str) -> None:
+        algorithm = layers.get(layer, {}).get("quant_algo", "NVFP4")
+        if algorithm not in _LAYER_ALGORITHMS:
+            raise CheckpointError(
+                f"{folder.path / source}: layer {layer!r} has quant_algo {algorithm!r}, which is "
+                f"not supported; supported are {', '.join(_LAYER_ALGORITHMS)} and 8-bit floats"
+            )
+
+    return dataclasses.replace(FORMAT, refuse=refuse)
+
+
+def refuse_stacked_experts(name: str) -> None:
+    """Raises for a tensor of experts stacked in one parameter, which ModelOpt stores transposed."""
+    base = name.removesuffix("_2").removesuffix("_weight_scale")
+    if base != name:
+        raise CheckpointError(
+            f"tensor {base!r}: experts stacked in one parameter, stored transposed, are not "
+            "supported; export each expert as its own linear layer"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What a quantized layer has beside its weight; it decides the layer's algorithm."""
+
+    has_input_scale: bool
+    has_pre_quant_scale: bool
+
+    @property
+    def algorithm(self) -> dict[str, Any]:
+        """The layer's entry in `quantized_layers`."""
+        if self.has_pre_quant_scale:
+            name: dict[str, Any] = {"quant_algo": "NVFP4_AWQ"}
+            more = {"has_zero_point": False, "pre_quant_scale": True}
+        else:
+            name, more = {"quant_algo": "NVFP4" if self.has_input_scale else "W4A16_NVFP4"}, {}
+        return name | {"group_size": BLOCK} | more
+
+
+def make_config(
+    layers: Mapping[str, LayerKind], unquantized: Sequence[str], version: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Describes a checkpoint as ModelOpt does.
+
+    Args:
+        layers: the quantized layers.
+        unquantized: the layers left alone that a reader might take for quantized ones.
+        version: of this package, recorded as the producer.
+
+    Returns:
+        (the content of hf_quant_config.json, `quantization_config` for config.json)
+    """
+    producer = {"name": "jax_nvfp4", "version": version}
+    algorithms = {name: kind.algorithm for name, kind in sorted(layers.items())}
+    distinct = {repr(algorithm): algorithm for algorithm in algorithms.values()}
+    ignore = sorted(unquantized)
+    details: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
+    if len(distinct) == 1:
+        details |= next(iter(distinct.values()))
+        details["exclude_modules"] = ignore
+    elif distinct:
+        details |= {"quant_algo": _MIXED, "quantized_layers": algorithms}
+
+    config: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": details["quant_algo"],
+        "producer": producer,
+        "ignore": ignore,
+        "config_groups": {
+            f"group_{i}": _config_group(
+                algorithm,
+                ["Linear"]
+                if len(distinct) == 1
+                else [name for name, other in algorithms.items() if other == algorithm],
+            )
+            for i, algorithm in enumerate(distinct.values())
+        },
+    }
+    if len(distinct) > 1:
+        config["quantized_layers"] = algorithms
+    return {"producer": producer, "quantization": details}, config
+
+
+def _config_group(algorithm: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    kind = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+    group: dict[str, Any] = {"weights": kind, "targets": targets}
+    if algorithm["quant_algo"] != "W4A16_NVFP4":
+        group["input_activations"] = kind
+    return group

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing checkpoints in NVIDIA ModelOpt's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+import jax_nvfp4
+from jax_nvfp4.checkpoint import modelopt
+from jax_nvfp4.checkpoint.files import (
+    INDEX_SUFFIX,
+    commit,
+    read_json,
+    temporary_name,
+    write_index,
+    write_json,
+    write_safetensors,
+)
+from jax_nvfp4.checkpoint.formats import split_name
+from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+_CONFIG_KEY = "quantization_config"
+
+Tensor: TypeAlias = jax.Array | np.ndarray | Nvfp4Tensor | RepackedWeight
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Saves a checkpoint as NVIDIA ModelOpt does; `load_checkpoint` gives the same bits back.
+
+    The folder gets `model.safetensors`, or shards and their index, and `hf_quant_config.json`. The
+    files take their names when all of them are written, the index and the configuration last: an
+    interrupted save leaves nothing that loads. The tensors of each layer tell its algorithm: `NVFP4`
+    with an input scale, `W4A16_NVFP4` without one, `NVFP4_AWQ` with a pre_quant_scale,
+    `MIXED_PRECISION` where layers differ.
+
+    Args:
+        path: the folder; made where it does not exist.
+        tensors: what `load_checkpoint` returns, or pairs, which are consumed one at a time and held
+            for one shard. Quantized weights, of keys `X.weight`, have K a multiple of 16 and one
+            global scale for each matrix. `X.input_scale` is a float32 scalar.
+        config: the model's Hugging Face configuration, that of a `config.json` in the folder by
+            default; where there is one, `config.json` is written with its `quantization_config`.
+        shard_bytes: tensors are written to a new shard where one would grow beyond this.
+        overwrite: replace a checkpoint that is there. Its files are removed first.
+
+    Raises:
+        ValueError: a tensor cannot be stored in this format; the message names it.
+        FileExistsError: the folder holds safetensors files, and `overwrite` is False.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _make_room(folder, overwrite)
+    if config is None and (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shards = _Shards(folder, shard_bytes)
+    summary = LayerSummary()
+    for key, value in pairs:
+        if isinstance(value, RepackedWeight):
+            value = value.canonical()
+        summary.add(key, len(value.shape), quantized=isinstance(value, Nvfp4Tensor))
+        stored = pack_weight(key, value) if isinstance(value, Nvfp4Tensor) else _plain(key, value)
+        for name, array in stored.items():
+            shards.add(name, array)
+    shards.finish()
+    write_configs(folder, config, summary)
+
+
+def write_configs(folder: Path, config: Mapping[str, Any] | None, summary: LayerSummary) -> None:
+    """Writes hf_quant_config.json and, where there is a model configuration, config.json."""
+    described = summary.config()
+    content = {name: value for name, value in (config or {}).items() if name != _CONFIG_KEY}
+    if described:
+        write_json(folder / modelopt.CONFIG_FILE, described[0])
+        content[_CONFIG_KEY] = described[1]
+    if config is not None:
+        write_json(folder / "config.json", content)
+
+
+def pack_weight(key: str, weight: Nvfp4Tensor) -> dict[str, np.ndarray]:
+    """The stored tensors of a quantized weight.
+
+    Args:
+        key: `X.weight`.
+        weight: (..., N, K).
+
+    Returns:
+        `X.weight`, `X.weight_scale` and `X.weight_scale_2`.
+
+    Raises:
+        ValueError: ModelOpt's format cannot hold it.
+    """
+    if split_name(key)[1] != "weight":
+        raise ValueError(f"tensor {key!r}: the key of a quantized weight must end in '.weight'")
+    if weight.ndim < 2 or weight.k % BLOCK:
+        raise ValueError(
+            f"tensor {key!r} of shape {weight.shape}: ModelOpt stores matrices (..., N, K) with "
+            f"K a multiple of {BLOCK}"
+        )
+    global_scale = np.asarray(weight.global_scale)
+    if global_scale.shape not in ((), weight.shape[:-2]):
+        raise ValueError(
+            f"tensor {key!r} of shape {weight.shape}: ModelOpt stores one global scale for each "
+            f"matrix, got them of shape {global_scale.shape}"
+        )
+    block_scale = np.asarray(weight.block_scale)
+    bits = block_scale.view(np.uint8)
+    if bits.size and bits.max() > 0x7E:
+        raise ValueError(f"tensor {key!r} has NaN or negative block scales")
+    if not np.all((global_scale >= GLOBAL_SCALE_MIN) & (global_scale <= GLOBAL_SCALE_MAX)):
+        raise ValueError(
+            f"tensor {key!r} has global scale {global_scale}, which is not in "
+            f"[{GLOBAL_SCALE_MIN:g}, {GLOBAL_SCALE_MAX:g}]"
+        )
+    return {
+        key: np.asarray(weight.data),
+        f"{key}_scale": block_scale,
+        f"{key}_scale_2": global_scale,
+    }
+
+
+def _plain(key: str, value: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+    array = np.asarray(value)
+    if split_name(key)[1] == "input_scale" and (array.shape != () or array.dtype != np.float32):
+        raise ValueError(
+            f"tensor {key!r} must be a float32 scalar, got {array.dtype.name}{list(array.shape)}"
+        )
+    return {key: array}
+
+
+class LayerSummary:
+    """Collects from the keys of a checkpoint what its quantization configuration says."""
+
+    def __init__(self) -> None:
+        self._quantized: set[str] = set()
+        self._input_scales: set[str] = set()
+        self._pre_quant_scales: set[str] = set()
+        self._matrices: set[str] = set()
+
+    def add(self, key: str, ndim: int, *, quantized: bool) -> None:
+        """Takes note of a tensor: its key, its number of axes, whether it is an NVFP4 weight."""
+        layer, suffix = split_name(key)
+        if quantized:
+            self._quantized.add(layer)
+        elif suffix == "input_scale":
+            self._input_scales.add(layer)
+        elif suffix == "pre_quant_scale":
+            self._pre_quant_scales.add(layer)
+        elif suffix == "weight" and ndim >= 2:
+            self._matrices.add(layer)
+
+    def config(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The content of hf_quant_config.json and `quantization_config` of config.json.
+
+        None where no layer is quantized.
+        """
+        layers = {
+            layer: modelopt.LayerKind(layer in self._input_scales, layer in self._pre_quant_scales)
+            for layer in self._quantized
+        }
+        if not layers:
+            return None
+        return modelopt.make_config(layers, sorted(self._matrices), jax_nvfp4.__version__)
+
+
+class _Shards:
+    """Writes tensors to shards under temporary names, and names them when their number is known."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self._folder = folder
+        self._limit = shard_bytes
+        self._pending: dict[str, np.ndarray] = {}
+        self._pending_bytes = 0
+        self._total = 0
+        self._names: list[list[str]] = []
+        self._seen: set[str] = set()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if name in self._seen:
+            raise ValueError(f"tensor {name!r} comes twice")
+        self._seen.add(name)
+        if self._pending and self._pending_bytes + array.nbytes > self._limit:
+            self._flush()
+        self._pending[name] = array
+        self._pending_bytes += array.nbytes
+
+    def _flush(self) -> None:
+        write_safetensors(self._path(len(self._names)), self._pending)
+        self._names.append(list(self._pending))
+        self._total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _path(self, i: int) -> Path:
+        return temporary_name(self._folder / f"shard-{i:05d}")
+
+    def finish(self) -> None:
+        if self._pending or not self._names:
+            self._flush()
+        count = len(self._names)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for i, name in enumerate(names):
+            commit(self._path(i), self._folder / name)
+        if count > 1:
+            shards = dict(zip(names, self._names, strict=True))
+            write_index(self._folder / f"model{INDEX_SUFFIX}", shards, self._total)
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Removes a checkpoint that is there, in an order that leaves nothing that loads."""
+    there = [*folder.glob("*" + INDEX_SUFFIX), *folder.glob("*.safetensors")]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a checkpoint ({there[0].name}); overwrite=True replaces it"
+        )
+    for path in (*there, folder / modelopt.CONFIG_FILE):
+        path.unlink(missing_ok=True)
