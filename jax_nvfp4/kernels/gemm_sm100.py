@@ -1027,12 +1027,15 @@ class GemmSm100:
     def store_features(self, acc, scales, row_scale, row_bias, y, args, token, feature):
         """Stores CHUNK tokens of one output feature; a warp writes 32 features of a token."""
         m, n, out_dtype = args
+        tokens = m - token
+        if feature >= n:
+            tokens = Int32(0)
         for code, kind in enumerate((Float32, BFloat16, Float16)):
             if out_dtype == code:
                 out = cute.recast_ptr(y, dtype=kind) + (Int64(token) * n + feature)
                 for j in cutlass.range_constexpr(CHUNK):
                     value = fma(row_scale * scales[j], acc[j], row_bias)
-                    if token + j < m and feature < n:
+                    if j < tokens:
                         cell = cute.make_tensor(out + Int64(j) * n, cute.make_layout(1))
                         cell[0] = value.to(kind)
 
