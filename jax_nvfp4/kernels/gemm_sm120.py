@@ -17,14 +17,17 @@ from cutlass.cute.runtime import make_fake_stream, make_ptr
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config import sm120 as configs
 from jax_nvfp4.kernels.gemm_sm120_pingpong import Pingpong
+from jax_nvfp4.kernels.gemm_sm120_reduce import Reduce
+from jax_nvfp4.kernels.gemm_sm120_stream import Stream
 from jax_nvfp4.kernels.variant import KernelVariant
 
-_KINDS = {"pingpong": Pingpong}
+_KINDS = {"pingpong": Pingpong, "stream": Stream}
 
 
 def _host(config: GemmConfig) -> Callable[..., None]:
     """The host function of a config: launches its kernel, and the reduction after a split."""
     gemm = _KINDS[config.kind](config)
+    reduce = Reduce()
 
     @cute.jit
     def host(
@@ -69,6 +72,9 @@ def _host(config: GemmConfig) -> Callable[..., None]:
             num_sms,
             stream,
         )
+        if split_k > 1:
+            scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
+            reduce.launch(scratch, scales, y, m, n, out_dtype, split_k, stream)
 
     return host
 
