@@ -193,8 +193,8 @@ def _ste_impl(
 ) -> list[jax.Array]:
     """v (M, K) @ dequantize(w).T or, transposed, v (M, N) @ dequantize(w), as `dtype`."""
     data, block_scale, w_scale = _canonical(weight, spec)
-    w = numerics.block_values(data, block_scale)[:, : spec.k]
-    w = w * (w_scale if w_scale.ndim == 0 else w_scale[:, None])
+    w = numerics.dequantize(data, block_scale, w_scale if w_scale.ndim == 0 else w_scale[:, None])
+    w = w[:, : spec.k]
     contract = (((1,), (0 if transposed else 1,)), ((), ()))
     product = lax.dot_general(
         v.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST
