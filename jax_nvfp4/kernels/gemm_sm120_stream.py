@@ -103,6 +103,7 @@ class Stream:
         ).launch(
             grid=(cutlass.max(cutlass.min(total, num_sms), 1), 1, 1),
             block=(self.threads, 1, 1),
+            min_blocks_per_mp=1,
             stream=stream,
         )
 
