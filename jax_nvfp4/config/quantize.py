@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of the quantize kernels, and which of them serves a call."""
+
+import enum
+
+from jax_nvfp4.config._types import QuantizeConfig
+
+X_DTYPES = ("float32", "bfloat16", "float16")
+"""Element types of x; the index is the `x_dtype` argument of the kernels."""
+
+
+class Mode(enum.IntEnum):
+    """Where the global scale comes from: the `mode` argument of the kernels."""
+
+    GIVEN = 0
+    """One given scale."""
+    GIVEN_PER_ROW = 1
+    """A given scale for each row."""
+    PER_ROW = 2
+    """Dynamic, from the amax of each row ("token")."""
+    PER_TENSOR = 3
+    """Dynamic, from the amax of the tensor."""
+
+
+class OutFormat(enum.IntEnum):
+    """What is written: the `out_format` argument of the kernels."""
+
+    LINEAR = 0
+    """Codes and row-major block scales, rows padded to 16 columns."""
+    OPERAND = 1
+    """Codes with rows padded to 64 columns, block scales in the 128x4 order."""
+    VALUES = 2
+    """bfloat16 values code * block_scale, rows padded to 64 columns."""
+
+
+BLOCK = 16
+GRID_SLOT_BYTES = 32
+"""Scratch memory of one CTA of a "grid" kernel, for its messages."""
+
+KIND_OF_MODE = {
+    Mode.GIVEN: "flat",
+    Mode.GIVEN_PER_ROW: "flat",
+    Mode.PER_ROW: "rows",
+    Mode.PER_TENSOR: "grid",
+}
+
+# Threads of a CTA (at most, for "rows" and "grid") by kind. 16 registers of raw elements for each
+# thread: two blocks of a 16-bit dtype or one of float32.
+_THREADS = {"flat": 256, "rows": 512, "grid": 1024}
+_ELEMENTS = {"float32": 16, "bfloat16": 32, "float16": 32}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def _configs() -> tuple[QuantizeConfig, ...]:
+    return tuple(
+        QuantizeConfig(
+            name=f"quantize_{arch.replace('_', '')}_{kind}_{_SHORT[x_dtype]}",
+            arch=arch,
+            kind=kind,
+            x_dtype=x_dtype,
+            threads=threads,
+            elements_per_thread=_ELEMENTS[x_dtype],
+        )
+        for arch in ("sm_90a", "sm_100f", "sm_120f")
+        for kind, threads in _THREADS.items()
+        for x_dtype in X_DTYPES
+    )
+
+
+QUANTIZE_CONFIGS = _configs()
+"""One config for each arch, kind and x dtype.
+
+Kinds: "flat", the scale is given; "rows", dynamic per row; "grid", dynamic per tensor.
+"""
+
+
+def quantize_configs(arch: str) -> tuple[QuantizeConfig, ...]:
+    """The quantize configs that are compiled for `arch`."""
+    return tuple(c for c in QUANTIZE_CONFIGS if c.arch == arch)
+
+
+def select_quantize(arch: str, x_dtype: str, mode: Mode | int) -> QuantizeConfig:
+    """The config that serves a call.
+
+    Args:
+        arch: a name of `ARCHES`; `sm_103a` runs the kernels of its family, `sm_100f`.
+        x_dtype: a name of `X_DTYPES`.
+        mode: where the global scale comes from.
+
+    Raises:
+        ValueError: no kernel for this arch and dtype.
+    """
+    family = "sm_100f" if arch == "sm_103a" else arch
+    kind = KIND_OF_MODE[Mode(mode)]
+    for config in QUANTIZE_CONFIGS:
+        if (config.arch, config.kind, config.x_dtype) == (family, kind, x_dtype):
+            return config
+    raise ValueError(f"no quantize kernel for arch {arch!r} and x dtype {x_dtype!r}")
+
+
+def quantize_scratch_bytes(config: QuantizeConfig, m: int, k: int, num_sms: int) -> int:
+    """Bytes of scratch memory that the kernel of `config` needs.
+
+    Args:
+        config: the kernel's config.
+        m: rows of x.
+        k: columns of x.
+        num_sms: multiprocessors of the device.
+    """
+    del m, k
+    return GRID_SLOT_BYTES * num_sms if config.kind == "grid" else 0
