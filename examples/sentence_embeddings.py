@@ -294,15 +294,16 @@ def run_modes(
     ]
     quantized = jax_nvfp4.quantize_params(params)
     nbytes = sum(kernel.nbytes for kernel in dense_kernels(quantized))
+    repacked = jax_nvfp4.repack(quantized)  # into the order that this machine's kernels read
     for name, activation_scale in (
         ("NVFP4 weights, bf16 activations", None),
         ("NVFP4, scale per token", "token"),
         ("NVFP4, static scale", "static"),
     ):
         nvfp4_model = model(jax_nvfp4.Nvfp4Dense, activation_scale=activation_scale)
-        variables = {"params": quantized}
+        variables = {"params": repacked}
         if activation_scale == "static":
-            variables = calibrate(nvfp4_model, quantized, calibration)
+            variables = calibrate(nvfp4_model, repacked, calibration)
         modes.append(Mode(name, nbytes, embed(nvfp4_model, variables, batches)))
     return modes
 
