@@ -7,6 +7,8 @@ two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many as sha
 The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
 """
 
+from collections.abc import Callable
+
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
 MAX_SPLIT_K = 8
@@ -16,7 +18,9 @@ _REFERENCE_SMS = 148
 """Multiprocessors that batch-invariant calls assume: their split may not depend on the GPU."""
 
 
-def _config(suffix: str, kind: str, tile_m: int, tile_n: int, stages: int, **rest: int):
+def _config(
+    suffix: str, kind: str, tile_m: int, tile_n: int, stages: int, **rest: int
+) -> GemmConfig:
     swap = kind == "swap"
     return GemmConfig(
         name=f"gemm_sm100f_{suffix}",
@@ -56,7 +60,7 @@ def _split(tiles: int, k: int, num_sms: int) -> int:
     return split
 
 
-def _split_swap(config: GemmConfig):
+def _split_swap(config: GemmConfig) -> Callable[[GemmProblem, int], int]:
     return lambda p, num_sms: _split(_tiles(config, p), p.k, num_sms)
 
 

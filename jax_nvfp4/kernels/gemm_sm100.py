@@ -22,187 +22,32 @@ block follow each other along K. The tensor maps of the scales therefore have th
 and never reads the next row block's scales.
 """
 
-import dataclasses
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float16, Float32, Int32, Int64
-from cutlass import Uint8, Uint16, Uint32
-from cutlass._mlir.dialects import llvm, nvvm
-from cutlass.cutlass_dsl import T, dsl_user_op
+import cutlass.utils
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint16
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.cute.runtime import make_ptr
 from cutlass.utils import blackwell_helpers, blockscaled_layout
-import cutlass.utils
 
 from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.gemm_sm100_epilogue import PairEpilogue, SwapEpilogue
+from jax_nvfp4.kernels.gemm_sm100_ops import (
+    CHUNK,
+    EPILOGUE_WARPS,
+    K_BLOCKS,
+    LOAD_WARP,
+    MMA_WARP,
+    ROWS,
+    STAGE_BYTES_K,
+    THREADS,
+    reduce_buffers,
+    shape_of,
+    tcgen05_fence_after,
+    tile_of,
+)
 from jax_nvfp4.kernels.variant import KernelVariant
-
-EPILOGUE_WARPS = 4
-MMA_WARP = 4
-LOAD_WARP = 5
-THREADS = 192
-
-ROWS = 128  # rows of A in one CTA's tile, and rows of a scale tile
-STAGE_BYTES_K = 128  # bytes of a row in one stage: 256 e2m1 values
-K_BLOCKS = 4  # MMAs (of 64 along K) and scale tiles in one stage
-CHUNK = 32  # accumulator columns that the epilogue handles at a time
-RASTER = 8  # N-side tiles that are walked before the next M-side tile
-CLUSTER = nvvm.MemScopeKind.CLUSTER
-OVERLAP_COLUMNS = 208  # distance of the two accumulators of a 256-column tile
-
-
-@dsl_user_op
-def tcgen05_fence_before(*, loc=None, ip=None):
-    """Orders this thread's tensor-memory accesses before the synchronization that follows."""
-    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def tcgen05_fence_after(*, loc=None, ip=None):
-    """Orders this thread's tensor-memory accesses after the synchronization that precedes."""
-    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def fma(a, b, c, *, loc=None, ip=None):
-    """a * b + c in fp32, rounded once."""
-    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip)
-    )
-
-
-@dsl_user_op
-def wait_cluster(barrier, phase, *, loc=None, ip=None):
-    """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
-    llvm.inline_asm(
-        None,
-        [barrier.to_llvm_ptr(loc=loc, ip=ip), Int32(phase).ir_value(loc=loc, ip=ip)],
-        "{ .reg .pred p; WAIT: "
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
-        "r,r,~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
-def store_remote(pointer, rank, value, *, loc=None, ip=None):
-    """Stores a float where `pointer` points, in the shared memory of CTA `rank` of the cluster."""
-    llvm.inline_asm(
-        None,
-        [
-            pointer.to_llvm_ptr(loc=loc, ip=ip),
-            Int32(rank).ir_value(loc=loc, ip=ip),
-            Float32(value).ir_value(loc=loc, ip=ip),
-        ],
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.f32 [a], $2; }",
-        "r,r,f,~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes that follow from a config, all in the MMA's terms.
-
-    Attributes:
-        pair: two CTAs share an MMA.
-        columns: N of the MMA: rows of B in a tile.
-        cluster_a: CTAs of a cluster along A's rows.
-        cluster_b: CTAs of a cluster along B's rows.
-    """
-
-    pair: bool
-    columns: int
-    cluster_a: int
-    cluster_b: int
-
-    @property
-    def ctas(self) -> int:
-        """CTAs that share one MMA."""
-        return 2 if self.pair else 1
-
-    @property
-    def b_rows(self) -> int:
-        """Rows of B in one CTA's shared memory."""
-        return self.columns // self.ctas
-
-    @property
-    def b_blocks(self) -> int:
-        """Row blocks of 128 whose scales a tile of B needs."""
-        return max(self.columns // ROWS, 1)
-
-    @property
-    def a_slices(self) -> int:
-        """CTAs that each load a slice of A's tile and multicast it."""
-        return self.cluster_b
-
-    @property
-    def b_slices(self) -> int:
-        """CTAs that each load a slice of B's tile and multicast it."""
-        return self.cluster_a // self.ctas
-
-    @property
-    def sfb_slices(self) -> int:
-        """CTAs that each load a slice of B's scales: in a pair both CTAs need all of them."""
-        return self.cluster_a
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes that one stage of one CTA receives."""
-        rows = ROWS + self.b_rows
-        return rows * STAGE_BYTES_K + (1 + self.b_blocks) * K_BLOCKS * 512
-
-    @property
-    def overlapped(self) -> bool:
-        """Two accumulators and the scales exceed 512 columns: the accumulators overlap."""
-        return self.columns == 256
-
-    @property
-    def acc_stride(self) -> int:
-        """Tensor-memory columns between the two accumulators."""
-        return OVERLAP_COLUMNS if self.overlapped else self.columns
-
-    @property
-    def acc_barriers(self) -> int:
-        """Accumulators that may be handed over independently."""
-        return 1 if self.overlapped else 2
-
-    @property
-    def sfa_column(self) -> int:
-        """First tensor-memory column of A's scales."""
-        return self.acc_stride + self.columns
-
-    @property
-    def sfb_column(self) -> int:
-        """First tensor-memory column of B's scales."""
-        return self.sfa_column + 4 * K_BLOCKS
-
-    @property
-    def tmem_columns(self) -> int:
-        """Tensor-memory columns to allocate: a power of two."""
-        used = self.sfb_column + 4 * K_BLOCKS * self.b_blocks
-        return 1 << (used - 1).bit_length()
-
-
-def shape_of(config: GemmConfig) -> Shape:
-    """The sizes of a config in the MMA's terms."""
-    if config.swap_ab:
-        return Shape(False, config.tile_m, 1, 1)
-    return Shape(True, config.tile_n, config.cluster_m, config.cluster_n)
-
-
-def reduce_buffers(config: GemmConfig) -> int:
-    """Buffers for partial sums: two let the exchange of one chunk overlap that of the next."""
-    if config.split_k == 1:
-        return 0
-    return 2 if config.tile_m > CHUNK else 1
 
 
 class GemmSm100:
@@ -471,14 +316,14 @@ class GemmSm100:
         if warp < EPILOGUE_WARPS:
             cute.arch.griddepcontrol_wait()
             if cutlass.const_expr(self.swap):
-                self.epilogue_swap(
+                SwapEpilogue(s, self.red_buffers).run(
                     (x_scale, w_scale, bias, y),
                     (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
                     storage, tmem, (acc_full, acc_empty, red_full, red_empty),
                     rank, split, k_end > k_begin, walk,
                 )  # fmt: skip
             else:
-                self.epilogue_pair(
+                PairEpilogue(s).run(
                     (x_scale, w_scale, bias, y),
                     (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
                     tma_y, gmem_y, use_tma,
@@ -491,15 +336,6 @@ class GemmSm100:
         cute.arch.cluster_wait()
         if warp == 0:
             cute.arch.dealloc_tmem(tmem, s.tmem_columns, is_two_cta=s.pair)
-
-    @cute.jit
-    def tile(self, index, tiles_a, tiles_b):
-        """Coordinates of the cluster's tile `index`: RASTER tiles of B, then the next of A."""
-        band = index // (RASTER * tiles_a)
-        rest = index - band * (RASTER * tiles_a)
-        width = cutlass.min(tiles_b - band * RASTER, RASTER)
-        row = rest // width
-        return row, band * RASTER + rest - row * width
 
     # ------------------------------------------------------------------------------ loads
 
@@ -573,7 +409,7 @@ class GemmSm100:
         phase = Int32(1)
         index = cluster
         while index < tiles_a * tiles_b:
-            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
+            tile_a, tile_b = tile_of(index, tiles_a, tiles_b)
             row_a = (tile_a * s.cluster_a + rank_a) * s.a_slices + rank_b
             block_a = tile_a * s.cluster_a + rank_a
             first_b = tile_b * s.cluster_b + rank_b  # the MMA's tile of B
@@ -722,7 +558,7 @@ class GemmSm100:
             sfb_mma = sfb
             if cutlass.const_expr(s.columns < ROWS):
                 # Several tiles share a row block of scales: rows 32 j.. are in column j.
-                _, tile_b = self.tile(index, tiles_a, tiles_b)
+                _, tile_b = tile_of(index, tiles_a, tiles_b)
                 column = tile_b % (ROWS // s.columns) * (s.columns // 32)
                 sfb_mma = cute.make_tensor(
                     cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), tmem_sfb
@@ -757,337 +593,6 @@ class GemmSm100:
                 tcgen05.commit(barrier, mask, self.cta_group)
             else:
                 tcgen05.commit(barrier, None, self.cta_group)
-
-    # --------------------------------------------------------------------------- epilogue
-
-    def _accumulators(self, tmem, column):
-        """Loads CHUNK accumulators of this thread's row, from tensor-memory column `column`."""
-        layout = cute.make_layout((ROWS, CHUNK), stride=(65536, 1))
-        tensor = cute.make_tensor(tmem + column, layout)
-        atom = cute.make_copy_atom(
-            tcgen05.Ld32x32bOp(tcgen05.Repetition(CHUNK), tcgen05.Pack.NONE), Float32
-        )
-        copy = tcgen05.make_tmem_copy(atom, tensor)
-        thread = copy.get_slice(cute.arch.thread_idx()[0])
-        coords = thread.partition_D(cute.make_identity_tensor((ROWS, CHUNK)))
-        registers = cute.make_rmem_tensor(coords.shape, Float32)
-        cute.copy(copy, thread.partition_S(tensor), registers)
-        return cute.make_tensor(registers.iterator, cute.make_layout(CHUNK))
-
-    @cute.jit
-    def read_scale(self, scale: cute.Pointer, stride: Int32, index: Int32, limit: Int32):
-        """The global scale of row `index`: one for all rows, one for each, or none (1.0)."""
-        value = Float32(1.0)
-        if stride >= 0 and index < limit:
-            value = cute.make_tensor(scale + Int64(index * stride), cute.make_layout(1))[0]
-        return value
-
-    @cute.jit
-    def read_bias(self, bias: cute.Pointer, dtype: Int32, index: Int32, limit: Int32):
-        """The bias of output feature `index`; -0.0, which adds nothing to any value, if none."""
-        value = Float32(-0.0)
-        if index < limit:
-            for code, kind in enumerate((Float32, BFloat16, Float16)):
-                if dtype == code:
-                    typed = cute.recast_ptr(bias, dtype=kind)
-                    value = cute.make_tensor(typed + Int64(index), cute.make_layout(1))[0].to(
-                        Float32
-                    )
-        return value
-
-    @cute.jit
-    def write_columns(self, storage, offset, index, scale, bias):
-        """Puts the scale and the bias of one column of the tile into shared memory."""
-        columns = storage.columns.data_ptr()
-        cute.make_tensor(columns + (offset + index), cute.make_layout(1))[0] = scale
-        cute.make_tensor(columns + (offset + self.shape.columns + index), cute.make_layout(1))[
-            0
-        ] = bias
-
-    def _column_values(self, storage, offset):
-        """The scales or biases of CHUNK columns, in registers."""
-        registers = cute.make_rmem_tensor((CHUNK,), Float32)
-        source = storage.columns.data_ptr() + cute.assume(offset, divby=4)
-        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), registers)
-        return registers
-
-    @cute.jit
-    def release(self, barrier, leader):
-        """Tells the MMA warp of CTA `leader` that this warp has read its accumulators."""
-        tcgen05_fence_before()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            if cutlass.const_expr(self.shape.pair):
-                cute.arch.mbarrier_arrive(barrier, leader, scope=CLUSTER)
-            else:
-                cute.arch.mbarrier_arrive(barrier)
-
-    @cute.jit
-    def epilogue_pair(
-        self, pointers, args, tma_y, gmem_y, use_tma, storage, tmem, acc_full, acc_empty, rank, walk
-    ):
-        """Epilogue warps where x is A: a thread has one row of y, its columns follow each other."""
-        s = self.shape
-        x_scale, w_scale, bias, y = pointers
-        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
-        cluster, clusters, tiles_a, tiles_b = walk
-        thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // 32)
-        leader = rank // 2 * 2
-        buffers = storage.staging.data_ptr() + cute.assume(warp * 8192, divby=8192)
-        used = Int32(0)  # staging buffers used so far
-        count = Int32(0)
-        index = cluster
-        while index < tiles_a * tiles_b:
-            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
-            row0 = (tile_a * s.cluster_a + rank % s.cluster_a) * ROWS
-            col0 = (tile_b * s.cluster_b + rank // s.cluster_a) * s.columns
-            vectors = count % 2 * (2 * s.columns)
-            for i in cutlass.range_constexpr(s.columns // 128):
-                col = thread + i * 128
-                self.write_columns(
-                    storage, vectors, col,
-                    self.read_scale(w_scale, w_scale_stride, col0 + col, n),
-                    self.read_bias(bias, bias_dtype, col0 + col, n),
-                )  # fmt: skip
-            row_scale = self.read_scale(x_scale, x_scale_stride, row0 + thread, m)
-            cute.arch.barrier(barrier_id=1, number_of_threads=128)
-
-            buffer = count % 2
-            barrier = count % s.acc_barriers
-            cute.arch.mbarrier_wait(acc_full + barrier, count // s.acc_barriers % 2)
-            tcgen05_fence_after()
-            groups = s.columns // 64
-            for i in cutlass.range(groups, unroll=1):
-                group = i
-                if cutlass.const_expr(s.overlapped):
-                    # The columns that the next tile overwrites first: the last ones of the first
-                    # accumulator, the first ones of the second.
-                    group = i if buffer == 1 else groups - 1 - i
-                base = buffer * s.acc_stride + group * 64
-                halves = (
-                    self._accumulators(tmem, base), self._accumulators(tmem, base + CHUNK)
-                )  # fmt: skip
-                cute.arch.fence_view_async_tmem_load()
-                if i == (0 if s.overlapped else groups - 1):
-                    self.release(acc_empty + barrier, leader)
-                for half in cutlass.range_constexpr(2):
-                    col = vectors + group * 64 + half * CHUNK
-                    self.finish(
-                        halves[half], row_scale, self._column_values(storage, col),
-                        self._column_values(storage, col + s.columns),
-                    )  # fmt: skip
-                used = self.store_group(
-                    halves, buffers, used, (tma_y, gmem_y, use_tma, y),
-                    (m, n, out_dtype), row0 + warp * 32, col0 + group * 64,
-                )  # fmt: skip
-            count += 1
-            index += clusters
-        cute.arch.cp_async_bulk_wait_group(0)
-
-    def finish(self, acc, row_scale, col_scale, col_bias):
-        """acc <- (row_scale * col_scale) * acc + col_bias, the sum rounded once."""
-        for j in range(CHUNK):
-            acc[j] = fma(row_scale * col_scale[j], acc[j], col_bias[j])
-
-    @cute.jit
-    def store_group(self, halves, buffers, used, target, args, row, col):
-        """Stores 32 rows by 64 columns through shared memory, in boxes of 32 rows of 128 bytes."""
-        m, n, out_dtype = args
-        if out_dtype == 0:
-            for half in cutlass.range_constexpr(2):
-                buffer = self.staging_buffer(buffers, used)
-                values = cute.recast_tensor(halves[half], Uint32)
-                self.stage_words(buffer, values, 0)
-                self.store_box(buffer, target, m, 2 * n, row, 2 * (col + half * CHUNK))
-                used += 1
-        else:
-            buffer = self.staging_buffer(buffers, used)
-            for half in cutlass.range_constexpr(2):
-                words = cute.make_rmem_tensor((CHUNK // 2,), Uint32)
-                for code, kind in ((1, BFloat16), (2, Float16)):
-                    if out_dtype == code:
-                        rounded = cute.make_rmem_tensor((CHUNK,), kind)
-                        rounded.store(halves[half].load().to(kind))
-                        cute.autovec_copy(cute.recast_tensor(rounded, Uint32), words)
-                self.stage_words(buffer, words, half * 4)
-            self.store_box(buffer, target, m, n, row, col)
-            used += 1
-        return used
-
-    @cute.jit
-    def staging_buffer(self, buffers, used):
-        """The next of the warp's two staging buffers, once TMA has read what it held before."""
-        cute.arch.cp_async_bulk_wait_group(1, read=True)
-        cute.arch.sync_warp()
-        return buffers + cute.assume(used % 2 * 4096, divby=4096)
-
-    def stage_words(self, buffer, words, first):
-        """Writes a thread's words from 16-byte chunk `first` on of its row, in TMA's swizzle."""
-        lane = cute.arch.lane_idx()
-        for i in range(cute.size(words) // 4):
-            offset = lane * 128 + ((first + i) ^ (lane % 8)) * 16
-            pointer = cute.recast_ptr(buffer + cute.assume(offset, divby=16), dtype=Uint32)
-            source = cute.make_tensor(words.iterator + 4 * i, cute.make_layout(4))
-            cute.autovec_copy(source, cute.make_tensor(pointer, cute.make_layout(4)))
-
-    @cute.jit
-    def store_box(self, buffer, target, m, width, row, col):
-        """Stores a staged box at (row, col), in 16-bit words of y's rows of `width` words.
-
-        By TMA where rows of y are 16-byte aligned, else word by word. Both clip at y's edges.
-        """
-        tma_y, gmem_y, use_tma, y = target
-        if use_tma != 0:
-            cute.arch.fence_view_async_shared()
-            cute.arch.sync_warp()
-            layout = cute.make_layout((32, 64), stride=(64, 1))
-            words = cute.make_tensor(
-                cute.recast_ptr(buffer.align(1024), cute.make_swizzle(3, 4, 3), dtype=Uint16),
-                layout,
-            )
-            source, boxes = cpasync.tma_partition(
-                tma_y,
-                0,
-                cute.make_layout(1),
-                cute.group_modes(words, 0, 2),
-                cute.group_modes(cute.local_tile(gmem_y, (32, 64), (None, None)), 0, 2),
-            )
-            # Unlike loads, stores and prefetches are issued by each thread that reaches them.
-            with cute.arch.elect_one():
-                cute.copy(tma_y, source, boxes[None, row // 32, col // 64])
-        else:
-            cute.arch.sync_warp()
-            lane = cute.arch.lane_idx()
-            out = cute.recast_ptr(y, dtype=Uint16)
-            for r in cutlass.range(cutlass.min(m - row, 32), unroll=1):
-                for part in cutlass.range_constexpr(2):
-                    c = lane + 32 * part
-                    if col + c < width:
-                        offset = r * 128 + ((c // 8) ^ (r % 8)) * 16 + c % 8 * 2
-                        word = cute.make_tensor(
-                            cute.recast_ptr(buffer + cute.assume(offset, divby=2), dtype=Uint16),
-                            cute.make_layout(1),
-                        )
-                        at = Int64(row + r) * width + (col + c)
-                        cute.make_tensor(out + at, cute.make_layout(1))[0] = word[0]
-        cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def epilogue_swap(self, pointers, args, storage, tmem, barriers, rank, split, has_k, walk):
-        """Epilogue warps where the weight is A: a thread has one column of y, m runs along N."""
-        s = self.shape
-        x_scale, w_scale, bias, y = pointers
-        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
-        acc_full, acc_empty, red_full, red_empty = barriers
-        cluster, clusters, tiles_a, tiles_b = walk
-        thread = cute.arch.thread_idx()[0]
-        chunks = s.columns // CHUNK
-        count = Int32(0)
-        index = cluster
-        while index < tiles_a * tiles_b:
-            tile_a, tile_b = self.tile(index, tiles_a, tiles_b)
-            feature = tile_a * ROWS + thread
-            token0 = tile_b * s.columns
-            vectors = count % 2 * (2 * s.columns)
-            if thread < s.columns:
-                token_scale = self.read_scale(x_scale, x_scale_stride, token0 + thread, m)
-                self.write_columns(storage, vectors, thread, token_scale, Float32(0.0))
-            row_scale = self.read_scale(w_scale, w_scale_stride, feature, n)
-            row_bias = self.read_bias(bias, bias_dtype, feature, n)
-            cute.arch.barrier(barrier_id=1, number_of_threads=128)
-
-            buffer = count % 2
-            cute.arch.mbarrier_wait(acc_full + buffer, count // 2 % 2)
-            tcgen05_fence_after()
-            for i in cutlass.range(chunks, unroll=1):
-                acc = self._accumulators(tmem, buffer * s.acc_stride + i * CHUNK)
-                cute.arch.fence_view_async_tmem_load()
-                if i == chunks - 1:
-                    self.release(acc_empty + buffer, 0)
-                token = token0 + i * CHUNK
-                scales = self._column_values(storage, vectors + i * CHUNK)
-                if split == 1:
-                    self.store_features(
-                        acc, scales, row_scale, row_bias, y, (m, n, out_dtype), token, feature
-                    )
-                else:
-                    if not has_k:
-                        # This CTA's share of K is empty: nothing was ever accumulated.
-                        acc.fill(0.0)
-                    self.store_reduced(
-                        acc, storage, (red_full, red_empty), count * chunks + i,
-                        (rank, split, vectors + i * CHUNK), row_scale, row_bias, y,
-                        (m, n, out_dtype), token, feature,
-                    )  # fmt: skip
-            count += 1
-            index += clusters
-
-    @cute.jit
-    def store_features(self, acc, scales, row_scale, row_bias, y, args, token, feature):
-        """Stores CHUNK tokens of one output feature; a warp writes 32 features of a token."""
-        m, n, out_dtype = args
-        tokens = m - token
-        if feature >= n:
-            tokens = Int32(0)
-        for code, kind in enumerate((Float32, BFloat16, Float16)):
-            if out_dtype == code:
-                out = cute.recast_ptr(y, dtype=kind) + (Int64(token) * n + feature)
-                for j in cutlass.range_constexpr(CHUNK):
-                    value = fma(row_scale * scales[j], acc[j], row_bias)
-                    if j < tokens:
-                        cell = cute.make_tensor(out + Int64(j) * n, cute.make_layout(1))
-                        cell[0] = value.to(kind)
-
-    @cute.jit
-    def store_reduced(
-        self, acc, storage, barriers, number, part, row_scale, row_bias, y, args, token, feature
-    ):
-        """Adds the partial sums of a cluster that splits K and stores this CTA's share of tokens.
-
-        Each CTA owns CHUNK / split tokens of the chunk. Every CTA writes its partial sums of them
-        into the owner's shared memory, one slot for each source; the owner adds the slots in the
-        order of K, whatever the order of their arrival.
-        """
-        m, n, out_dtype = args
-        red_full, red_empty = barriers
-        rank, split, vectors = part
-        thread = cute.arch.thread_idx()[0]
-        lane = cute.arch.lane_idx()
-        buffer = number % self.red_buffers
-        phase = number // self.red_buffers % 2
-        own = CHUNK // split
-        slots = storage.reduce.data_ptr() + buffer * (CHUNK * ROWS)
-        wait_cluster(red_empty + buffer, phase ^ 1)
-        for j in cutlass.range_constexpr(CHUNK):
-            owner = j // own
-            slot = slots + ((rank * own + j % own) * ROWS + thread)
-            store_remote(slot, owner, acc[j])
-        cute.arch.sync_warp()
-        if lane < split:
-            cute.arch.mbarrier_arrive(red_full + buffer, lane, scope=CLUSTER)
-        wait_cluster(red_full + buffer, phase)
-        for j in cutlass.range(own, unroll=1):
-            total = Float32(0.0)
-            for source in cutlass.range(split, unroll=1):
-                cell = cute.make_tensor(
-                    slots + ((source * own + j) * ROWS + thread), cute.make_layout(1)
-                )
-                total = total + cell[0]
-            column = rank * own + j
-            scale = cute.make_tensor(
-                storage.columns.data_ptr() + (vectors + column), cute.make_layout(1)
-            )[0]
-            value = fma(row_scale * scale, total, row_bias)
-            if token + column < m and feature < n:
-                at = Int64(token + column) * n + feature
-                for code, kind in enumerate((Float32, BFloat16, Float16)):
-                    if out_dtype == code:
-                        out = cute.recast_ptr(y, dtype=kind) + at
-                        cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)
-        cute.arch.sync_warp()
-        if lane < split:
-            cute.arch.mbarrier_arrive(red_empty + buffer, lane, scope=CLUSTER)
 
 
 def variants(arch: str) -> list[KernelVariant]:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm_100f GEMM's sizes, and instructions that CuTeDSL has no name for."""
+
+import dataclasses
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir.dialects import llvm, nvvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from jax_nvfp4.config import GemmConfig
+
+EPILOGUE_WARPS = 4
+MMA_WARP = 4
+LOAD_WARP = 5
+THREADS = 192
+
+ROWS = 128  # rows of A in one CTA's tile, and rows of a scale tile
+STAGE_BYTES_K = 128  # bytes of a row in one stage: 256 e2m1 values
+K_BLOCKS = 4  # MMAs (of 64 along K) and scale tiles in one stage
+CHUNK = 32  # accumulator columns that the epilogue handles at a time
+RASTER = 8  # N-side tiles that are walked before the next M-side tile
+CLUSTER = nvvm.MemScopeKind.CLUSTER
+OVERLAP_COLUMNS = 208  # distance of the two accumulators of a 256-column tile
+
+
+@dsl_user_op
+def tcgen05_fence_before(*, loc=None, ip=None):
+    """Orders this thread's tensor-memory accesses before the synchronization that follows."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def tcgen05_fence_after(*, loc=None, ip=None):
+    """Orders this thread's tensor-memory accesses after the synchronization that precedes."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def fma(a, b, c, *, loc=None, ip=None):
+    """The fp32 value of a * b + c, rounded once."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
+    return Float32(
+        llvm.inline_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip)
+    )
+
+
+@dsl_user_op
+def wait_cluster(barrier, phase, *, loc=None, ip=None):
+    """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
+    llvm.inline_asm(
+        None,
+        [barrier.to_llvm_ptr(loc=loc, ip=ip), Int32(phase).ir_value(loc=loc, ip=ip)],
+        "{ .reg .pred p; WAIT: "
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
+        "r,r,~{memory}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def store_remote(pointer, rank, value, *, loc=None, ip=None):
+    """Stores a float where `pointer` points, in the shared memory of CTA `rank` of the cluster."""
+    llvm.inline_asm(
+        None,
+        [
+            pointer.to_llvm_ptr(loc=loc, ip=ip),
+            Int32(rank).ir_value(loc=loc, ip=ip),
+            Float32(value).ir_value(loc=loc, ip=ip),
+        ],
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.f32 [a], $2; }",
+        "r,r,f,~{memory}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@cute.jit
+def tile_of(index, tiles_a, tiles_b):
+    """Coordinates of the cluster's tile `index`: RASTER tiles of B, then the next of A.
+
+    Clusters that run at the same time so share rows of both operands in L2.
+    """
+    band = index // (RASTER * tiles_a)
+    rest = index - band * (RASTER * tiles_a)
+    width = cutlass.min(tiles_b - band * RASTER, RASTER)
+    row = rest // width
+    return row, band * RASTER + rest - row * width
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes that follow from a config, all in the MMA's terms.
+
+    Attributes:
+        pair: two CTAs share an MMA.
+        columns: N of the MMA: rows of B in a tile.
+        cluster_a: CTAs of a cluster along A's rows.
+        cluster_b: CTAs of a cluster along B's rows.
+    """
+
+    pair: bool
+    columns: int
+    cluster_a: int
+    cluster_b: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share one MMA."""
+        return 2 if self.pair else 1
+
+    @property
+    def b_rows(self) -> int:
+        """Rows of B in one CTA's shared memory."""
+        return self.columns // self.ctas
+
+    @property
+    def b_blocks(self) -> int:
+        """Row blocks of 128 whose scales a tile of B needs."""
+        return max(self.columns // ROWS, 1)
+
+    @property
+    def a_slices(self) -> int:
+        """CTAs that each load a slice of A's tile and multicast it."""
+        return self.cluster_b
+
+    @property
+    def b_slices(self) -> int:
+        """CTAs that each load a slice of B's tile and multicast it."""
+        return self.cluster_a // self.ctas
+
+    @property
+    def sfb_slices(self) -> int:
+        """CTAs that each load a slice of B's scales: in a pair both CTAs need all of them."""
+        return self.cluster_a
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes that one stage of one CTA receives."""
+        rows = ROWS + self.b_rows
+        return rows * STAGE_BYTES_K + (1 + self.b_blocks) * K_BLOCKS * 512
+
+    @property
+    def overlapped(self) -> bool:
+        """Two accumulators and the scales exceed 512 columns: the accumulators overlap."""
+        return self.columns == 256
+
+    @property
+    def acc_stride(self) -> int:
+        """Tensor-memory columns between the two accumulators."""
+        return OVERLAP_COLUMNS if self.overlapped else self.columns
+
+    @property
+    def acc_barriers(self) -> int:
+        """Accumulators that may be handed over independently."""
+        return 1 if self.overlapped else 2
+
+    @property
+    def sfa_column(self) -> int:
+        """First tensor-memory column of A's scales."""
+        return self.acc_stride + self.columns
+
+    @property
+    def sfb_column(self) -> int:
+        """First tensor-memory column of B's scales."""
+        return self.sfa_column + 4 * K_BLOCKS
+
+    @property
+    def tmem_columns(self) -> int:
+        """Tensor-memory columns to allocate: a power of two."""
+        used = self.sfb_column + 4 * K_BLOCKS * self.b_blocks
+        return 1 << (used - 1).bit_length()
+
+
+def shape_of(config: GemmConfig) -> Shape:
+    """The sizes of a config in the MMA's terms."""
+    if config.swap_ab:
+        return Shape(False, config.tile_m, 1, 1)
+    return Shape(True, config.tile_n, config.cluster_m, config.cluster_n)
+
+
+def reduce_buffers(config: GemmConfig) -> int:
+    """Buffers for partial sums: two let the exchange of one chunk overlap that of the next."""
+    if config.split_k == 1:
+        return 0
+    return 2 if config.tile_m > CHUNK else 1
