@@ -62,8 +62,10 @@ class _Elf:
             raise ValueError("not a little-endian 64-bit ELF file")
         self.image = image
         (self.machine,) = struct.unpack_from("<H", image, 18)
-        (table,) = struct.unpack_from("<Q", image, 40)
-        entry_size, count, names_index = struct.unpack_from("<HHH", image, 58)
+        segments, table = struct.unpack_from("<QQ", image, 32)
+        segment_size, segment_count, entry_size, count, names_index = struct.unpack_from(
+            "<HHHHH", image, 54
+        )
         raw = [struct.unpack_from("<IIQQQQII", image, table + i * entry_size) for i in range(count)]
         names = raw[names_index]
         self.sections = [
@@ -71,7 +73,7 @@ class _Elf:
         ]
         # The end of the file: the last byte of a table or of a section with contents.
         self.size = max(
-            [table + entry_size * count]
+            [table + entry_size * count, segments + segment_size * segment_count]
             + [s.offset + s.size for s in self.sections if s.kind != _SHT_NOBITS]
         )
 
