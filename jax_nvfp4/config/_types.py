@@ -71,6 +71,8 @@ class GemmConfig:
         stages: depth of the shared-memory pipeline.
         swap_ab: the weight is the MMA's M-side operand.
         split_k: largest number of ways in which K may be split (1: never).
+        warpgroups: warpgroups of a CTA that run MMAs.
+        ctas_per_sm: CTAs that a multiprocessor holds at a time.
     """
 
     name: str
@@ -85,6 +87,8 @@ class GemmConfig:
     stages: int = 1
     swap_ab: bool = False
     split_k: int = 1
+    warpgroups: int = 1
+    ctas_per_sm: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

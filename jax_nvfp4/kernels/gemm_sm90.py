@@ -1,0 +1,664 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper GEMM: 4-bit weights decoded in registers into the A operand of `wgmma`.
+
+    y (m, n) = x_scale * w_scale * (x @ W^T) + bias
+
+The weight is the M side of the MMA, the rows of x its N side (8 to 256 of them). A CTA has one
+producer warp and `warpgroups` warpgroups of consumers around a ring of `stages` buffers in shared
+memory. The producer copies 128 columns at a time: codes and scales as they lie in memory (the
+order of `layout.sm90`), x through a tensor map that zero-fills what is out of bounds. A consumer
+reads codes in the order of its registers, decodes a group of `wgmma` steps while the tensor cores
+work on the group before, and has two sets of A registers so that neither waits for the other.
+
+K may be split over the CTAs of a cluster. Each leaves its sums in its shared memory; after a
+cluster barrier each adds up a slice of the tile over the CTAs, in the order of their ranks. No
+atomics, no scratch memory, no state from one launch to the next: what a launch computes depends on
+its arguments alone. The order in which one output is summed is fixed by K, the split and the
+config: columns in rising order within a CTA, then CTAs in rising order.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.utils
+from cutlass import (
+    BFloat16,
+    Boolean,
+    Float16,
+    Float32,
+    Int32,
+    Int64,
+    Uint8,
+    Uint32,
+    const_expr,
+    cute,
+)
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.runtime import make_ptr
+
+from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels import gemm_sm90_ops as ops
+from jax_nvfp4.kernels.variant import KernelVariant
+from jax_nvfp4.layout import sm90 as layout
+
+WARPGROUP = 128
+TILE_K = layout.TILE_K
+CODE_BYTES = layout.TILE_N * TILE_K // 2
+SCALE_BYTES = layout.TILE_N * TILE_K // layout.BLOCK
+STEPS = TILE_K // 16
+# Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
+# reads at a time then fits the L2 cache.
+RASTER_TILES = 8
+# Splits of K that have a launch of their own (a cluster's size is fixed when it is compiled).
+SPLITS = (1, 2, 4, 8)
+# Registers of a producer's and of a consumer's thread once the one warpgroup of producers has handed
+# over to the two of consumers, by CTAs per multiprocessor.
+REGISTERS = {1: (40, 232), 2: (24, 104)}
+SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024}
+"""Shared memory of a CTA when a multiprocessor holds this many."""
+
+
+class GemmSm90:
+    """One config of the kernel.
+
+    Attributes:
+        config: the config.
+    """
+
+    def __init__(self, config: GemmConfig):
+        self.config = config
+        self.dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
+        self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
+        self.warpgroups = config.warpgroups
+        self.weight_tiles = config.tile_n // layout.TILE_N
+        # Blocks of 64 rows of the weight that a warpgroup works on.
+        self.blocks = config.tile_n // 64 // config.warpgroups
+        # Steps of 16 columns between waits: two where that is work enough to hide a decode.
+        self.group_steps = 2 if self.tile_m >= 64 else 4
+        # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
+        # over most of its own.
+        self.moves_registers = self.blocks * self.tile_m >= 64
+        self.producers = WARPGROUP if self.moves_registers else 32
+        self.threads = self.warpgroups * WARPGROUP + self.producers
+        self.x_bytes = self.tile_m * TILE_K * 2
+        self.stage_bytes = self.x_bytes + self.weight_tiles * (CODE_BYTES + SCALE_BYTES)
+        self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16)
+        self._check()
+
+    def _check(self) -> None:
+        c = self.config
+        if c.tile_k != TILE_K or c.tile_n % layout.TILE_N or c.tile_m % 8 or self.blocks < 1:
+            raise ValueError(f"{c.name}: tiles of {c.tile_m} x {c.tile_n} x {c.tile_k}")
+        if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
+            raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
+        if c.split_k > 1 and self.tile_m * (self.tile_n + 1) * 4 > self.stages * self.stage_bytes:
+            raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
+
+    def _tiled_mma(self):
+        op = warpgroup.MmaF16BF16Op(
+            self.dtype,
+            Float32,
+            (64, self.tile_m, 16),
+            warpgroup.OperandSource.RMEM,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+        )
+        return cute.make_tiled_mma(cute.make_mma_atom(op), (1, 1, 1))
+
+    def _x_layout(self):
+        return cutlass.utils.hopper_helpers.make_smem_layout_b(
+            cutlass.utils.LayoutEnum.ROW_MAJOR,
+            (64, self.tile_m, TILE_K),
+            self.dtype,
+            self.stages,
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Pointer,
+        sfx: cute.Pointer,
+        w: cute.Pointer,
+        sfw: cute.Pointer,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        scratch: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        split_k: Int32,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Encodes the tensor map of x and launches the kernel. See the package's GEMM signature.
+
+        `k` is a multiple of 64; sfx and scratch are not used. `split_k` is one of SPLITS.
+        """
+        # A tensor map has no empty axes. No copy is made where k is 0.
+        columns = cute.assume(cutlass.max(k, 64), divby=64)
+        x_tensor = cute.make_tensor(
+            x, cute.make_layout((cutlass.max(m, 1), columns), stride=(columns, 1))
+        )
+        tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            x_tensor,
+            cute.slice_(self._x_layout(), (None, None, 0)),
+            (self.tile_m, TILE_K),
+        )
+        tiles = cute.ceil_div(m, self.tile_m) * cute.ceil_div(n, self.tile_n)
+        arguments = (
+            tma_atom,
+            tma_tensor,
+            w,
+            sfw,
+            x_scale,
+            w_scale,
+            bias,
+            y,
+            m,
+            n,
+            k,
+            x_scale_stride,
+            w_scale_stride,
+            bias_dtype,
+            out_dtype,
+        )
+        if m > 0 and n > 0:
+            for split in cutlass.range_constexpr(1, self.config.split_k + 1):
+                if const_expr(split in SPLITS):
+                    if split_k == split:
+                        ctas = tiles * split
+                        if const_expr(split == 1):
+                            ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
+                        self.kernel(*arguments, split).launch(
+                            grid=[ctas, 1, 1],
+                            block=[self.threads, 1, 1],
+                            cluster=[split, 1, 1],
+                            min_blocks_per_mp=self.config.ctas_per_sm,
+                            preferred_smem_carveout=100,
+                            stream=stream,
+                        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_atom: cute.CopyAtom,
+        x_tensor: cute.Tensor,
+        w: cute.Pointer,
+        sfw: cute.Pointer,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        split: cutlass.Constexpr[int],
+    ):
+        """The device code; a cluster is `split` CTAs that share a tile."""
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        block = cute.arch.block_idx()[0]
+        grid = cute.arch.grid_dim()[0]
+        first_tile = block // split
+        rank = block % split
+        tile_step = grid // split
+        m_tiles = cute.ceil_div(m, self.tile_m)
+        tiles = m_tiles * cute.ceil_div(n, self.tile_n)
+        k_tiles = cute.ceil_div(k, TILE_K)
+        k_begin = k_tiles * rank // split
+        k_count = k_tiles * (rank + 1) // split - k_begin
+
+        smem = cutlass.utils.SmemAllocator()
+        buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
+        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2)
+        full, empty = barriers, barriers + self.stages
+        if thread == 0:
+            for stage in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(full + stage, 1)
+                cute.arch.mbarrier_init(empty + stage, self.warpgroups * 4)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        x_smem = cute.make_tensor(
+            cute.recast_ptr(buffers, self._x_layout().inner, dtype=self.dtype),
+            self._x_layout().outer,
+        )
+        if warp >= self.warpgroups * 4:
+            if const_expr(self.moves_registers):
+                cute.arch.setmaxregister_decrease(REGISTERS[self.config.ctas_per_sm][0])
+            if warp == self.warpgroups * 4:
+                self._produce(
+                    tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
+                    m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
+                )  # fmt: skip
+        else:
+            if const_expr(self.moves_registers):
+                cute.arch.setmaxregister_increase(REGISTERS[self.config.ctas_per_sm][1])
+            self._consume(
+                x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
+                m_tiles, tiles, m, n, k_count, first_tile, tile_step,
+                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
+            )  # fmt: skip
+        if const_expr(split > 1):
+            self._reduce(
+                buffers, x_scale, w_scale, bias, y, m_tiles, m, n, first_tile, rank, thread,
+                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
+            )  # fmt: skip
+
+    def _tile_coordinates(self, tile, m_tiles, n):
+        """(tile along M, tile along N) of a tile's number, in the raster's order."""
+        per_group = RASTER_TILES * cute.ceil_div(n, self.tile_n)
+        group = tile // per_group
+        inside = tile % per_group
+        rows = cutlass.min(m_tiles - group * RASTER_TILES, RASTER_TILES)
+        return group * RASTER_TILES + inside % rows, inside // rows
+
+    def _flat(self, j, b, half, e):
+        """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is."""
+        return e + 2 * half + 4 * j + (self.tile_m // 2) * b
+
+    def _code_offset(self):
+        """Where codes start in the buffers; scales follow all codes."""
+        return self.stages * self.x_bytes
+
+    def _scale_offset(self):
+        return self._code_offset() + self.stages * self.weight_tiles * CODE_BYTES
+
+    @cute.jit
+    def _produce(
+        self, tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
+        m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
+    ):  # fmt: skip
+        """The producer warp: one thread fills the ring."""
+        x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
+        x_to, x_from = cpasync.tma_partition(
+            tma_atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(x_smem, 0, 2),
+            cute.group_modes(x_tiles, 0, 2),
+        )
+        # A weight that is read once should not push x out of the L2 cache.
+        policy = Int64(ops.EVICT_NORMAL)
+        if m_tiles == 1:
+            policy = Int64(ops.EVICT_FIRST)
+        base = ops.shared_address(buffers)
+        # The last tile along N may reach past the weight's tiles of 128 rows.
+        weight_tiles = cute.ceil_div(n, layout.TILE_N)
+        with cute.arch.elect_one():
+            stage = Int32(0)
+            phase = Int32(1)
+            for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
+                tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+                for i in cutlass.range(k_count, unroll=1):
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    k_tile = k_begin + i
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
+                    for part in cutlass.range_constexpr(self.weight_tiles):
+                        slot = stage * self.weight_tiles + part
+                        row = cutlass.min(tile_w * self.weight_tiles + part, weight_tiles - 1)
+                        at = Int64(row) * Int64(k_tiles) + Int64(k_tile)
+                        barrier = ops.shared_address(full + stage)
+                        ops.bulk_load(
+                            base + self._code_offset() + slot * CODE_BYTES,
+                            ops.element_address(w, at, CODE_BYTES),
+                            Int32(CODE_BYTES),
+                            barrier,
+                            policy,
+                        )
+                        ops.bulk_load(
+                            base + self._scale_offset() + slot * SCALE_BYTES,
+                            ops.element_address(sfw, at, SCALE_BYTES),
+                            Int32(SCALE_BYTES),
+                            barrier,
+                            policy,
+                        )
+                    cute.copy(
+                        tma_atom,
+                        x_from[None, tile_x, k_tile],
+                        x_to[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+                    stage += 1
+                    if stage == self.stages:
+                        stage = Int32(0)
+                        phase ^= 1
+
+    @cute.jit
+    def _consume(
+        self, x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
+        m_tiles, tiles, m, n, k_count, first_tile, tile_step,
+        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
+        thread = cute.arch.thread_idx()[0]
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        thread = thread % WARPGROUP
+        tiled_mma = self._tiled_mma()
+        x_fragments = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(x_smem))
+        sums = cute.make_rmem_tensor(
+            tiled_mma.partition_shape_C((64 * self.blocks, self.tile_m)), Float32
+        )
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        exponent = ops.scale_exponent(n)
+        stage = Int32(0)
+        phase = Int32(0)
+        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+            sums.fill(0.0)
+            stage, phase = self._multiply(
+                tiled_mma, sums, x_fragments, buffers, full, empty, thread, group,
+                k_count, stage, phase, exponent,
+            )  # fmt: skip
+            if const_expr(split == 1):
+                self._store(
+                    sums, x_scale, w_scale, bias, y, tile_x, tile_w, m, n, thread, group,
+                    x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
+                )  # fmt: skip
+            else:
+                # Both warpgroups are done with the ring that the sums go to.
+                cute.arch.barrier(barrier_id=1, number_of_threads=self.warpgroups * WARPGROUP)
+                self._leave(sums, buffers, thread, group)
+
+    def _block(self, group, i):
+        """(tile of 128 rows, block of 64 in it) of a warpgroup's block i."""
+        if self.blocks == 1:
+            return group // 2, group % 2
+        return group * (self.blocks // 2) + i // 2, i % 2
+
+    @cute.jit
+    def _multiply(
+        self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, group,
+        k_count, stage, phase, exponent,
+    ):  # fmt: skip
+        """Adds a tile's products to `sums`; returns the ring's state."""
+        bf16 = self.dtype is BFloat16
+        shape = tiled_mma.partition_shape_A((64 * self.blocks, 16 * self.group_steps))
+        fragments = [cute.make_rmem_tensor(shape, self.dtype) for _ in range(2)]
+        registers = []
+        for fragment in fragments:
+            words = cute.recast_tensor(fragment, Uint32)
+            registers.append(
+                cute.make_tensor(words.iterator, cute.make_layout(cute.size(words)))
+            )
+        base = ops.shared_address(buffers)
+        lane_row = (thread // 32) * 8 + (thread % 32) // 4
+        is_first_lane = Int32(thread % 32 == 0)
+        releases = Int32(0)
+        code_at = []
+        scale_at = []
+        for i in cutlass.range_constexpr(self.blocks):
+            part, block = self._block(group, i)
+            code_at.append(
+                base + self._code_offset() + part * CODE_BYTES + block * 2048 + thread * 16
+            )
+            scale_at.append(
+                base + self._scale_offset() + part * SCALE_BYTES + block * 512 + lane_row * 16
+            )
+        last = stage
+        for i in cutlass.range(k_count, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            codes = []
+            scales = []
+            for b in cutlass.range_constexpr(self.blocks):
+                at = code_at[b] + stage * (self.weight_tiles * CODE_BYTES)
+                codes.append([*ops.load_shared_x4(at), *ops.load_shared_x4(at + 4096)])
+                at = scale_at[b] + stage * (self.weight_tiles * SCALE_BYTES)
+                scales.append(ops.load_shared_x4(at))
+            for part in cutlass.range_constexpr(STEPS // self.group_steps):
+                # The group before the last is done: it was the reader of this set of registers.
+                warpgroup.wait_group(1)
+                if const_expr(part == 1):
+                    # So is all of the stage before this one.
+                    cute.arch.sync_warp()
+                    ops.arrive_if(releases, ops.shared_address(empty + last))
+                    releases = is_first_lane
+                for pair in cutlass.range_constexpr(self.group_steps // 2):
+                    p = part * (self.group_steps // 2) + pair
+                    for b in cutlass.range_constexpr(self.blocks):
+                        decoded = ops.decode_pair(
+                            codes[b][2 * p], codes[b][2 * p + 1], scales[b][p], exponent, bf16
+                        )
+                        for step in cutlass.range_constexpr(2):
+                            for r in cutlass.range_constexpr(4):
+                                registers[part % 2][r + 4 * (b + self.blocks * (2 * pair + step))] = decoded[step][r]
+                warpgroup.fence()
+                for step in cutlass.range_constexpr(self.group_steps):
+                    cute.gemm(
+                        tiled_mma,
+                        sums,
+                        fragments[part % 2][None, None, step],
+                        x_fragments[None, None, part * self.group_steps + step, stage],
+                        sums,
+                    )
+                warpgroup.commit_group()
+            last = stage
+            stage += 1
+            if stage == self.stages:
+                stage = Int32(0)
+                phase ^= 1
+        warpgroup.wait_group(0)
+        cute.arch.sync_warp()
+        ops.arrive_if(releases, ops.shared_address(empty + last))
+        return stage, phase
+
+    @cute.jit
+    def _x_scale(self, x_scale, stride, row, m):
+        """The scale of a row of x; rows past the last get the last's."""
+        value = Float32(1.0)
+        if stride >= 0:
+            value = ops.load_element(x_scale, Float32, cutlass.min(row, m - 1) * stride)
+        return value
+
+    @cute.jit
+    def _bias(self, bias, dtype, index):
+        """An element of the bias, 0 where there is none."""
+        value = Float32(0.0)
+        if dtype == 0:
+            value = ops.load_element(bias, Float32, index)
+        elif dtype == 1:
+            value = ops.load_element(bias, BFloat16, index)
+        elif dtype == 2:
+            value = ops.load_element(bias, Float16, index)
+        return value
+
+    @cute.jit
+    def _store_element(self, y, dtype, index, value):
+        """Rounds a Float32 to the output's type and stores it."""
+        if dtype == 0:
+            ops.store_word(ops.element_address(y, index, 4), ops.bits(value))
+        elif dtype == 1:
+            ops.store_half(
+                ops.element_address(y, index, 2), ops.round_pair(value, value, "bf16x2")
+            )
+        else:
+            ops.store_half(ops.element_address(y, index, 2), ops.round_pair(value, value, "f16x2"))
+
+    @cute.jit
+    def _store(
+        self, sums, x_scale, w_scale, bias, y, tile_x, tile_w, m, n, thread, group,
+        x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
+    ):  # fmt: skip
+        """Scales a tile and stores it, from registers.
+
+        A lane 4*g + t holds rows g of 8 of the weight for rows 2*t and 2*t + 1 of 8 of x. Once
+        transposed it holds row g of x and, the order of the weight's rows being what it is, eight
+        (or four, where the warpgroup has one block) neighboring elements from 8*t.
+        """
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
+        part, first_block = self._block(group, 0)
+        warp_n = (tile_w * self.weight_tiles + part) * layout.TILE_N + (thread // 32) * 32
+        scales = []
+        biases = []
+        for b in cutlass.range_constexpr(self.blocks):
+            for half in cutlass.range_constexpr(2):
+                at = warp_n + (g // 2) * 8 + (first_block + b) * 4 + half * 2 + g % 2
+                at = cutlass.min(at, n - 1)
+                scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
+                biases.append(self._bias(bias, bias_dtype, at))
+        column = warp_n + t * 8 + first_block * 4
+        for j in cutlass.range_constexpr(self.tile_m // 8):
+            first_row = tile_x * self.tile_m + 8 * j
+            row_scale = [
+                self._x_scale(x_scale, x_scale_stride, first_row + 2 * t + e, m) for e in range(2)
+            ]
+            pairs = []
+            for b in cutlass.range_constexpr(self.blocks):
+                for half in cutlass.range_constexpr(2):
+                    c = 2 * b + half
+                    pairs.append(
+                        [
+                            ops.fma(
+                                row_scale[e] * scales[c],
+                                flat[self._flat(j, b, half, e)] * Float32(ops.ACCUMULATOR_SCALE),
+                                biases[c],
+                            )
+                            for e in range(2)
+                        ]
+                    )
+            self._store_run(pairs, y, first_row + g, column, m, n, out_dtype)
+
+    @cute.jit
+    def _store_run(self, pairs, y, row, column, m, n, out_dtype):
+        """Rounds, transposes over the warp, and stores neighboring elements of a row."""
+        if out_dtype == 0:
+            self._store_run_f32(pairs, y, row, column, m, n)
+        elif out_dtype == 1:
+            self._store_run_16(pairs, y, row, column, m, n, "bf16x2")
+        else:
+            self._store_run_16(pairs, y, row, column, m, n, "f16x2")
+
+    @cute.jit
+    def _store_run_f32(self, pairs, y, row, column, m, n):
+        """Float32 goes as two matrices, of the upper and of the lower halves."""
+        words = []
+        for i in cutlass.range_constexpr(len(pairs)):
+            a, b = ops.bits(pairs[i][0]), ops.bits(pairs[i][1])
+            upper = ops.transpose(ops.permute(a, b, 0x7632))
+            lower = ops.transpose(ops.permute(a, b, 0x5410))
+            words += [ops.permute(lower, upper, 0x5410), ops.permute(lower, upper, 0x7632)]
+        at = Int64(row) * Int64(n) + Int64(column)
+        if row < m:
+            if n % 4 == 0:
+                for i in cutlass.range_constexpr(len(words) // 4):
+                    if column + 4 * i < n:
+                        ops.store_x4(
+                            ops.element_address(y, at + 4 * i, 4), words[4 * i : 4 * i + 4]
+                        )
+            else:
+                for i in cutlass.range_constexpr(len(words)):
+                    if column + i < n:
+                        ops.store_word(ops.element_address(y, at + i, 4), words[i])
+
+    @cute.jit
+    def _store_run_16(self, pairs, y, row, column, m, n, name: cutlass.Constexpr[str]):
+        words = []
+        for i in cutlass.range_constexpr(len(pairs)):
+            words.append(ops.transpose(ops.round_pair(pairs[i][0], pairs[i][1], name)))
+        at = Int64(row) * Int64(n) + Int64(column)
+        if row < m:
+            if n % (2 * len(words)) == 0:
+                if column < n:
+                    if const_expr(len(words) == 4):
+                        ops.store_x4(ops.element_address(y, at, 2), words)
+                    else:
+                        ops.store_x2(ops.element_address(y, at, 2), words)
+            else:
+                for i in cutlass.range_constexpr(2 * len(words)):
+                    if column + i < n:
+                        word = words[i // 2] >> Uint32(16 * (i % 2))
+                        ops.store_half(ops.element_address(y, at + i, 2), word)
+
+    @cute.jit
+    def _leave(self, sums, buffers, thread, group):
+        """Leaves the sums in shared memory, a row of it for each row of x.
+
+        Rows are tile_n + 1 apart, so that a warp's 32 stores go to 32 banks.
+        """
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
+        part, first_block = self._block(group, 0)
+        row_n = part * layout.TILE_N + (thread // 32) * 32 + (g // 2) * 8 + first_block * 4 + g % 2
+        base = ops.shared_address(buffers) + (2 * t * (self.tile_n + 1) + row_n) * 4
+        for j in cutlass.range_constexpr(self.tile_m // 8):
+            for b in cutlass.range_constexpr(self.blocks):
+                for half in cutlass.range_constexpr(2):
+                    for e in cutlass.range_constexpr(2):
+                        offset = (8 * j + e) * (self.tile_n + 1) + 4 * b + 2 * half
+                        ops.store_shared(base + 4 * offset, flat[self._flat(j, b, half, e)])
+
+    @cute.jit
+    def _reduce(
+        self, buffers, x_scale, w_scale, bias, y, m_tiles, m, n, tile, rank, thread,
+        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """Adds up this CTA's slice of the cluster's tile, in the order of the ranks; stores it."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+        width = self.tile_n // split
+        consumers = self.warpgroups * WARPGROUP
+        inside = rank * width + thread % width
+        column = tile_w * self.tile_n + inside
+        first_row = tile_x * self.tile_m
+        rows = cutlass.min(m - first_row, self.tile_m)
+        if thread < consumers and column < n:
+            scale = ops.load_element(w_scale, Float32, column * w_scale_stride)
+            offset = self._bias(bias, bias_dtype, column)
+            base = ops.shared_address(buffers) + inside * 4
+            for i in cutlass.range(thread // width, rows, consumers // width, unroll=1):
+                address = base + i * (4 * (self.tile_n + 1))
+                parts = [ops.load_cluster(address, Int32(r)) for r in range(split)]
+                total = parts[0]
+                for part in parts[1:]:
+                    total = total + part
+                row = first_row + i
+                alpha = self._x_scale(x_scale, x_scale_stride, row, m) * scale
+                value = ops.fma(alpha, total * Float32(ops.ACCUMULATOR_SCALE), offset)
+                index = Int64(row) * Int64(n) + Int64(column)
+                self._store_element(y, out_dtype, index, value)
+        # No CTA leaves while another reads its shared memory.
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+
+def _arguments(config: GemmConfig) -> tuple:
+    """Arguments to compile with: aligned addresses that nothing reads, and integers."""
+    dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
+
+    def pointer(element):
+        return make_ptr(element, 1024, cute.AddressSpace.gmem, assumed_align=16)
+
+    types = (dtype, Uint8, Uint8, Uint8, Float32, Float32, Uint8, Uint8, Uint8)
+    integers = (1, 1, 64, 0, 0, -1, 1, 1, 132)
+    return (*map(pointer, types), *map(Int32, integers), cuda.CUstream(0))
+
+
+def variants(arch: str) -> list[KernelVariant]:
+    """The kernels of `arch`, one for each config; none but for sm_90a."""
+    if arch != "sm_90a":
+        return []
+    return [
+        KernelVariant(
+            name=config.name,
+            op="gemm",
+            arch=arch,
+            config=config,
+            host=GemmSm90(config).__call__,
+            args=_arguments(config),
+        )
+        for config in configs(arch)
+    ]
