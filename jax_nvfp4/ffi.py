@@ -9,7 +9,6 @@ check all of it again, against one another and against the kernel, and return an
 names the op, the operand, expected and got.
 """
 
-import enum
 import functools
 import importlib
 import importlib.resources
@@ -23,31 +22,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_nvfp4.config import GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
+from jax_nvfp4.config.quantize import Mode, OutFormat, quantize_scratch_bytes
 from jax_nvfp4.layout import swizzle
 
 _ABSENT_NOTE = "_no_extension.txt"
-
-
-class Mode(enum.IntEnum):
-    """Where a quantize kernel takes the global scale from."""
-
-    SCALAR_GIVEN = 0
-    ROWS_GIVEN = 1
-    TOKEN = 2
-    """The amax of each row."""
-    TENSOR = 3
-    """The amax of all of x."""
-
-
-class OutFormat(enum.IntEnum):
-    """What a quantize kernel writes."""
-
-    LINEAR = 0
-    """The canonical form: blocks padded to 16 elements, scales in logical order."""
-    OPERAND = 1
-    """A GEMM operand of Blackwell: rows padded to 64 elements, scales in the 128x4 order."""
-    VALUES = 2
-    """bfloat16 `e2m1 * block_scale`, exactly, rows padded to 64 elements; no scales."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -127,8 +105,7 @@ def quantize_call(
     config: QuantizeConfig,
     mode: Mode | int,
     out_format: OutFormat | int,
-    num_sms: int = 0,
-    scratch_bytes: int = 0,
+    num_sms: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Calls a quantize kernel.
 
@@ -136,10 +113,9 @@ def quantize_call(
         x: (m, k), of the dtype the config is for.
         global_scale: float32, one value for SCALAR_GIVEN, (m,) for ROWS_GIVEN, else None.
         config: the kernel to call.
-        mode: a `Mode`.
-        out_format: an `OutFormat`.
-        num_sms: multiprocessors that `scratch_bytes` was computed for; 0: all of the device's.
-        scratch_bytes: scratch memory to hand to the kernel.
+        mode: where the global scale comes from.
+        out_format: what is written.
+        num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
 
     Returns:
         (data, block_scale, global_scale). LINEAR: uint8 (m, ceil(k/16)*8) and float8_e4m3fn
@@ -162,7 +138,7 @@ def quantize_call(
         data,
         block_scale,
         jax.ShapeDtypeStruct((m,) if per_row else (), jnp.float32),
-        jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8),
+        jax.ShapeDtypeStruct((quantize_scratch_bytes(config, m, k, num_sms),), jnp.uint8),
     )
     given = _empty(np.float32) if global_scale is None else global_scale
     data, block_scale, global_scale, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
