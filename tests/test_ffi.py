@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import kernel_objects
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernel_objects
 from jax_nvfp4 import config
 from jax_nvfp4.config.quantize import quantize_configs, select_quantize
 from jax_nvfp4.layout.weights import pack_weight

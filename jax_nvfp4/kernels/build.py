@@ -47,7 +47,7 @@ RUNTIME_LIBRARIES = {
     "libcudart_static.a": ("nvidia-cuda-runtime-cu12",),
 }
 # Raised when the contents of an entry, or how a kernel is compiled, change.
-FORMAT = 1
+FORMAT = 2
 
 # Without a named CPU the host code is compiled for the machine that builds it, and would stop
 # with SIGILL on an older one.
