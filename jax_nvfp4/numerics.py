@@ -66,15 +66,32 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     remainder = (a_sig << (24 + below_one)) - quotient * b_sig  # wraps; the true one is small
     step = jnp.floor(remainder.astype(jnp.float32) / b_float).astype(jnp.int32)
     quotient, remainder = quotient + step, remainder - step * b_sig
-    quotient = quotient + (remainder >= b_sig) - (remainder < 0)
+    quotient = quotient + jnp.where(remainder < 0, -1, jnp.where(remainder >= b_sig, 1, 0))
 
     significand = (quotient + 1) >> 1
     exponent = (a_bits >> 23) - (b_bits >> 23) - below_one + 127
     bits = (exponent << 23) + (significand - 0x800000)
-    # The remainder changes nothing. XLA recomputes cheap operations in each loop that uses them,
-    # for a block scale 16 times an element; it never duplicates a remainder.
-    bits = lax.rem(bits, jnp.full_like(bits, 0x7FFFFFFF))
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    # XLA recomputes cheap operations in each loop that uses them, for a block scale 16 times.
+    return rounded(lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """x itself, computed once and rounded to float32 before anything is done with it.
+
+    Keeps compilers from contracting a product and a later sum into an fma in one place and not in
+    another, and from recomputing x for each use. An optimization barrier would say so, but XLA's CPU
+    backend drops it before it fuses; a remainder that changes nothing stays, and is never
+    duplicated.
+
+    Args:
+        x: float32.
+
+    Returns:
+        x, its NaNs made canonical.
+    """
+    canonical = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
+    bits = lax.bitcast_convert_type(canonical, jnp.uint32)
+    return lax.bitcast_convert_type(lax.rem(bits, jnp.full_like(bits, 0xFFFFFFFF)), jnp.float32)
 
 
 def _magnitude_bits(x: jax.Array) -> jax.Array:
@@ -277,7 +294,32 @@ def block_values(data: jax.Array, block_scale: jax.Array) -> jax.Array:
     Returns:
         float32 (..., K), exact.
     """
+    return _times_blocks(data, _block_scale_values(block_scale))
+
+
+def dequantize(data: jax.Array, block_scale: jax.Array, global_scale: jax.Array) -> jax.Array:
+    """The elements, `e2m1 * (block_scale * global_scale)`.
+
+    The scales are multiplied first, as ModelOpt and compressed-tensors do: two roundings to float32,
+    and the same bits as theirs.
+
+    Args:
+        data: uint8 (..., K/2).
+        block_scale: float8_e4m3fn (..., K/16).
+        global_scale: float32, broadcast against `block_scale`.
+
+    Returns:
+        float32 (..., K).
+    """
+    return _times_blocks(data, _block_scale_values(block_scale) * global_scale)
+
+
+def _block_scale_values(block_scale: jax.Array) -> jax.Array:
+    return e4m3_decode(lax.bitcast_convert_type(block_scale, jnp.uint8))
+
+
+def _times_blocks(data: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiplies codes by one float32 for each block."""
     codes = unpack(data)
-    scale = e4m3_decode(lax.bitcast_convert_type(block_scale, jnp.uint8))
     blocks = codes.reshape(*codes.shape[:-1], codes.shape[-1] // BLOCK, BLOCK)
     return (e2m1_decode(blocks) * scale[..., None]).reshape(codes.shape)

@@ -2,9 +2,11 @@
 """The two forms of an NVFP4 tensor: canonical, as on disk, and repacked for one architecture."""
 
 import dataclasses
+import json
 from typing import Any, Self
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -127,13 +129,14 @@ class Nvfp4Tensor:
         """The values.
 
         Args:
-            dtype: of the result; `e2m1 * block_scale * global_scale` is rounded to float32 first.
+            dtype: of the result; computed in float32, `e2m1 * (block_scale * global_scale)`.
 
         Returns:
             An array of the logical shape.
         """
-        values = numerics.block_values(self.data, self.block_scale)[..., : self.k]
-        return (values * _expand(self.global_scale, self.ndim)).astype(dtype)
+        global_scale = _expand(self.global_scale, self.ndim)
+        values = numerics.dequantize(self.data, self.block_scale, global_scale)
+        return values[..., : self.k].astype(dtype)
 
     def tree_flatten_with_keys(self) -> tuple[Any, int]:
         """The parts with their names, and k."""
@@ -219,3 +222,22 @@ class RepackedWeight:
 
     def __repr__(self) -> str:
         return f"RepackedWeight(arch={self.arch!r}, n={self.n}, k={self.k}, data={self.data!r:.60})"
+
+
+def _serialization(cls: type[Any]) -> None:
+    """Lets `jax.export` write and read the pytree type."""
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jax_nvfp4.{cls.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda blob: _static(json.loads(blob)),
+    )
+
+
+def _static(decoded: Any) -> Any:
+    """JSON makes tuples lists."""
+    return tuple(decoded) if isinstance(decoded, list) else decoded
+
+
+_serialization(Nvfp4Tensor)
+_serialization(RepackedWeight)

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import core
+from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def define(
@@ -46,16 +47,41 @@ def define(
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
-    primitive.def_impl(lambda *args, **params: compiled(tuple(sorted(params.items())))(*args))
+    def run(*args: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):  # it has no meaning below a primitive, and would recurse
+            return compiled(tuple(sorted(params.items())))(*args)
+
+    primitive.def_impl(run)
     return primitive
 
 
-def out_aval(shape: Sequence[int], dtype: Any, operands: Sequence[Any]) -> core.ShapedArray:
-    """The type of a result: under `shard_map` it varies over whatever an operand varies over."""
-    varying: frozenset[Any] = frozenset().union(*(getattr(a, "vma", ()) for a in operands))
-    if varying:
-        return core.ShapedArray(tuple(shape), jnp.dtype(dtype), vma=varying)
-    return core.ShapedArray(tuple(shape), jnp.dtype(dtype))
+def _varying(operand: Any) -> frozenset[Any]:
+    """The manual mesh axes of `shard_map` that an operand varies over."""
+    return operand.mat.varying
+
+
+def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:
+    """Binds a primitive with all operands varying over the same manual axes of `shard_map`."""
+    axes = [_varying(jax.typeof(x)) for x in operands]
+    everywhere = frozenset().union(*axes)
+    if everywhere:
+        operands = tuple(
+            lax.pcast(x, tuple(everywhere - own), to="varying") if everywhere - own else x
+            for x, own in zip(operands, axes, strict=True)
+        )
+    return primitive.bind(*operands, **params)
+
+
+def out_aval(shape: Sequence[int], dtype: Any, like: Any) -> core.ShapedArray:
+    """The type of a result that varies over the manual axes that the operand `like` varies over."""
+    if not _varying(like):
+        return core.ShapedArray(tuple(shape), jnp.dtype(dtype))
+    return like.update(
+        shape=tuple(shape),
+        dtype=jnp.dtype(dtype),
+        weak_type=False,
+        sharding=NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape))),
+    )
 
 
 def zero_tangent(value: jax.Array) -> ad.Zero:

@@ -64,7 +64,7 @@ def linear(
         (M, N) of `spec.out_dtype`.
     """
     operands = [x, *weight, *(a for a in (bias, given) if a is not None)]
-    (y,) = linear_p.bind(*operands, spec=spec)
+    (y,) = _primitive.bind(linear_p, *operands, spec=spec)
     return y
 
 
@@ -79,7 +79,7 @@ def _split(
 
 def _abstract(*operands: Any, spec: LinearSpec) -> list[Any]:
     shape = (operands[0].shape[0], spec.n)
-    return [_primitive.out_aval(shape, spec.out_dtype, operands)]
+    return [_primitive.out_aval(shape, spec.out_dtype, operands[0])]
 
 
 # ---- Reference ----------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
         acc = _dot(x, w, values)
     y = alpha * acc
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = numerics.rounded(y) + bias.astype(jnp.float32)
     return [y.astype(spec.out_dtype)]
 
 
@@ -177,7 +177,7 @@ def _jvp(
 
 
 def _ste(v: jax.Array, weight: tuple[Any, ...], **params: Any) -> jax.Array:
-    (result,) = ste_p.bind(v, *weight, **params)
+    (result,) = _primitive.bind(ste_p, v, *weight, **params)
     return result
 
 
@@ -185,7 +185,7 @@ def _ste_abstract(
     v: Any, *weight: Any, transposed: bool, dtype: str, spec: LinearSpec
 ) -> list[Any]:
     columns = spec.k if transposed else spec.n
-    return [_primitive.out_aval((v.shape[0], columns), dtype, (v, *weight))]
+    return [_primitive.out_aval((v.shape[0], columns), dtype, v)]
 
 
 def _ste_impl(

@@ -30,7 +30,7 @@ def quantize(
         float32, () or (M,).
     """
     operands = (x,) if given is None else (x, given)
-    data, block_scale, global_scale = quantize_p.bind(*operands, mode=mode)
+    data, block_scale, global_scale = _primitive.bind(quantize_p, *operands, mode=mode)
     return data, block_scale, global_scale
 
 
@@ -50,11 +50,10 @@ def _abstract(x: Any, *given: Any, mode: Mode) -> list[Any]:
     m, k = x.shape
     blocks = -(-k // numerics.BLOCK)
     scale_shape = given[0].shape if given else ((m,) if mode == "token" else ())
-    operands = (x, *given)
     return [
-        _primitive.out_aval((m, blocks * 8), jnp.uint8, operands),
-        _primitive.out_aval((m, blocks), jnp.float8_e4m3fn, operands),
-        _primitive.out_aval(scale_shape, jnp.float32, operands),
+        _primitive.out_aval((m, blocks * 8), jnp.uint8, x),
+        _primitive.out_aval((m, blocks), jnp.float8_e4m3fn, x),
+        _primitive.out_aval(scale_shape, jnp.float32, x),
     ]
 
 
