@@ -2,7 +2,7 @@
 """Builds the kernels: `python -m jax_nvfp4.kernels.build`, or `python <path of this folder>`.
 
 Run by path, it imports this subpackage without running the `__init__` of `jax_nvfp4`, so that the
-build needs CuTeDSL and none of the package's own dependencies.
+build needs CuTeDSL and JAX, and none of the package's other dependencies.
 """
 
 import pathlib
