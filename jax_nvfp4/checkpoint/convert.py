@@ -29,6 +29,7 @@ from jax_nvfp4.checkpoint import modelopt
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import (
     INDEX_SUFFIX,
+    UNFINISHED,
     Entry,
     Folder,
     commit,
@@ -59,9 +60,6 @@ DEFAULT_SKIP = (
     "*block_sparse_moe.gate.*",
 )
 """Embeddings, norms, the output head and the routers of mixtures of experts."""
-
-RECORDS = ".quantize"
-"""The folder in the destination that holds the records of an unfinished run."""
 
 _FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
@@ -167,14 +165,14 @@ def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
         return
     if not destination.is_dir():
         raise FileExistsError(f"{destination}: not a folder")
-    run = destination / RECORDS / "run.json"
+    run = destination / UNFINISHED / "run.json"
     if run.is_file():
         if read_json(run) != identity:
             raise CheckpointError(
                 f"{destination}: holds an unfinished run of another source or with other options; "
                 "delete the folder to start anew"
             )
-    elif any(path.name != RECORDS for path in destination.iterdir()):
+    elif any(path.name != UNFINISHED for path in destination.iterdir()):
         raise FileExistsError(f"{destination}: not empty, and not an unfinished run")
 
 
@@ -184,7 +182,7 @@ def _why_left_alone(entry: Entry, skip: Sequence[str], only: Sequence[str]) -> s
     if entry.dtype not in _FLOATS:
         return f"dtype {entry.dtype.name}"
     if len(entry.shape) != 2:
-        return f"{len(entry.shape)} axes"
+        return f"{len(entry.shape)}-D"
     if 0 in entry.shape or entry.shape[1] % BLOCK:
         return f"K = {entry.shape[1]} is not a multiple of {BLOCK}"
     name = entry.name.lower()
@@ -211,7 +209,7 @@ def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> 
     Raises:
         CheckpointError: a tensor holds NaN or Inf, or the source is truncated.
     """
-    records = plan.destination / RECORDS
+    records = plan.destination / UNFINISHED
     records.mkdir(parents=True, exist_ok=True)
     write_json(records / "run.json", plan.identity)
     reports: list[TensorReport] = []
@@ -273,9 +271,12 @@ def _quantize(entry: Entry) -> tuple[dict[str, np.ndarray], float]:
     tensor, lost, total = _quantize_and_compare(jax.device_put(read(entry)))
     if (np.asarray(tensor.block_scale).view(np.uint8) == 0x7F).any():
         raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or Inf")
-    squares = np.sum(total, dtype=np.float64)
-    error = math.sqrt(np.sum(lost, dtype=np.float64) / squares) if squares else 0.0
-    return pack_weight(entry.name, tensor), error
+    squares = np.asarray(total).sum(dtype=np.float64)
+    error = math.sqrt(np.asarray(lost).sum(dtype=np.float64) / squares) if squares else 0.0
+    try:
+        return pack_weight(entry.name, tensor), error
+    except ValueError as problem:
+        raise CheckpointError(f"{entry.file}: {problem}") from problem
 
 
 @jax.jit
@@ -304,7 +305,9 @@ def _finish(plan: Plan) -> None:
     for name, entry in source.entries.items():
         summary.add(name, len(entry.shape), quantized=plan.reasons[name] is None)
     write_configs(destination, plan.config, summary)
-    shutil.rmtree(destination / RECORDS)
+    done = destination / f"{UNFINISHED}.done"
+    os.replace(destination / UNFINISHED, done)  # at once: half the records would be of no use
+    shutil.rmtree(done)
 
 
 def _other_files(folder: Path) -> Iterator[Path]:

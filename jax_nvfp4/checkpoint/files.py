@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from safetensors.numpy import save_file
 from jax_nvfp4.checkpoint.errors import CheckpointError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+UNFINISHED = ".quantize"
+"""The folder that holds the records of an unfinished run of `quantize`, in its destination."""
+
+_SHARD_NAME = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 
 _DTYPES = {
     name: np.dtype(dtype)
@@ -211,6 +216,10 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         return Folder(path.parent, (path,), None, list_file(path))
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / UNFINISHED).exists():
+        raise CheckpointError(
+            f"{path}: unfinished; run the `quantize` command that was writing it again"
+        )
     indexes = sorted(path.glob("*" + INDEX_SUFFIX))
     if len(indexes) > 1:
         raise CheckpointError(f"{path}: more than one index: {', '.join(p.name for p in indexes)}")
@@ -221,9 +230,10 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         files = [path / "model.safetensors"]
     if not files:
         raise FileNotFoundError(f"{path}: no safetensors file in this folder")
-    if len(files) > 1:
+    shard = _SHARD_NAME.search(files[0].name)
+    if len(files) > 1 or (shard and int(shard[1]) > 1):
         raise CheckpointError(
-            f"{path}: {len(files)} safetensors files and no index ({INDEX_SUFFIX[1:]}); "
+            f"{path}: shards ({files[0].name}) and no index ({INDEX_SUFFIX[1:]}); "
             "an unfinished or incomplete checkpoint"
         )
     return Folder(path, (files[0],), None, list_file(files[0]))

@@ -41,7 +41,7 @@ class Format:
         input_scale: of the activations' global scale.
         reciprocal: the global scales divide on dequantization.
         is_quantized: whether the tensors of layer X, by suffix, are those of an NVFP4 layer.
-        refuse: raises for a quantized layer X that the configuration gives another meaning.
+        refuse: raises for a quantized layer, or another tensor, that means something else here.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Format:
     input_scale: str
     reciprocal: bool
     is_quantized: Callable[[Mapping[str, Entry]], bool]
-    refuse: Callable[[str], None] = lambda layer: None
+    refuse: Callable[[str], None] = lambda name: None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,9 +47,9 @@ def load_checkpoint(
       activations, which multiplies on dequantization whatever the direction in the file;
     - `X.pre_quant_scale`, where the file has one: [K], to multiply the activations by first.
 
-    Every other tensor, 8-bit layers of a mixed checkpoint included, keeps its name and dtype (64-bit
-    ones whether `jax_enable_x64` is set or not). A checkpoint that is not quantized loads as it is.
-    Beyond what is returned, the peak of host memory is below twice the largest tensor.
+    Every other tensor, 8-bit layers of a mixed checkpoint included, keeps its name and dtype, 64
+    bits too whether `jax_enable_x64` is set or not. A checkpoint that is not quantized loads as it
+    is. Beyond what is returned, the peak of host memory is below twice the largest tensor.
 
     Args:
         path: a folder (one safetensors file, or shards and their index, with `config.json` or
@@ -116,10 +116,10 @@ def _tensors(
         return placement(key, shape) if callable(placement) else placement
 
     for item in group(folder, fmt):
+        _release_dropped_buffers()
         if isinstance(item, Entry):
             if wanted(item.name):
-                if fmt.name == modelopt.FORMAT.name:
-                    modelopt.refuse_stacked_experts(item.name)
+                fmt.refuse(item.name)
                 yield item.name, _put(item.name, read(item), target(item.name, item.shape))
             continue
         yield from _linear(item, wanted, target)
@@ -157,6 +157,15 @@ def _leading_axes(placement: Placement, ndim: int) -> Placement:
         return placement
     spec = PartitionSpec(*placement.spec[:ndim])
     return NamedSharding(placement.mesh, spec, memory_kind=placement.memory_kind)
+
+
+def _release_dropped_buffers() -> None:
+    """Frees the host buffers of arrays that the caller has dropped.
+
+    JAX lets go of a NumPy buffer that an array took over at a later transfer, not when the array is
+    gone. Without one, the last tensor would still be there while the next is read.
+    """
+    jax.device_put(np.zeros((), np.uint8))
 
 
 def _put(key: str, value: np.ndarray, placement: Placement) -> jax.Array:

@@ -17,7 +17,7 @@ their tensors look like NVFP4's and mean something else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ CONFIG_FILE = "hf_quant_config.json"
 
 _LAYER_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_SVD")
 _MIXED = "MIXED_PRECISION"
+_STACKED = "_weight_scale_2"
 
 
 def _is_quantized(parts: Mapping[str, Entry]) -> bool:
@@ -74,7 +75,9 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
     if not details and config.get("quant_method") == "modelopt":
         details, source = config, "config.json"
     if not details:
-        return FORMAT if has_suffix(folder.entries, FORMAT.global_scale) else None
+        if has_suffix(folder.entries, FORMAT.global_scale):
+            return dataclasses.replace(FORMAT, refuse=_refusal(folder, {}))
+        return None
 
     algorithm = details.get("quant_algo")
     supported = (*_LAYER_ALGORITHMS, _MIXED)
@@ -88,29 +91,36 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
             f"{folder.path / source}: group_size {details['group_size']!r} is not supported; "
             f"NVFP4 has blocks of {BLOCK}"
         )
-    if algorithm != _MIXED:
-        return FORMAT
-    layers = details.get("quantized_layers") or {}
+    layers = details.get("quantized_layers") or {} if algorithm == _MIXED else {}
+    return dataclasses.replace(FORMAT, refuse=_refusal(folder, layers))
 
-    def refuse(layer: str) -> None:
-        algorithm = layers.get(layer, {}).get("quant_algo", "NVFP4")
+
+def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callable[[str], None]:
+    """What to refuse of a checkpoint whose layers have these algorithms.
+
+    Experts stacked in one parameter `P` have no layer of their own and are stored transposed, as
+    `P`, `P_weight_scale`, `P_weight_scale_2` and `P_input_scale`.
+    """
+    stacked = {
+        base + part: base
+        for base in (n.removesuffix(_STACKED) for n in folder.entries if n.endswith(_STACKED))
+        for part in ("", "_weight_scale", _STACKED, "_input_scale")
+    }
+
+    def refuse(name: str) -> None:
+        if name in stacked:
+            raise CheckpointError(
+                f"{folder.path}: tensor {stacked[name]!r} holds experts stacked in one parameter, "
+                "stored transposed, which is not supported; export each expert as a linear layer"
+            )
+        algorithm = layers.get(name, {}).get("quant_algo", "NVFP4")
         if algorithm not in _LAYER_ALGORITHMS:
             raise CheckpointError(
-                f"{folder.path / source}: layer {layer!r} has quant_algo {algorithm!r}, which is "
+                f"{folder.path}: layer {name!r} is packed with quant_algo {algorithm!r}, which is "
                 f"not supported; supported are {', '.join(_LAYER_ALGORITHMS)} and 8-bit floats"
             )
 
-    return dataclasses.replace(FORMAT, refuse=refuse)
-
-
-def refuse_stacked_experts(name: str) -> None:
-    """Raises for a tensor of experts stacked in one parameter, which ModelOpt stores transposed."""
-    base = name.removesuffix("_2").removesuffix("_weight_scale")
-    if base != name:
-        raise CheckpointError(
-            f"tensor {base!r}: experts stacked in one parameter, stored transposed, are not "
-            "supported; export each expert as its own linear layer"
-        )
+    return refuse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,9 +43,9 @@ def save_checkpoint(
 
     The folder gets `model.safetensors`, or shards and their index, and `hf_quant_config.json`. The
     files take their names when all of them are written, the index and the configuration last: an
-    interrupted save leaves nothing that loads. The tensors of each layer tell its algorithm: `NVFP4`
-    with an input scale, `W4A16_NVFP4` without one, `NVFP4_AWQ` with a pre_quant_scale,
-    `MIXED_PRECISION` where layers differ.
+    interrupted save leaves nothing that loads. The tensors of a layer tell its algorithm:
+    `NVFP4_AWQ` with a pre_quant_scale, else `NVFP4` with an input scale and `W4A16_NVFP4` without
+    one; where layers differ, the checkpoint is `MIXED_PRECISION`.
 
     Args:
         path: the folder; made where it does not exist.

@@ -14,12 +14,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compressed_tensors
 import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
@@ -38,7 +36,6 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import register_qua
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors import safe_open
 from transformers import (
-    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     Qwen2Config,
@@ -132,7 +129,7 @@ def modelopt_expected(folder: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as f:
             tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     for name, scale_2 in tensors.items():
         if not name.endswith(".weight_scale_2"):
             continue
@@ -202,16 +199,9 @@ def tiny_gpt_oss() -> GptOssForCausalLM:
 # --- compressed-tensors --------------------------------------------------------------------------
 
 
-def compressed_tensors_set_scales(model: torch.nn.Module) -> None:
-    """Set the scales of each quantized linear with compressed-tensors' own formulas.
-
-    The observers that usually call these live in llm-compressor.
-    """
+def largest_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The amax of the calibration activations that enter each linear."""
     amax: dict[str, torch.Tensor] = {}
-    hooks = []
-    linears = {
-        name: m for name, m in model.named_modules() if hasattr(m, "quantization_scheme")
-    }
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -220,13 +210,25 @@ def compressed_tensors_set_scales(model: torch.nn.Module) -> None:
 
         return hook
 
-    for name, module in linears.items():
-        hooks.append(module.register_forward_pre_hook(watch(name)))
+    hooks = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     calibrate(model)
     for hook in hooks:
         hook.remove()
+    return amax
 
-    for name, module in linears.items():
+
+def compressed_tensors_set_scales(model: torch.nn.Module, amax: dict[str, torch.Tensor]) -> None:
+    """Set the scales of each quantized linear with compressed-tensors' own formulas.
+
+    The observers that usually call these live in llm-compressor.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "quantization_scheme"):
+            continue
         weight, args = module.weight.data.float(), module.quantization_scheme.weights
         global_scale = generate_gparam(weight.amin(), weight.amax())
         blocks = weight.unflatten(-1, (-1, args.group_size))
@@ -262,10 +264,11 @@ def make_compressed_tensors(name: str, preset: str, sharded: bool = False) -> No
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     model = tiny_qwen2()
+    amax = largest_inputs(model)
     scheme: QuantizationScheme = preset_name_to_scheme(preset, targets=["Linear"])
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
     apply_quantization_config(model, config)
-    compressed_tensors_set_scales(model)
+    compressed_tensors_set_scales(model, amax)
 
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -284,11 +287,13 @@ def make_compressed_tensors(name: str, preset: str, sharded: bool = False) -> No
 
 def main() -> None:
     """Write all fixtures."""
+    torch.set_num_threads(1)  # the same sums, so the same calibrated scales, on every run
     register_quant_backend("nvfp4_cpu", modelopt_cpu_fake_quant)
     make_modelopt("modelopt_nvfp4", mtq.NVFP4_DEFAULT_CFG)
     make_modelopt("modelopt_w4a16_nvfp4", mtq.W4A16_NVFP4_CFG, sharded=True)
     make_modelopt("modelopt_nvfp4_awq", with_cpu_backend(mtq.NVFP4_AWQ_LITE_CFG))
     make_modelopt("modelopt_mixed_precision", mixed_precision())
+    make_modelopt("modelopt_stacked_experts", mtq.NVFP4_DEFAULT_CFG, tiny_gpt_oss())
     make_compressed_tensors("compressed_tensors_nvfp4", "NVFP4")
     make_compressed_tensors("compressed_tensors_nvfp4a16", "NVFP4A16", sharded=True)
     for extra in HERE.glob("*/generation_config.json"):

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m jax_nvfp4 quantize`: what it writes, and that a killed run can be finished."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_helpers import DATA, assert_same_bits, edit_json, raw_tensors, write_model
+from safetensors.numpy import save_file
+from test_cli import exit_code
+
+from jax_nvfp4 import Nvfp4Tensor, quantize
+from jax_nvfp4.checkpoint import CheckpointError, convert, load_checkpoint
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_model(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def run(*arguments: object) -> int:
+    return exit_code("quantize", *map(str, arguments))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+LINEARS = [f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(3) for p in ("up", "down")]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_quantizes_linears_and_leaves_the_rest(shards, tmp_path, capsys):
+    tensors = write_model(tmp_path / "source", shards=shards)
+    assert run(tmp_path / "source", tmp_path / "out") == 0
+    loaded = load_checkpoint(tmp_path / "out")
+    assert set(loaded) == set(tensors)
+    linears = LINEARS[: 2 * shards]
+    for key, value in tensors.items():
+        if key in linears:
+            assert isinstance(loaded[key], Nvfp4Tensor)
+            assert_same_bits(loaded[key], quantize(value))
+        else:
+            assert_same_bits(loaded[key], value)
+
+    out = capsys.readouterr().out
+    for key in linears:
+        error = np.linalg.norm(tensors[key] - np.asarray(loaded[key].dequantize()))
+        error /= np.linalg.norm(tensors[key].astype(np.float32))
+        row = next(line for line in out.splitlines() if key.removesuffix(".weight") in line)
+        assert f"{error:.4f}" in row
+        assert 0.05 < error < 0.15
+    assert f"{len(linears)} layers quantized" in out
+    assert "1 left alone: matches '*embed*'" in out
+    assert "1 left alone: matches '*lm_head*'" in out
+    assert "1 left alone: K = 24 is not a multiple of 16" in out
+    assert "odd.weight: K = 24 is not a multiple of 16, left alone" in out
+    assert "1 left alone: 3-D" in out
+    assert f"{len(tensors)} tensors" in out
+
+
+def test_writes_a_modelopt_folder(source, tmp_path):
+    assert run(source, tmp_path / "out") == 0
+    out = tmp_path / "out"
+    assert set(files(out)) == {
+        *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+        "config.json",
+        "hf_quant_config.json",
+        "tokenizer.json",
+        "1_Pooling/config.json",
+    }
+    details = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert details == {
+        "quant_algo": "W4A16_NVFP4",
+        "kv_cache_quant_algo": None,
+        "group_size": 16,
+        "exclude_modules": ["conv", "lm_head", "model.embed_tokens", "odd"],
+    }
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden_size"] == 64
+    assert config["quantization_config"]["quant_method"] == "modelopt"
+    assert config["quantization_config"]["ignore"] == details["exclude_modules"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    raw = raw_tensors(out)
+    assert set(index["weight_map"]) == set(raw)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in raw.values())
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized"),
+    [
+        (["--skip", "*.layers.0.*", "--skip", "*DOWN*"], LINEARS[2::2]),
+        (["--only", "*layers.1*"], LINEARS[2:4]),
+        (["--only", "*up_proj*", "--skip", "*layers.2.*"], LINEARS[0:3:2]),
+        (["--no-default-skip", "--only", "*lm_head*"], ["lm_head.weight"]),
+        (["--only", "nothing"], []),
+    ],
+)
+def test_globs(options, quantized, source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", *options) == 0
+    loaded = load_checkpoint(tmp_path / "out")
+    assert {key for key, t in loaded.items() if isinstance(t, Nvfp4Tensor)} == set(quantized)
+    assert ("no layer was quantized" in capsys.readouterr().out) == (not quantized)
+
+
+def test_zero_weight(tmp_path):
+    (tmp_path / "source").mkdir()
+    save_file({"a.weight": np.zeros((4, 32), np.float32)}, tmp_path / "source/model.safetensors")
+    assert run(tmp_path / "source", tmp_path / "out") == 0
+    assert not np.any(load_checkpoint(tmp_path / "out")["a.weight"].dequantize())
+
+
+# --- killed and finished ---------------------------------------------------------------------
+
+
+def start(source: Path, destination: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jax_nvfp4", "quantize", source, destination]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_kill_and_finish(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_model(source, shards=12, size=512)
+    process = start(source, out)
+    first = out / "model-00001-of-00012.safetensors"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+
+    there = set(files(out))
+    assert first.name in there
+    assert not {"config.json", "hf_quant_config.json", "model.safetensors.index.json"} & there
+    with pytest.raises(CheckpointError, match="unfinished"):
+        load_checkpoint(out)
+
+    finished = {
+        path.name: path.stat().st_mtime_ns
+        for path in out.glob("*.safetensors")
+        if (out / ".quantize" / f"{path.name}.json").exists()
+    }
+    assert len(finished) < 12
+    assert run(source, out) == 0
+    assert run(source, tmp_path / "fresh") == 0
+    assert files(out) == files(tmp_path / "fresh")
+    for name, written in finished.items():
+        assert (out / name).stat().st_mtime_ns == written
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the program catches it."""
+
+
+def stop_at_write(monkeypatch, fatal: int) -> None:
+    """Ends the run in place of the n-th time that a file gets its name."""
+    from jax_nvfp4.checkpoint import files as module
+
+    commit, left = module.commit, iter(range(fatal))
+
+    def end(temporary, path):
+        if next(left, None) is None:
+            raise Killed
+        commit(temporary, path)
+
+    monkeypatch.setattr(module, "commit", end)
+    monkeypatch.setattr(convert, "commit", end)
+
+
+def test_stopped_at_any_write_it_never_looks_whole_and_can_be_finished(source, tmp_path):
+    fresh = tmp_path / "fresh"
+    assert run(source, fresh) == 0
+    for fatal in range(100):
+        out = tmp_path / str(fatal)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at_write(patch, fatal)
+            try:
+                assert run(source, out) == 0
+                break
+            except Killed:
+                pass
+        assert not (out / "config.json").exists()
+        with pytest.raises((CheckpointError, FileNotFoundError)):
+            load_checkpoint(out)
+        assert run(source, out) == 0
+        assert files(out) == files(fresh)
+    # run.json; a shard and its record, three times; two other files; index; two configurations
+    assert fatal == 1 + 3 * 2 + 2 + 1 + 2
+    assert files(out) == files(fresh)
+
+
+@pytest.fixture
+def stopped(source, tmp_path, monkeypatch):
+    """A run that ended when two of three shards were finished."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at_write(patch, 1 + 2 * 2)
+        with pytest.raises(Killed):
+            run(source, out)
+    assert len(list(out.glob("*.safetensors"))) == 2
+    return out
+
+
+def test_a_damaged_shard_is_made_again(stopped, source, tmp_path):
+    one, two = sorted(stopped.glob("*.safetensors"))
+    kept, content = one.stat().st_mtime_ns, bytearray(two.read_bytes())
+    content[-1] ^= 1
+    two.write_bytes(content)
+    assert run(source, stopped) == 0
+    assert run(source, tmp_path / "fresh") == 0
+    assert files(stopped) == files(tmp_path / "fresh")
+    assert one.stat().st_mtime_ns == kept
+
+
+def test_an_unfinished_run_of_something_else_is_refused(stopped, source, capsys):
+    assert run(source, stopped, "--skip", "*up*") == 2
+    assert "unfinished run" in capsys.readouterr().err
+    shard = source / "model-00003-of-00003.safetensors"
+    os.utime(shard, ns=(0, 0))  # the source changed
+    assert run(source, stopped) == 2
+    assert "unfinished run" in capsys.readouterr().err
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments) -> str:
+    """Runs, expects exit code 2 and one line on stderr, and returns it."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert out == ""
+    assert len(lines) == 1
+    assert err.rstrip().endswith(lines[0])
+    assert lines[0].startswith("jax_nvfp4 quantize: error: ")
+    return lines[0]
+
+
+def test_source_that_does_not_exist(tmp_path, capsys):
+    assert "no such file or folder" in refused(capsys, tmp_path / "no", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_without_weights(tmp_path, capsys):
+    assert "no safetensors file" in refused(capsys, tmp_path, tmp_path / "x" / "out")
+
+
+def test_source_that_is_quantized_already(tmp_path, capsys):
+    for name in ("modelopt_nvfp4", "compressed_tensors_nvfp4"):
+        assert "quantized already" in refused(capsys, DATA / name, tmp_path / "out")
+
+
+def test_source_with_transposed_layers(source, tmp_path, capsys):
+    edit_json(source / "config.json", lambda config: config.update(model_type="gpt2"))
+    assert "'gpt2'" in refused(capsys, source, tmp_path / "out")
+
+
+def test_truncated_source(source, tmp_path, capsys):
+    path = source / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "truncated in tensor 'model.layers.1" in refused(capsys, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weight_with_a_bad_value(value, source, tmp_path, capsys):
+    path = source / "model-00003-of-00003.safetensors"
+    tensors = raw_tensors(path)
+    tensors[LINEARS[-1]][7, 9] = value
+    save_file(tensors, path)
+    message = refused(capsys, source, tmp_path / "out")
+    assert f"{path}: tensor {LINEARS[-1]!r} holds NaN or Inf" in message
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "out")
+
+
+def test_destination_that_is_in_use(source, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert "not empty" in refused(capsys, source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "thesis.tex"]
+
+
+def test_destination_inside_the_source(source, capsys):
+    for destination in (source, source / "out"):
+        assert "must lie outside the source" in refused(capsys, source, destination)
+
+
+def test_destination_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "not a folder" in refused(capsys, source, tmp_path / "file")
+    assert "file" in refused(capsys, source, tmp_path / "file" / "out")
+
+
+def test_finished_destination(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out") == 0
+    before = files(tmp_path / "out")
+    capsys.readouterr()
+    assert "not empty" in refused(capsys, source, tmp_path / "out")
+    assert files(tmp_path / "out") == before
