@@ -12,13 +12,13 @@ X_DTYPES = ("float32", "bfloat16", "float16")
 class Mode(enum.IntEnum):
     """Where the global scale comes from: the `mode` argument of the kernels."""
 
-    GIVEN = 0
+    SCALAR_GIVEN = 0
     """One given scale."""
-    GIVEN_PER_ROW = 1
+    ROWS_GIVEN = 1
     """A given scale for each row."""
-    PER_ROW = 2
-    """Dynamic, from the amax of each row ("token")."""
-    PER_TENSOR = 3
+    TOKEN = 2
+    """Dynamic, from the amax of each row."""
+    TENSOR = 3
     """Dynamic, from the amax of the tensor."""
 
 
@@ -34,14 +34,16 @@ class OutFormat(enum.IntEnum):
 
 
 BLOCK = 16
+MAX_CTAS = 1024
+"""CTAs of a "grid" kernel, which starts one for each multiprocessor at most."""
 GRID_SLOT_BYTES = 32
 """Scratch memory of one CTA of a "grid" kernel, for its messages."""
 
 KIND_OF_MODE = {
-    Mode.GIVEN: "flat",
-    Mode.GIVEN_PER_ROW: "flat",
-    Mode.PER_ROW: "rows",
-    Mode.PER_TENSOR: "grid",
+    Mode.SCALAR_GIVEN: "flat",
+    Mode.ROWS_GIVEN: "flat",
+    Mode.TOKEN: "rows",
+    Mode.TENSOR: "grid",
 }
 
 # Threads of a CTA (at most, for "rows" and "grid") by kind. 16 registers of raw elements for each
@@ -105,7 +107,7 @@ def quantize_scratch_bytes(config: QuantizeConfig, m: int, k: int, num_sms: int)
         config: the kernel's config.
         m: rows of x.
         k: columns of x.
-        num_sms: multiprocessors of the device.
+        num_sms: multiprocessors that the kernel may use, the `num_sms` it is called with.
     """
     del m, k
-    return GRID_SLOT_BYTES * num_sms if config.kind == "grid" else 0
+    return GRID_SLOT_BYTES * min(num_sms, MAX_CTAS) if config.kind == "grid" else 0

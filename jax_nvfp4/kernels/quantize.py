@@ -31,12 +31,11 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr, range_con
 from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import QuantizeConfig
-from jax_nvfp4.config.quantize import GRID_SLOT_BYTES, Mode, OutFormat, quantize_configs
+from jax_nvfp4.config.quantize import GRID_SLOT_BYTES, MAX_CTAS, Mode, OutFormat, quantize_configs
 from jax_nvfp4.kernels import quantize_ops as ops
 from jax_nvfp4.kernels.variant import KernelVariant
 
 WARP = 32
-MAX_CTAS = 1024  # of a "grid" kernel: one for each multiprocessor
 MIN_THREADS = 128  # of a CTA of a "grid" kernel
 ROWS_THREADS = 256  # short rows share a CTA up to this many threads
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns
@@ -111,8 +110,9 @@ class Place:
 
 def given_scales(g: Float32) -> Scales:
     """The scales of a given global scale."""
-    encode = ops.reciprocal(g)
     valid = (g >= Float32(1 / GLOBAL_SCALE_LIMIT)) & (g <= Float32(GLOBAL_SCALE_LIMIT))
+    # Blocks of padding are zeros whatever g is, so they must not meet an infinite or NaN scale.
+    encode = ops.reciprocal(ops.select_f32(valid, g, Float32(1.0)))
     return Scales(ops.mul(encode, Float32(1 / 6)), ops.reciprocal(encode), valid)
 
 
@@ -137,7 +137,8 @@ class QuantizeKernel:
         hardware: Blackwell's conversion to e2m1 exists.
     """
 
-    def __init__(self, config: QuantizeConfig):
+    def __init__(self, config: QuantizeConfig, min_ctas: int = 0):
+        self.min_ctas = min_ctas
         self.kind = config.kind
         self.dtype = config.x_dtype
         self.item = 4 if config.x_dtype == "float32" else 2
@@ -611,12 +612,17 @@ class QuantizeKernel:
         """Launches the kernel of this config's kind."""
         m, _, blocks, _, _ = sizes
         units = m * blocks
-        limits = {"max_number_threads": [self.threads, 1, 1], "stream": stream}
+        limits = {
+            "max_number_threads": [self.threads, 1, 1],
+            "min_blocks_per_mp": self.min_ctas,
+            "preferred_smem_carveout": 0,
+            "stream": stream,
+        }
         if const_expr(self.kind == "flat"):
             divisor = cute.FastDivmodDivisorV2(blocks)
             ctas = ceil_div(units, self.threads * self.units) + ceil_div(pad_items, self.threads)
             self.flat_kernel(
-                pointers, sizes, divisor, mode == Mode.GIVEN_PER_ROW, vector, values
+                pointers, sizes, divisor, mode == Mode.ROWS_GIVEN, vector, values
             ).launch(grid=[cutlass.max(ctas, 1), 1, 1], block=[self.threads, 1, 1], **limits)
         elif const_expr(self.kind == "rows"):
             row_threads = ceil_div(ceil_div(blocks, self.units), WARP) * WARP
@@ -629,9 +635,10 @@ class QuantizeKernel:
             )
         else:
             divisor = cute.FastDivmodDivisorV2(blocks)
-            each = ceil_div(ceil_div(units, num_sms * self.units), WARP) * WARP
+            sms = cutlass.min(num_sms, MAX_CTAS)
+            each = ceil_div(ceil_div(units, sms * self.units), WARP) * WARP
             threads = cutlass.min(cutlass.max(each, MIN_THREADS), self.threads)
-            ctas = cutlass.min(ceil_div(units, threads * self.units), num_sms)
+            ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
             self.grid_kernel(pointers, sizes, divisor, vector, values).launch(
                 grid=[cutlass.max(ctas, 1), 1, 1],
                 block=[threads, 1, 1],
