@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVFP4 quantization and linear layers for JAX.
 
-    import jax_nvfp4 as nvfp4
+A weight is quantized and repacked once, at load, and multiplied from then on:
 
-    w = nvfp4.repack(nvfp4.quantize(kernel))      # (N, K), once, at load
-    y = nvfp4.linear(x, w, bias)                  # (..., K) -> (..., N)
+>>> import jax_nvfp4 as nvfp4
+>>> w = nvfp4.repack(nvfp4.quantize(kernel))  # (N, K)
+>>> y = nvfp4.linear(x, w, bias)  # (..., K) -> (..., N)
 """
 
 from jax_nvfp4.functional import global_scale, linear, quantize, repack

@@ -2,7 +2,7 @@
 """The functional API: checks what the user gave, once, and calls the operations."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +168,10 @@ def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, st
         )
     n, weight_k = weight.shape
     if weight_k != k:
-        raise ValueError(f"x has K = {k} along its last axis, the weight of shape {weight.shape} "
-                         f"has K = {weight_k}")
+        raise ValueError(
+            f"x has K = {k} along its last axis, the weight of shape {weight.shape} "
+            f"has K = {weight_k}"
+        )
     if weight.global_scale.shape not in ((), (n,)):
         raise ValueError(
             f"the weight's global_scale must be a scalar or one per row, ({n},); "
@@ -190,7 +192,7 @@ def _activation(
                 f'activation_scale must be "token", "tensor", a float32 scalar or None; '
                 f"got {activation_scale!r}"
             )
-        return cast(Literal["tensor", "token"], activation_scale), None
+        return activation_scale, None
     given = _as_scale("activation_scale", activation_scale)
     if given.ndim:
         raise ValueError(f"activation_scale must be a scalar; got shape {given.shape}")

@@ -34,8 +34,8 @@ class Nvfp4Dense(nn.Module):
     The params have Dense's names: `kernel`, an Nvfp4Tensor or RepackedWeight of logical shape
     (features, inputs), and `bias`. `jax_nvfp4.quantize_params` makes them from a Dense model's.
 
-    With `activation_scale="static"` the layer reads the variable `activation_scale` (float32, ()) of
-    the collection `quant`. Applied with `mutable=["quant"]` it calibrates instead: it keeps the
+    With `activation_scale="static"` the layer reads the variable `activation_scale` (float32, ())
+    of the collection `quant`. Applied with `mutable=["quant"]` it calibrates instead: it keeps the
     running amax of its inputs in the variable `activation_amax` and the scale that follows from it
     in `activation_scale`. Before any calibration the scale is 1, which suits inputs up to 2688.
 
@@ -111,5 +111,3 @@ class Nvfp4Dense(nn.Module):
             amax.value = jnp.maximum(amax.value, numerics.amax(inputs))
             scale.value = numerics.dynamic_scales(amax.value)[1]
         return scale.value
-
-

@@ -55,9 +55,9 @@ class Nvfp4Linear(nnx.Module):
     QuantizedParam for each part; `bias` is an `nnx.Param`. `quantize_model` swaps the Linear layers
     of a model for this one, `repack_model` repacks their kernels.
 
-    With `activation_scale="static"` the layer reads its QuantStat `input_scale`; while `calibrating`
-    is True it keeps the running amax of its inputs in `input_amax` and the scale that follows from
-    it in `input_scale`. Switch it for a whole model with
+    With `activation_scale="static"` the layer reads its QuantStat `input_scale`; while
+    `calibrating` is True it keeps the running amax of its inputs in `input_amax` and the scale that
+    follows from it in `input_scale`. Switch it for a whole model with
     `model.set_attributes(calibrating=True)`. Before any calibration the scale is 1, which suits
     inputs up to 2688.
 

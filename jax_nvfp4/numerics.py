@@ -79,8 +79,8 @@ def rounded(x: jax.Array) -> jax.Array:
     """x itself, computed once and rounded to float32 before anything is done with it.
 
     Keeps compilers from contracting a product and a later sum into an fma in one place and not in
-    another, and from recomputing x for each use. An optimization barrier would say so, but XLA's CPU
-    backend drops it before it fuses; a remainder that changes nothing stays, and is never
+    another, and from recomputing x for each use. An optimization barrier would say so, but XLA's
+    CPU backend drops it before it fuses; a remainder that changes nothing stays, and is never
     duplicated.
 
     Args:
@@ -300,8 +300,8 @@ def block_values(data: jax.Array, block_scale: jax.Array) -> jax.Array:
 def dequantize(data: jax.Array, block_scale: jax.Array, global_scale: jax.Array) -> jax.Array:
     """The elements, `e2m1 * (block_scale * global_scale)`.
 
-    The scales are multiplied first, as ModelOpt and compressed-tensors do: two roundings to float32,
-    and the same bits as theirs.
+    The scales are multiplied first, as ModelOpt and compressed-tensors do: two roundings to
+    float32, and the same bits as theirs.
 
     Args:
         data: uint8 (..., K/2).

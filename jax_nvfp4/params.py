@@ -96,7 +96,7 @@ def quantize_params(params: Any, where: Callable[[Path, Any], bool] = is_kernel)
         if isinstance(leaf, Nvfp4Tensor | RepackedWeight):
             return leaf
         boxed = isinstance(leaf, meta.AxisMetadata)
-        kernel = leaf.value if boxed else leaf  # type: ignore[attr-defined]
+        kernel = leaf.value if boxed else leaf
         if not where(names, kernel):
             return leaf
         if jnp.ndim(kernel) < 2:

@@ -152,7 +152,8 @@ class Nvfp4Tensor:
     def tree_unflatten(cls, k: int, leaves: Any) -> Self:
         """Rebuilds without checks: transformations put other things than arrays at the leaves."""
         self = object.__new__(cls)
-        self._set(*leaves, k)
+        data, block_scale, global_scale = leaves
+        self._set(data, block_scale, global_scale, k)
         return self
 
     def __repr__(self) -> str:
@@ -196,9 +197,7 @@ class RepackedWeight:
 
     def canonical(self) -> Nvfp4Tensor:
         """The tensor it was made from, the same bits."""
-        data, block_scale = unpack_weight(
-            self.arch, self.data, self.block_scale, self.n, self.k
-        )
+        data, block_scale = unpack_weight(self.arch, self.data, self.block_scale, self.n, self.k)
         return Nvfp4Tensor(data, block_scale, self.global_scale, k=self.k)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -218,7 +217,8 @@ class RepackedWeight:
     @classmethod
     def tree_unflatten(cls, static: tuple[str, int, int], leaves: Any) -> Self:
         """Rebuilds from the parts."""
-        return cls(*leaves, *static)
+        data, block_scale, global_scale = leaves
+        return cls(data, block_scale, global_scale, *static)
 
     def __repr__(self) -> str:
         return f"RepackedWeight(arch={self.arch!r}, n={self.n}, k={self.k}, data={self.data!r:.60})"

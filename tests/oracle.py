@@ -127,6 +127,5 @@ def assert_linear_close(y, exact, magnitude, k, zero_mean=True):
     error = np.abs(np.asarray(y).astype(np.float64) - exact)
     worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
     assert worst is None or error[worst] <= bound[worst], (
-        f"y{worst} = {y[worst]} is {error[worst]:.3e} from {exact[worst]}, "
-        f"bound {bound[worst]:.3e}"
+        f"y{worst} = {y[worst]} is {error[worst]:.3e} from {exact[worst]}, bound {bound[worst]:.3e}"
     )

@@ -51,7 +51,9 @@ def op_by_op(x, mode, g=None):
     return nvfp4.Nvfp4Tensor(*numerics.quantize(x, encode, decode), reported, k=x.shape[-1])
 
 
-@pytest.mark.parametrize("case", ["normal", "ties", "scale_ties", "tiny", "nan", "rows_of_all_sizes"])
+@pytest.mark.parametrize(
+    "case", ["normal", "ties", "scale_ties", "tiny", "nan", "rows_of_all_sizes"]
+)
 def test_op_by_op(case):
     x = cases.make(case, "float32")
     for mode in ("tensor", "token"):
@@ -120,8 +122,13 @@ def test_e4m3_rounding():
     table = oracle.E4M3_VALUES[:0x7F].astype(np.float32)
     middle = (table[1:] + table[:-1]) / 2
     x = np.concatenate(
-        [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(500)),
-         rng.uniform(0, 448, 10_000), np.exp2(rng.uniform(-30, 8, 10_000))]
+        [
+            middle,
+            np.nextafter(middle, np.float32(0)),
+            np.nextafter(middle, np.float32(500)),
+            rng.uniform(0, 448, 10_000),
+            np.exp2(rng.uniform(-30, 8, 10_000)),
+        ]
     ).astype(np.float32)
     np.testing.assert_array_equal(numerics.e4m3_encode(jnp.asarray(x)), oracle.e4m3(x))
 
@@ -132,7 +139,9 @@ def test_e2m1_all_codes_and_rounding():
     np.testing.assert_array_equal(values[:8], oracle.E2M1_VALUES)
     np.testing.assert_array_equal(values[8:], -oracle.E2M1_VALUES)
     assert np.signbit(values[8])
-    x = np.concatenate([np.linspace(0, 8, 40_001), [np.inf, np.nan, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]])
+    x = np.concatenate(
+        [np.linspace(0, 8, 40_001), [np.inf, np.nan, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]]
+    )
     x = x.astype(np.float32)
     np.testing.assert_array_equal(numerics.e2m1_encode(jnp.asarray(x)), oracle.e2m1(x))
 

@@ -40,7 +40,9 @@ def assert_same(a, b):
 
 def bits(tree):
     """A pytree with its float8 parts as bytes: NumPy cannot compare NaN in them."""
-    return jax.tree.map(lambda a: np.asarray(a).view(np.uint8) if a.dtype.itemsize == 1 else a, tree)
+    return jax.tree.map(
+        lambda a: np.asarray(a).view(np.uint8) if a.dtype.itemsize == 1 else a, tree
+    )
 
 
 # ---- Derivatives --------------------------------------------------------------------------------
@@ -90,7 +92,11 @@ def test_weights_and_scales_are_not_differentiated():
         return nvfp4.linear(X, w, activation_scale=scale).sum()
 
     dw, dscale = jax.grad(loss, (0, 1), allow_int=True)(weight(), jnp.float32(0.002))
-    assert all(not np.any(np.asarray(leaf).astype(np.float32)) for leaf in jax.tree.leaves(dw) if leaf.dtype != jax.dtypes.float0)
+    assert all(
+        not np.any(np.asarray(leaf).astype(np.float32))
+        for leaf in jax.tree.leaves(dw)
+        if leaf.dtype != jax.dtypes.float0
+    )
     assert dscale == 0
 
 
@@ -118,8 +124,10 @@ def test_quantize_has_a_zero_gradient():
 
 def test_remat():
     def loss(x):
-        return nvfp4.linear(jnp.tanh(nvfp4.linear(x, weight())), stacked(1, n=K)) if False else (
-            jnp.tanh(nvfp4.linear(x, weight())).sum()
+        return (
+            nvfp4.linear(jnp.tanh(nvfp4.linear(x, weight())), stacked(1, n=K))
+            if False
+            else (jnp.tanh(nvfp4.linear(x, weight())).sum())
         )
 
     assert_same(jax.grad(jax.checkpoint(loss))(X), jax.grad(loss)(X))
@@ -141,7 +149,10 @@ def test_vmap(activation, arch, batch_invariant):
     at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)  # noqa: E731
     for in_axes, args in (((0, None), (xs, w)), ((None, 0), (X, ws)), ((0, 0), (xs, ws))):
         y = jax.jit(jax.vmap(f, in_axes))(*args)
-        one = [f(*(at(a, i) if d == 0 else a for a, d in zip(args, in_axes, strict=True))) for i in range(3)]
+        one = [
+            f(*(at(a, i) if d == 0 else a for a, d in zip(args, in_axes, strict=True)))
+            for i in range(3)
+        ]
         if batch_invariant:
             assert_same(y, jnp.stack(one))
         else:
@@ -179,7 +190,10 @@ def test_vmap_of_grad_and_grad_of_vmap():
 
 @pytest.mark.parametrize("how", [{}, {"scaling": "token"}, {"global_scale": 0.01}])
 def test_vmap_of_quantize(how):
-    xs = jnp.asarray(RNG.standard_normal((3, M, K)), jnp.float32) * jnp.asarray([1, 9, 0.1])[:, None, None]
+    xs = (
+        jnp.asarray(RNG.standard_normal((3, M, K)), jnp.float32)
+        * jnp.asarray([1, 9, 0.1])[:, None, None]
+    )
     t = jax.vmap(lambda x: nvfp4.quantize(x, **how))(xs)
     one = [nvfp4.quantize(x, **how) for x in xs]
     assert_same(bits(t), bits(jax.tree.map(lambda *a: jnp.stack(a), *one)))
@@ -321,6 +335,6 @@ def test_shard_map(activation, check_vma):
     )
     assert_same(jax.jit(sharded)(x, w), f(x, w))
     gradient = jax.jit(jax.grad(lambda x: sharded(x, w).sum()))(x)
-    np.testing.assert_allclose(gradient, jnp.broadcast_to(w.dequantize().sum(0), x.shape), rtol=1e-4, atol=1e-4)
-
-
+    np.testing.assert_allclose(
+        gradient, jnp.broadcast_to(w.dequantize().sum(0), x.shape), rtol=1e-4, atol=1e-4
+    )

@@ -48,9 +48,7 @@ def _check(arch: str) -> None:
         raise ValueError(f"arch must be one of {names}; got {arch!r}")
 
 
-def pack_weight(
-    arch: str, data: jax.Array, block_scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Puts a weight into the order of an architecture's GEMM.
 
     Args:

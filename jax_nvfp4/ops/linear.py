@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
 
-from jax_nvfp4 import numerics
-from jax_nvfp4.layout.weights import unpack_weight
-from jax_nvfp4.ops import _primitive
+from jax_nvfp4 import ffi, numerics
+from jax_nvfp4.config import GemmProblem, select
+from jax_nvfp4.config.quantize import OutFormat
+from jax_nvfp4.layout import swizzle
+from jax_nvfp4.layout.weights import K_MULTIPLE, pack_weight, unpack_weight
+from jax_nvfp4.ops import _primitive, backend
 from jax_nvfp4.ops import quantize as quantize_op
 
 
@@ -136,6 +139,69 @@ def _reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     return [y.astype(spec.out_dtype)]
 
 
+# ---- Kernels ------------------------------------------------------------------------------------
+
+
+def _operand(
+    x: jax.Array, given: tuple[jax.Array, ...], spec: LinearSpec, arch: str
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, str]:
+    """x as the GEMM of `arch` takes it: values or codes, scales, global scale, and element type."""
+    if spec.activation is None:
+        if x.dtype == jnp.float32:
+            x = x.astype(jnp.bfloat16)
+        return numerics.pad_last(x, K_MULTIPLE), None, None, x.dtype.name
+    hopper = arch == "sm_90a"
+    if spec.activation == "amax":  # a batch of per-tensor scales: no kernel has this mode
+        encode, decode, x_scale = quantize_op.scales(x, *given, mode=spec.activation)
+        data, block_scale = numerics.quantize(x, encode, decode)
+        if hopper:
+            values = numerics.block_values(data, block_scale).astype(jnp.bfloat16)
+            return numerics.pad_last(values, K_MULTIPLE), None, x_scale, "bfloat16"
+        scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
+        return (
+            numerics.pad_last(data, K_MULTIPLE // 2),
+            swizzle.swizzle(scale_bits),
+            x_scale,
+            "e2m1",
+        )
+    out_format = OutFormat.VALUES if hopper else OutFormat.OPERAND
+    x, scales, x_scale = quantize_op.kernel(
+        x, *given, mode=spec.activation, arch=arch, out_format=out_format
+    )
+    return (x, None, x_scale, "bfloat16") if hopper else (x, scales, x_scale, "e2m1")
+
+
+def _cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+    x, (data, block_scale, w_scale), bias, given = _split(operands, spec)
+    arch = backend.kernel_arch(spec.arch)
+    # Blackwell multiplies 4-bit by 4-bit operands; 16-bit activations go through XLA's dot there.
+    weight_only_by_xla = spec.activation is None and arch != "sm_90a"
+    if arch is None or weight_only_by_xla or 0 in (*x.shape, spec.n):
+        return _reference(*operands, spec=spec)
+    if spec.arch is None:
+        data, block_scale = pack_weight(arch, data, block_scale)
+    sms = backend.num_sms(arch)
+    x, scales, x_scale, x_dtype = _operand(x, given, spec, arch)
+    padded_k = -(-spec.k // K_MULTIPLE) * K_MULTIPLE
+    problem = GemmProblem(x.shape[0], spec.n, padded_k, arch, x_dtype, spec.batch_invariant)
+    config, split_k = select(problem, sms)
+    y = ffi.gemm_call(
+        x,
+        scales,
+        data,
+        block_scale,
+        x_scale,
+        w_scale,
+        bias,
+        config=config,
+        split_k=split_k,
+        n=spec.n,
+        out_dtype=jnp.dtype(spec.out_dtype),
+        num_sms=sms,
+    )
+    return [y]
+
+
 # ---- Transformations ----------------------------------------------------------------------------
 
 
@@ -192,13 +258,11 @@ def _ste_impl(
     v: jax.Array, *weight: jax.Array, transposed: bool, dtype: str, spec: LinearSpec
 ) -> list[jax.Array]:
     """v (M, K) @ dequantize(w).T or, transposed, v (M, N) @ dequantize(w), as `dtype`."""
-    data, block_scale, w_scale = _canonical(weight, spec)
+    data, block_scale, w_scale = _canonical((weight[0], weight[1], weight[2]), spec)
     w = numerics.dequantize(data, block_scale, w_scale if w_scale.ndim == 0 else w_scale[:, None])
     w = w[:, : spec.k]
     contract = (((1,), (0 if transposed else 1,)), ((), ()))
-    product = lax.dot_general(
-        v.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST
-    )
+    product = lax.dot_general(v.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST)
     return [product.astype(dtype)]
 
 
@@ -228,7 +292,7 @@ def _ste_transpose(
 
 
 linear_p = _primitive.define(
-    "nvfp4_linear", abstract=_abstract, reference=_reference, batch=_batch
+    "nvfp4_linear", abstract=_abstract, reference=_reference, batch=_batch, cuda=_cuda
 )
 ad.primitive_jvps[linear_p] = _jvp
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jax_nvfp4 import numerics
-from jax_nvfp4.ops import _primitive
+from jax_nvfp4 import ffi, numerics
+from jax_nvfp4.config.quantize import Mode as KernelMode
+from jax_nvfp4.config.quantize import OutFormat, select_quantize
+from jax_nvfp4.ops import _primitive, backend
 
 Mode = Literal["tensor", "token", "static", "amax"]
 """Where the global scale comes from: the amax of all of x, the amax of each row, a given global
@@ -38,10 +40,8 @@ def scales(x: jax.Array, *given: jax.Array, mode: Mode) -> tuple[jax.Array, jax.
     """Encode scale S, decode scale D, and the global scale to report, for each mode."""
     if mode == "static":
         return *numerics.static_scales(given[0]), given[0]
-    if mode == "amax":
-        largest = given[0]
-    else:
-        largest = numerics.amax(x, axis=-1 if mode == "token" else None)
+    axis = -1 if mode == "token" else None
+    largest = given[0] if mode == "amax" else numerics.amax(x, axis=axis)
     encode, decode = numerics.dynamic_scales(largest)
     return encode, decode, decode
 
@@ -60,6 +60,33 @@ def _abstract(x: Any, *given: Any, mode: Mode) -> list[Any]:
 def _reference(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     encode, decode, global_scale = scales(x, *given, mode=mode)
     return [*numerics.quantize(x, encode, decode), global_scale]
+
+
+_KERNEL_MODES = {"tensor": KernelMode.TENSOR, "token": KernelMode.TOKEN}
+
+
+def kernel(
+    x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Quantizes by a kernel; takes all modes but "amax". Results as of `ffi.quantize_call`."""
+    kernel_mode = _KERNEL_MODES.get(mode)
+    if kernel_mode is None:
+        kernel_mode = KernelMode.ROWS_GIVEN if given[0].ndim else KernelMode.SCALAR_GIVEN
+    return ffi.quantize_call(
+        x,
+        given[0] if given else None,
+        config=select_quantize(arch, x.dtype.name, kernel_mode),
+        mode=kernel_mode,
+        out_format=out_format,
+        num_sms=backend.num_sms(arch),
+    )
+
+
+def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
+    arch = backend.kernel_arch(None)
+    if arch is None or mode == "amax" or x.size == 0:
+        return _reference(x, *given, mode=mode)
+    return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
 
 
 def fold_rows(
@@ -87,9 +114,7 @@ def fold_rows(
         rows = [jnp.broadcast_to(g[:, None], (size, m)) for g in given]
     else:
         per_batch = [g if d is not None else g[None] for g, d in zip(given, dims[1:], strict=True)]
-        rows = [
-            jnp.broadcast_to(g if g.ndim == 2 else g[:, None], (size, m)) for g in per_batch
-        ]
+        rows = [jnp.broadcast_to(g if g.ndim == 2 else g[:, None], (size, m)) for g in per_batch]
     return x.reshape(size * m, k), tuple(g.reshape(size * m) for g in rows), mode
 
 
@@ -118,6 +143,6 @@ def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, mode: Mode) -> 
 
 
 quantize_p = _primitive.define(
-    "nvfp4_quantize", abstract=_abstract, reference=_reference, batch=_batch
+    "nvfp4_quantize", abstract=_abstract, reference=_reference, batch=_batch, cuda=_cuda
 )
 ad.primitive_jvps[quantize_p] = _jvp
