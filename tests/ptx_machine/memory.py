@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memories of the machine: global, constant and local, shared, tensor memory, and mbarriers.
+
+Every byte of shared and tensor memory carries a state, so that reads of bytes that were never
+written, or that an asynchronous copy is still writing, are errors and not garbage.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import Fault
+
+POISON_BYTE = 0xCB
+UNWRITTEN, WRITTEN, IN_FLIGHT, BARRIER = 0, 1, 2, 3
+STATE_TEXT = {
+    UNWRITTEN: "never written",
+    IN_FLIGHT: "still being written by an asynchronous operation",
+    BARRIER: "an mbarrier object",
+}
+SHARED_BASE = 1024  # the first KiB of a CTA's shared memory is the system's
+CTA_SHIFT = 24  # shared::cluster address = rank << 24 | offset
+GENERIC_SHARED = 0x7F00_0000_0000  # generic addresses of the shared window
+GENERIC_LOCAL = 0x7E00_0000_0000
+PARAM_BASE = 0x7D00_0000_0000
+GLOBAL_BASE = 0x5000_0000_0000
+
+
+@dataclass
+class Allocation:
+    """A range of global memory backed by a NumPy array's bytes.
+
+    Attributes:
+        base: device address of byte 0.
+        data: uint8 view of the array; writes go to it.
+        name: how errors call it.
+        state: 0/1 per byte for arrays that start unwritten, else None.
+        read_only: whether stores are errors.
+    """
+
+    base: int
+    data: np.ndarray
+    name: str
+    state: np.ndarray | None = None
+    read_only: bool = False
+    words: dict | None = None
+
+    @property
+    def end(self) -> int:
+        return self.base + self.data.size
+
+    def typed(self, width: int) -> np.ndarray | None:
+        """The bytes as unsigned integers of a width, where the array's length allows."""
+        if self.words is None:
+            self.words = {}
+        if width not in self.words:
+            usable = self.data.size - self.data.size % width
+            view = self.data[:usable]
+            try:
+                self.words[width] = view.view(UNSIGNED[width])
+            except ValueError:
+                self.words[width] = None
+        return self.words[width]
+
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class GlobalMemory:
+    """Global memory: disjoint allocations with gaps between them."""
+
+    def __init__(self) -> None:
+        self.allocations: list[Allocation] = []
+        self.bases: list[int] = []
+        self.next_base = GLOBAL_BASE
+
+    def register(
+        self,
+        array: np.ndarray,
+        name: str,
+        base: int | None = None,
+        uninitialized: bool = False,
+        read_only: bool = False,
+    ) -> Allocation:
+        """Makes an array's bytes global memory; the same array again gives the same address."""
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name}: global memory must be a contiguous array")
+        data = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
+        for known in self.allocations:
+            if (
+                base is None
+                and data.size
+                and known.data.size == data.size
+                and known.data.ctypes.data == data.ctypes.data
+            ):
+                return known
+        if base is None:
+            base = self.next_base
+            # A gap of at least 1 MiB: an index that runs off one array never lands in the next.
+            self.next_base += (data.size + (1 << 21)) & ~((1 << 20) - 1)
+        state = np.zeros(data.size, np.uint8) if uninitialized else None
+        allocation = Allocation(base, data, name, state, read_only)
+        index = bisect.bisect(self.bases, base)
+        self.bases.insert(index, base)
+        self.allocations.insert(index, allocation)
+        return allocation
+
+    def find(self, low: int, high: int, action: str) -> Allocation:
+        """The allocation that holds [low, high)."""
+        index = bisect.bisect_right(self.bases, low) - 1
+        if index >= 0:
+            allocation = self.allocations[index]
+            if high <= allocation.end:
+                return allocation
+            if low < allocation.end + (1 << 20):
+                raise Fault(
+                    f"{action} out of bounds: bytes [{low - allocation.base}, "
+                    f"{high - allocation.base}) of {allocation.name}, "
+                    f"which has {allocation.data.size}"
+                )
+        raise Fault(f"{action} out of bounds: address {low:#x} is in no global allocation")
+
+    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Loads one word of ``width`` bytes per address; uint8 (n, width) or typed (n,)."""
+        allocation, offsets = self._locate(addresses, width, "global read")
+        if allocation is None:
+            return np.concatenate([self.load(addresses[i : i + 1], width) for i in offsets])
+        if allocation.state is not None:
+            span = offsets[:, None] + np.arange(width)
+            if not allocation.state[span].all():
+                raise Fault(f"read of bytes of {allocation.name} that were never written")
+        base_aligned = allocation.base % width == 0
+        typed = allocation.typed(width) if base_aligned and width <= 8 else None
+        if typed is not None:
+            return typed[offsets // width]
+        raw = allocation.data[offsets[:, None] + np.arange(width)]
+        return raw.view(UNSIGNED[width]).reshape(-1) if width <= 8 else raw
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, width: int) -> None:
+        """Stores one word per address; where addresses repeat, one of the values stays."""
+        allocation, offsets = self._locate(addresses, width, "global write")
+        if allocation is None:
+            for i in offsets:
+                self.store(addresses[i : i + 1], values[i : i + 1], width)
+            return
+        if allocation.read_only:
+            raise Fault(f"write to read-only {allocation.name}")
+        if allocation.state is not None:
+            allocation.state[offsets[:, None] + np.arange(width)] = 1
+        typed = allocation.typed(width) if allocation.base % width == 0 else None
+        if typed is not None:
+            typed[offsets // width] = values
+        else:
+            raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
+            allocation.data[offsets[:, None] + np.arange(width)] = raw
+
+    def _locate(
+        self, addresses: np.ndarray, width: int, action: str
+    ) -> tuple[Allocation | None, np.ndarray]:
+        low, high = int(addresses.min()), int(addresses.max()) + width
+        try:
+            allocation = self.find(low, high, action)
+        except Fault:
+            if addresses.size == 1 or low + width == high:
+                raise
+            return None, np.arange(addresses.size)
+        return allocation, (addresses - np.uint64(allocation.base)).astype(np.int64)
+
+    def read_bytes(self, address: int, count: int) -> np.ndarray:
+        """A copy of ``count`` bytes."""
+        allocation = self.find(address, address + count, "global read")
+        offset = address - allocation.base
+        if allocation.state is not None and not allocation.state[offset : offset + count].all():
+            raise Fault(f"read of bytes of {allocation.name} that were never written")
+        return allocation.data[offset : offset + count].copy()
+
+    def write_bytes(self, address: int, values: np.ndarray) -> None:
+        """Writes bytes."""
+        allocation = self.find(address, address + values.size, "global write")
+        if allocation.read_only:
+            raise Fault(f"write to read-only {allocation.name}")
+        offset = address - allocation.base
+        allocation.data[offset : offset + values.size] = values
+        if allocation.state is not None:
+            allocation.state[offset : offset + values.size] = 1
+
+
+class Mbarrier:
+    """An mbarrier object: phase, pending arrivals and transaction count."""
+
+    __slots__ = ("address", "expected", "line", "pending", "phase", "tx", "waiters")
+
+    def __init__(self, address: int, count: int, line: int) -> None:
+        self.address, self.expected, self.pending = address, count, count
+        self.phase, self.tx, self.line = 0, 0, line
+        self.waiters: list = []
+
+    def arrive(self, count: int) -> int:
+        """Counts arrivals; returns the phase they belong to."""
+        if count > self.pending:
+            raise Fault(
+                f"mbarrier {self.address:#x} (initialized at line {self.line} for {self.expected} "
+                f"arrivals) got {count} arrivals with {self.pending} pending"
+            )
+        phase = self.phase
+        self.pending -= count
+        self.settle()
+        return phase
+
+    def add_tx(self, count: int) -> None:
+        """Adds to the transaction count: expect_tx is positive, complete_tx negative."""
+        self.tx += count
+        if not -(1 << 20) < self.tx < (1 << 20):
+            raise Fault(f"mbarrier {self.address:#x}: transaction count {self.tx} out of range")
+        self.settle()
+
+    def settle(self) -> None:
+        if self.pending == 0 and self.tx == 0:
+            self.phase += 1
+            self.pending = self.expected
+            for wake in self.waiters:
+                wake()
+            self.waiters.clear()
+
+    def describe(self) -> str:
+        return (
+            f"mbarrier {self.address:#x} (line {self.line}): phase {self.phase}, "
+            f"{self.pending} of {self.expected} arrivals pending, transaction count {self.tx}"
+        )
+
+
+class SharedMemory:
+    """Shared memory of one CTA; addresses here are offsets (24 bits, no CTA rank)."""
+
+    def __init__(self, size: int) -> None:
+        size = (size + 15) // 16 * 16
+        self.size = size
+        self.data = np.full(size, POISON_BYTE, np.uint8)
+        self.state = np.zeros(size, np.uint8)
+        # Generic-proxy writes not yet fenced: 1 + warp index, and the CTA's epoch at the write.
+        self.dirty = np.zeros(size, np.uint8)
+        self.dirty_epoch = np.zeros(size // 4, np.int32)  # by 4-byte word
+        self.has_dirty = False
+        self.barriers: dict[int, Mbarrier] = {}
+        self.words = {w: self.data.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
+        self.word_state = {w: self.state.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
+        self.word_dirty = {w: self.dirty.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
+        # In chunks of 16 bytes, for matrix operands.
+        self.chunks = self.data.reshape(-1, 16)
+        self.chunk_state = self.state.view(np.uint64).reshape(-1, 2)
+        self.chunk_dirty = self.dirty.view(np.uint64).reshape(-1, 2)
+
+    ALL_WRITTEN = {w: int.from_bytes(bytes([WRITTEN] * w), "little") for w in (1, 2, 4, 8)}
+
+    def check_range(self, low: int, high: int, action: str) -> None:
+        if low < SHARED_BASE or high > self.size:
+            raise Fault(
+                f"{action} out of bounds: shared memory bytes [{low}, {high}) of "
+                f"[{SHARED_BASE}, {self.size})"
+            )
+
+    def check_readable(self, index: object, action: str) -> None:
+        states = self.state[index]
+        if not (states == WRITTEN).all():
+            flat = np.atleast_1d(states).reshape(-1)
+            bad = int(np.flatnonzero(flat != WRITTEN)[0])
+            if isinstance(index, slice):
+                where = f"byte {index.start + bad}"
+            else:
+                where = f"byte {int(np.asarray(index).reshape(-1)[bad])}"
+            raise Fault(f"{action} of shared memory {where}, which is {STATE_TEXT[int(flat[bad])]}")
+
+    def check_no_barrier(self, index: object, action: str) -> None:
+        if self.barriers and (self.state[index] == BARRIER).any():
+            raise Fault(f"{action} over an mbarrier object")
+
+    def check_fenced(self, index: object, action: str) -> None:
+        """Raises if the async proxy would read bytes the generic proxy wrote without a fence."""
+        if self.has_dirty and self.dirty[index].any():
+            marks = np.asarray(self.dirty[index]).reshape(-1)
+            bad = int(np.flatnonzero(marks)[0])
+            warp = int(marks[bad]) - 1
+            raise Fault(
+                f"{action} through the async proxy of shared memory that warp {warp} wrote "
+                "through the generic proxy, with no fence.proxy.async between"
+            )
+
+    def load(self, offsets: np.ndarray, width: int) -> np.ndarray:
+        """Loads one word per lane."""
+        index = offsets // width
+        if not (self.word_state[width][index] == self.ALL_WRITTEN[width]).all():
+            self.check_readable(offsets[:, None] + np.arange(width), "read")
+        return self.words[width][index]
+
+    def store(self, offsets: np.ndarray, values: np.ndarray, width: int, warp: int, epoch: int):
+        """Stores one word per lane through the generic proxy."""
+        index = offsets // width
+        states = self.word_state[width][index]
+        if not ((states == self.ALL_WRITTEN[width]) | (states == 0)).all():
+            span = self.state[offsets[:, None] + np.arange(width)]
+            if (span == BARRIER).any():
+                raise Fault("write over an mbarrier object")
+            if (span == IN_FLIGHT).any():
+                raise Fault("write to shared memory that an asynchronous copy is writing")
+        self.words[width][index] = values
+        self.word_state[width][index] = self.ALL_WRITTEN[width]
+        self.word_dirty[width][index] = self.ALL_WRITTEN[width] * (warp + 1)
+        self.dirty_epoch[offsets >> 2] = epoch
+        if width == 8:
+            self.dirty_epoch[(offsets >> 2) + 1] = epoch
+        self.has_dirty = True
+
+    def fence(self, warp: int, synced_epoch: int) -> None:
+        """fence.proxy.async of a warp: orders its own writes, and those it has synchronized with.
+
+        Args:
+            warp: index of the fencing warp in its CTA.
+            synced_epoch: writes of other warps before this epoch happen before the fence.
+        """
+        if not self.has_dirty:
+            return
+        index = np.flatnonzero(self.dirty)
+        mine = self.dirty[index] == warp + 1
+        older = self.dirty_epoch[index >> 2] < synced_epoch
+        self.dirty[index[mine | older]] = 0
+        self.has_dirty = bool((~(mine | older)).any())
+
+    def barrier(self, offset: int) -> Mbarrier:
+        """The mbarrier object at an offset."""
+        if offset % 8:
+            raise Fault(f"mbarrier address {offset:#x} is not 8-byte aligned")
+        found = self.barriers.get(offset)
+        if found is None:
+            raise Fault(f"no mbarrier was initialized at shared memory offset {offset}")
+        return found
+
+    def init_barrier(self, offset: int, count: int, line: int) -> None:
+        if offset % 8:
+            raise Fault(f"mbarrier address {offset:#x} is not 8-byte aligned")
+        self.check_range(offset, offset + 8, "mbarrier.init")
+        if offset in self.barriers:
+            raise Fault(f"mbarrier.init of a live mbarrier at offset {offset}")
+        if not 1 <= count < (1 << 20):
+            raise Fault(f"mbarrier.init with count {count}")
+        self.barriers[offset] = Mbarrier(offset, count, line)
+        self.state[offset : offset + 8] = BARRIER
+
+    def invalidate_barrier(self, offset: int) -> None:
+        found = self.barrier(offset)
+        if found.tx:
+            raise Fault(f"mbarrier.inval with transactions under way: {found.describe()}")
+        del self.barriers[offset]
+        self.state[offset : offset + 8] = UNWRITTEN
+
+    # -- asynchronous writes -----------------------------------------------------------------
+    def begin_write(self, index: object) -> None:
+        states = self.state[index]
+        if (states == BARRIER).any():
+            raise Fault("asynchronous copy over an mbarrier object")
+        if (states == IN_FLIGHT).any():
+            raise Fault("asynchronous copy to bytes that another one is still writing")
+        self.state[index] = IN_FLIGHT
+
+    def finish_write(self, index: object, values: np.ndarray) -> None:
+        self.data[index] = values
+        self.state[index] = WRITTEN
+        if self.has_dirty:
+            self.dirty[index] = 0
+
+
+class TensorMemory:
+    """Tensor memory of one CTA: 128 lanes x 512 columns of 32 bits, all poisoned at first."""
+
+    LANES, COLUMNS = 128, 512
+
+    def __init__(self) -> None:
+        self.data = np.full((self.LANES, self.COLUMNS), 0xCBCBCBCB, np.uint32)
+        self.written = np.zeros((self.LANES, self.COLUMNS), bool)
+        self.owner = np.full(self.COLUMNS, -1, np.int32)  # allocation id of a column
+        self.allocations: dict[int, tuple[int, int]] = {}  # first column -> (columns, line)
+        self.permit = True
+        self.next_id = 0
+
+    def allocate(self, columns: int, line: int) -> int | None:
+        """First column of a new allocation, or None if there is no room now."""
+        if columns not in (32, 64, 128, 256, 512):
+            raise Fault(f"tcgen05.alloc of {columns} columns: not a power of two in [32, 512]")
+        if not self.permit:
+            raise Fault("tcgen05.alloc after relinquish_alloc_permit")
+        for start in range(0, self.COLUMNS - columns + 1, 32):
+            if (self.owner[start : start + columns] < 0).all():
+                self.owner[start : start + columns] = self.next_id
+                self.next_id += 1
+                self.allocations[start] = (columns, line)
+                return start
+        return None
+
+    def free(self, start: int, columns: int) -> None:
+        if self.allocations.get(start, (0, 0))[0] != columns:
+            raise Fault(f"tcgen05.dealloc of {columns} columns at {start}: no such allocation")
+        del self.allocations[start]
+        self.owner[start : start + columns] = -1
+        self.written[:, start : start + columns] = False
+        self.data[:, start : start + columns] = 0xCBCBCBCB
+
+    def check(self, columns: np.ndarray, action: str) -> None:
+        """Raises unless all columns belong to one allocation."""
+        low, high = int(np.min(columns)), int(np.max(columns))
+        if low < 0 or high >= self.COLUMNS:
+            raise Fault(f"{action} of tensor memory columns {low}..{high}, outside of 0..511")
+        owners = self.owner[columns]
+        if (owners < 0).any():
+            bad = int(np.asarray(columns).reshape(-1)[int(np.argmax(owners.reshape(-1) < 0))])
+            raise Fault(f"{action} of tensor memory column {bad}, which is not allocated")
+        if (owners != owners.flat[0]).any():
+            raise Fault(f"{action} of tensor memory columns {low}..{high} spans two allocations")
+
+    def read(self, lanes: np.ndarray, columns: np.ndarray, action: str) -> np.ndarray:
+        """Words at broadcast (lanes, columns)."""
+        self.check(columns, action)
+        written = self.written[lanes, columns]
+        if not written.all():
+            lane, column = np.broadcast_arrays(lanes, columns)
+            bad = np.argwhere(~written)[0]
+            place = (int(lane[tuple(bad)]), int(column[tuple(bad)]))
+            raise Fault(
+                f"{action} of tensor memory lane {place[0]} column {place[1]}, never written"
+            )
+        return self.data[lanes, columns]
+
+    def write(self, lanes: np.ndarray, columns: np.ndarray, values: np.ndarray, action: str):
+        """Stores words at broadcast (lanes, columns)."""
+        self.check(columns, action)
+        self.data[lanes, columns] = values
+        self.written[lanes, columns] = True
