@@ -4,7 +4,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint16, Uint32
-from cutlass.cute.nvgpu import cpasync, tcgen05
+from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.kernels.gemm_sm100_ops import (
     CHUNK,
@@ -12,6 +12,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     ROWS,
     Shape,
     fma,
+    load_accumulators,
     store_remote,
     tcgen05_fence_after,
     tcgen05_fence_before,
@@ -28,19 +29,11 @@ class Epilogue:
     def __init__(self, shape: Shape):
         self.shape = shape
 
-    def _accumulators(self, tmem, column):
-        """Loads CHUNK accumulators of this thread's row, from tensor-memory column `column`."""
-        layout = cute.make_layout((ROWS, CHUNK), stride=(65536, 1))
-        tensor = cute.make_tensor(tmem + column, layout)
-        atom = cute.make_copy_atom(
-            tcgen05.Ld32x32bOp(tcgen05.Repetition(CHUNK), tcgen05.Pack.NONE), Float32
-        )
-        copy = tcgen05.make_tmem_copy(atom, tensor)
-        thread = copy.get_slice(cute.arch.thread_idx()[0])
-        coords = thread.partition_D(cute.make_identity_tensor((ROWS, CHUNK)))
-        registers = cute.make_rmem_tensor(coords.shape, Float32)
-        cute.copy(copy, thread.partition_S(tensor), registers)
-        return cute.make_tensor(registers.iterator, cute.make_layout(CHUNK))
+    def accumulators(self, tmem, column, count):
+        """`count` accumulators of this thread's row, from tensor-memory column `column` on."""
+        # A warp reads the 32 lanes of its place in the CTA; lanes are address bits 16 and up.
+        lanes = cute.arch.thread_idx()[0] // 32 * 32 << 16
+        return load_accumulators(tmem.toint() + lanes + column, count)
 
     @cute.jit
     def read_scale(self, scale: cute.Pointer, stride: Int32, index: Int32, limit: Int32):
@@ -136,11 +129,11 @@ class PairEpilogue(Epilogue):
                     # The columns that the next tile overwrites first: the last ones of the first
                     # accumulator, the first ones of the second.
                     group = i if buffer == 1 else groups - 1 - i
-                base = buffer * s.acc_stride + group * 64
-                halves = (
-                    self._accumulators(tmem, base), self._accumulators(tmem, base + CHUNK)
-                )  # fmt: skip
-                cute.arch.fence_view_async_tmem_load()
+                acc = self.accumulators(tmem, buffer * s.acc_stride + group * 64, 2 * CHUNK)
+                halves = [
+                    cute.make_tensor(acc.iterator + half * CHUNK, cute.make_layout(CHUNK))
+                    for half in range(2)
+                ]
                 if i == (0 if s.overlapped else groups - 1):
                     self.release(acc_empty + barrier, leader)
                 for half in cutlass.range_constexpr(2):
@@ -281,8 +274,7 @@ class SwapEpilogue(Epilogue):
             cute.arch.mbarrier_wait(acc_full + buffer, count // 2 % 2)
             tcgen05_fence_after()
             for i in cutlass.range(chunks, unroll=1):
-                acc = self._accumulators(tmem, buffer * s.acc_stride + i * CHUNK)
-                cute.arch.fence_view_async_tmem_load()
+                acc = self.accumulators(tmem, buffer * s.acc_stride + i * CHUNK, CHUNK)
                 if i == chunks - 1:
                     self.release(acc_empty + buffer, 0)
                 token = token0 + i * CHUNK
@@ -334,6 +326,9 @@ class SwapEpilogue(Epilogue):
         rank, split, vectors = part
         thread = cute.arch.thread_idx()[0]
         lane = cute.arch.lane_idx()
+        # One lane signals each CTA. The others' ranks are valid too: the compiler maps the address
+        # before it branches.
+        peer = cutlass.min(lane, split - 1)
         buffer = number % self.red_buffers
         phase = number // self.red_buffers % 2
         own = CHUNK // split
@@ -345,7 +340,7 @@ class SwapEpilogue(Epilogue):
             store_remote(slot, owner, acc[j])
         cute.arch.sync_warp()
         if lane < split:
-            cute.arch.mbarrier_arrive(red_full + buffer, lane, scope=CLUSTER)
+            cute.arch.mbarrier_arrive(red_full + buffer, peer, scope=CLUSTER)
         wait_cluster(red_full + buffer, phase)
         for j in cutlass.range(own, unroll=1):
             total = Float32(0.0)
@@ -367,4 +362,4 @@ class SwapEpilogue(Epilogue):
                         cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)
         cute.arch.sync_warp()
         if lane < split:
-            cute.arch.mbarrier_arrive(red_empty + buffer, lane, scope=CLUSTER)
+            cute.arch.mbarrier_arrive(red_empty + buffer, peer, scope=CLUSTER)

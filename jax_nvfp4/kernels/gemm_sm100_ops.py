@@ -38,6 +38,30 @@ def tcgen05_fence_after(*, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_accumulators(address, count, *, loc=None, ip=None):
+    """This thread's `count` columns of its lane of tensor memory, from `address` on, as fp32.
+
+    The load and its wait are one block of assembly: left to itself, the compiler packs the
+    registers in pairs between the two, when the load has not yet written them.
+    """
+    registers = ", ".join(f"${i}" for i in range(count))
+    loaded = llvm.inline_asm(
+        llvm.StructType.get_literal([T.f32()] * count),
+        [Int32(address).ir_value(loc=loc, ip=ip)],
+        f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {{{registers}}}, [${count}]; "
+        "tcgen05.wait::ld.sync.aligned;",
+        "=f," * count + "r,~{memory}",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    values = cute.make_rmem_tensor((count,), Float32)
+    for i in range(count):
+        values[i] = Float32(llvm.extractvalue(T.f32(), loaded, [i], loc=loc, ip=ip))
+    return values
+
+
+@dsl_user_op
 def fma(a, b, c, *, loc=None, ip=None):
     """The fp32 value of a * b + c, rounded once."""
     operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
