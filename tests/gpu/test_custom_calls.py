@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The custom calls on a GPU: in a graph, from threads, without a wait, serialized, with errors."""
+
+import pathlib
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import serialize_executable
+
+from jax_nvfp4 import config, ffi, numerics
+from jax_nvfp4.config.quantize import Mode, OutFormat, select_quantize
+from jax_nvfp4.layout import swizzle
+from jax_nvfp4.layout.weights import pack_weight
+
+
+def _device() -> Any:
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("no NVIDIA GPU", allow_module_level=True)
+
+
+DEVICE = _device()
+ARCH = config.arch_of_compute_capability(*map(int, str(DEVICE.compute_capability).split(".")))
+SMS = DEVICE.core_count
+if ARCH not in ffi.arches():
+    pytest.fail(f"{DEVICE.device_kind}: {ffi.reason(ARCH)}", pytrace=False)
+
+# XLA makes a graph only of five calls or more by default.
+GRAPH = {"xla_gpu_graph_min_graph_size": 1}
+
+
+def quantize(x: jax.Array, g: jax.Array | None = None, *, mode: Mode, out_format: OutFormat) -> Any:
+    c = select_quantize(ARCH, x.dtype.name, mode)
+    return ffi.quantize_call(x, g, config=c, mode=mode, out_format=out_format, num_sms=SMS)
+
+
+def quantized(x: Any, g: Any, *, mode: Mode, out_format: OutFormat) -> tuple[np.ndarray, ...]:
+    """What `quantize` is to return, computed on the CPU from the definition."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        x = jnp.asarray(np.asarray(x))
+        if g is not None:
+            given = jnp.asarray(np.asarray(g), jnp.float32)
+            encode, decode = numerics.static_scales(given)
+            scale = given
+        else:
+            axis = -1 if mode == Mode.TOKEN else None
+            encode, decode = numerics.dynamic_scales(numerics.amax(x, axis=axis))
+            scale = decode
+        data, block_scale = map(np.asarray, numerics.quantize(x, encode, decode))
+        bits = block_scale.view(np.uint8)
+        if out_format == OutFormat.LINEAR:
+            return data, bits, np.asarray(scale)
+        k = x.shape[1]
+        if out_format == OutFormat.OPERAND:
+            padded = np.pad(data, ((0, 0), (0, -(-k // 64) * 32 - data.shape[1])))
+            return padded, swizzle.swizzle(bits), np.asarray(scale)
+        values = np.asarray(numerics.block_values(data, block_scale))
+        values = np.pad(values, ((0, 0), (0, -(-k // 64) * 64 - values.shape[1])))
+        return values.astype(jnp.bfloat16), np.zeros((0,), np.uint8), np.asarray(scale)
+
+
+def assert_same(got: Any, expected: tuple[np.ndarray, ...]) -> None:
+    for name, g, e in zip(("data", "block_scale", "global_scale"), got, expected, strict=True):
+        g, e = np.ascontiguousarray(np.asarray(g)), np.ascontiguousarray(e)
+        assert g.shape == e.shape, name
+        if e.dtype == jnp.bfloat16:  # -0 and NaN compare by value
+            np.testing.assert_array_equal(g.astype(np.float32), e.astype(np.float32), name)
+        else:
+            np.testing.assert_array_equal(g.view(np.uint8), e.view(np.uint8), name)
+
+
+@pytest.mark.parametrize("out_format", OutFormat)
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_each_mode_and_format(dtype: str, mode: Mode, out_format: OutFormat) -> None:
+    rng = np.random.default_rng(0)
+    function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=out_format))
+    for m, k in ((1, 16), (5, 40), (130, 192), (33, 100)):
+        x = jnp.asarray(rng.standard_normal((m, k)) * 3, dtype)
+        shapes = {Mode.SCALAR_GIVEN: (), Mode.ROWS_GIVEN: (m,)}
+        g = None
+        if mode in shapes:
+            g = jnp.asarray(rng.uniform(1e-3, 2e-3, shapes[mode]), jnp.float32)
+        expected = quantized(x, g, mode=mode, out_format=out_format)
+        assert_same(function(x, g), expected)
+
+
+def chain(x: jax.Array, length: int) -> jax.Array:
+    """Calls that each wait for the one before: quantize, and put back into the next one's input."""
+    for _ in range(length):
+        values, _, scale = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
+        x = (values * scale[:, None]).astype(x.dtype)
+    return x
+
+
+def chain_on_cpu(x: Any, length: int) -> np.ndarray:
+    x = np.asarray(x)
+    for _ in range(length):
+        values, _, scale = quantized(x, None, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
+        x = (values.astype(np.float32) * scale[:, None]).astype(x.dtype)
+    return x
+
+
+def test_calls_are_captured_and_inputs_can_be_rebound(tmp_path: pathlib.Path) -> None:
+    x = jnp.ones((64, 256), jnp.bfloat16)
+    options = {**GRAPH, "xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
+    compiled = jax.jit(lambda x: chain(x, 3)).lower(x).compile(compiler_options=options)
+    # XLA's own listing of what it runs: nested under a command buffer is what the graph holds.
+    (listing,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    lines = listing.read_text().splitlines()
+    outside = [line for line in lines if not line.startswith(" ") and "kCustomCall" in line]
+    inside = [line for line in lines if line.startswith(" ") and "kCustomCall" in line]
+    assert any("kCommandBuffer" in line for line in lines)
+    assert (len(inside), len(outside)) == (3, 0), lines
+    rng = np.random.default_rng(1)
+    for seed in range(4):
+        x = jnp.asarray(rng.standard_normal((64, 256)) * 2.0**seed, jnp.bfloat16)
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(compiled(x)), chain_on_cpu(x, 3))
+
+
+def test_two_threads_at_once() -> None:
+    rng = np.random.default_rng(2)
+    inputs = [jnp.asarray(rng.standard_normal((48, 320)), jnp.bfloat16) for _ in range(2)]
+    function = jax.jit(lambda x: chain(x, 2))
+    expected = [chain_on_cpu(x, 2) for x in inputs]
+    failures = []
+
+    def work(which: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(np.asarray(function(inputs[which])), expected[which]):
+                failures.append(which)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_host_does_not_wait() -> None:
+    """Calls are enqueued behind work that takes long: their dispatch must not take as long."""
+    big = jnp.ones((8192, 8192), jnp.bfloat16)
+    slow = jax.jit(lambda a: jax.lax.fori_loop(0, 300, lambda _, b: (a @ b) * 1e-4, a))
+    function = jax.jit(lambda x, a: chain(x + a[:64, :256] * 0, 4))
+    x = jnp.ones((64, 256), jnp.bfloat16)
+    jax.block_until_ready(function(x, slow(big)))
+    started = time.perf_counter()
+    y = function(x, slow(big))
+    dispatched = time.perf_counter() - started
+    jax.block_until_ready(y)
+    total = time.perf_counter() - started
+    assert total > 0.2
+    assert dispatched < 0.25 * total
+
+
+def test_a_serialized_executable_runs() -> None:
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((16, 64)), jnp.float32)
+    compiled = jax.jit(lambda x: chain(x, 2)).lower(x).compile()
+    again = serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
+    np.testing.assert_array_equal(np.asarray(again(x)), chain_on_cpu(x, 2))
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("m", [0, 3, 200])
+def test_rows_without_elements(m: int, mode: Mode) -> None:
+    shapes = {Mode.SCALAR_GIVEN: (), Mode.ROWS_GIVEN: (m,)}
+    g = jnp.full(shapes[mode], 0.5) if mode in shapes else None
+    function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=OutFormat.LINEAR))
+    data, block_scale, scale = function(jnp.zeros((m, 0), jnp.bfloat16), g)
+    assert data.shape == (m, 0) and block_scale.shape == (m, 0)
+    expected = jnp.ones(()) if g is None else g
+    np.testing.assert_array_equal(scale, jnp.broadcast_to(expected, scale.shape))
+
+
+def test_an_error_is_an_xla_error_and_leaves_the_device_usable() -> None:
+    c = select_quantize(ARCH, "bfloat16", Mode.TOKEN)
+    arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"operand x: expected bfloat16.*F32"):
+        jax.block_until_ready(
+            jax.jit(lambda x: ffi.quantize_call(x, None, **arguments))(jnp.ones((4, 16)))
+        )
+    x = jnp.ones((4, 16), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(jax.jit(lambda x: chain(x, 1))(x)), chain_on_cpu(x, 1))
+
+
+def test_a_kernel_of_another_arch_is_refused() -> None:
+    other = next(a for a in ffi.arches() if a != ARCH)
+    c = select_quantize(other, "bfloat16", Mode.TOKEN)
+    arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{c.name} is for {other}, and device"):
+        x = jnp.ones((4, 16), jnp.bfloat16)
+        jax.block_until_ready(jax.jit(lambda x: ffi.quantize_call(x, None, **arguments))(x))
+
+
+def test_a_hundred_calls_in_one_program() -> None:
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((8, 128)), jnp.bfloat16)
+    got = jax.jit(lambda x: chain(x, 100))(x)
+    np.testing.assert_array_equal(np.asarray(got), chain_on_cpu(x, 100))
+
+
+@pytest.mark.parametrize("name", [c.name for c in config.configs(ARCH)])
+def test_each_gemm_kernel(name: str) -> None:
+    """Every kernel once, with a bias, a scale per row and a scale of the weight."""
+    c = next(c for c in config.configs(ARCH) if c.name == name)
+    rng = np.random.default_rng(5)
+    m, n, k = 9, 200, 320
+    codes = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
+    scales = jnp.asarray(rng.uniform(0.25, 4, (n, k // 16)), jnp.float8_e4m3fn)
+    w = np.asarray(numerics.block_values(jnp.asarray(codes), scales), np.float64)
+    packed, sfw = pack_weight(ARCH, jnp.asarray(codes), scales)
+    x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
+    sfx, x_scale = None, jnp.asarray(rng.uniform(0.5, 2, (m,)), jnp.float32)
+    if c.x_dtype == "e2m1":
+        values, _, _ = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
+        operand, sfx, x_scale = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.OPERAND)
+        exact = np.asarray(values, np.float64)[:, :k]
+    else:
+        operand = x.astype(c.x_dtype)
+        exact = np.asarray(operand, np.float64)
+    bias = jnp.asarray(rng.standard_normal((n,)), jnp.float32)
+    y = jax.jit(
+        lambda *a: ffi.gemm_call(*a, config=c, split_k=1, n=n, out_dtype=jnp.float32, num_sms=SMS)
+    )(operand, sfx, packed, sfw, x_scale, jnp.float32(0.5), bias)
+    alpha = np.asarray(x_scale, np.float64)[:, None] * 0.5
+    expected = alpha * (exact @ w.T) + np.asarray(bias, np.float64)
+    bound = 2.0**-18 * alpha * (np.abs(exact) @ np.abs(w).T) + 2.0**-23 * np.abs(expected)
+    assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= bound)
