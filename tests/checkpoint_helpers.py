@@ -14,7 +14,7 @@ from jax_nvfp4 import Nvfp4Tensor
 from jax_nvfp4.checkpoint.files import open_folder, read
 
 DATA = Path(__file__).parent / "data"
-MODELOPT = ("modelopt_nvfp4", "modelopt_w4a16_nvfp4", "modelopt_nvfp4_awq")
+MODELOPT = ("modelopt_nvfp4", "modelopt_w4a16_nvfp4", "modelopt_nvfp4_awq", "modelopt_nvfp4_svd")
 COMPRESSED = ("compressed_tensors_nvfp4", "compressed_tensors_nvfp4a16")
 
 Arrays = dict[str, np.ndarray]

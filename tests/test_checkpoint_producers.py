@@ -87,8 +87,9 @@ def test_keys_are_the_same_in_all_formats(name):
         else:
             assert (scale.dtype, scale.shape) == (jnp.float32, ())
     suffixes = {key.rpartition(".")[2] for key in tensors if "self_attn" not in key}
-    awq = {"pre_quant_scale"} if "awq" in name else set()
-    assert suffixes - {"input_scale"} == {"weight"} | awq
+    extra = {"pre_quant_scale"} if "awq" in name or "svd" in name else set()
+    extra |= {"_svdquant_lora_a", "_svdquant_lora_b"} if "svd" in name else set()
+    assert suffixes - {"input_scale"} == {"weight"} | extra
     assert tensors["model.embed_tokens.weight"].dtype == jnp.bfloat16
 
 

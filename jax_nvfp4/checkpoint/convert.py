@@ -43,8 +43,8 @@ from jax_nvfp4.checkpoint.files import (
     write_safetensors,
 )
 from jax_nvfp4.checkpoint.formats import split_name
-from jax_nvfp4.checkpoint.load import detect
-from jax_nvfp4.checkpoint.save import LayerSummary, pack_weight, write_configs
+from jax_nvfp4.checkpoint.load import UNQUANTIZED, detect
+from jax_nvfp4.checkpoint.save import pack_weight, write_configs
 from jax_nvfp4.functional import quantize
 from jax_nvfp4.numerics import BLOCK
 from jax_nvfp4.tensor import Nvfp4Tensor
@@ -141,7 +141,7 @@ def plan(
     if destination.resolve().is_relative_to(folder.path.resolve()):
         raise FileExistsError(f"{destination}: the destination must lie outside the source")
     config = folder.json("config.json") if (folder.path / "config.json").is_file() else None
-    if detect(folder).data:
+    if detect(folder) is not UNQUANTIZED:
         raise CheckpointError(f"{folder.path}: this checkpoint is quantized already")
     model_type = (config or {}).get("model_type")
     if model_type in _TRANSPOSED_MODELS:
@@ -299,12 +299,10 @@ def _finish(plan: Plan) -> None:
 
     written = {shard.name: list_file(destination / shard.name) for shard in source.shards}
     if source.index is not None:
-        total = sum(entry.nbytes for entries in written.values() for entry in entries.values())
+        total = sum(entry.nbytes for shard in written.values() for entry in shard.values())
         write_index(destination / source.index.name, written, total)
-    summary = LayerSummary()
-    for name, entry in source.entries.items():
-        summary.add(name, len(entry.shape), quantized=plan.reasons[name] is None)
-    write_configs(destination, plan.config, summary)
+    entries = {name: entry for shard in written.values() for name, entry in shard.items()}
+    write_configs(destination, plan.config, entries)
     done = destination / f"{UNFINISHED}.done"
     os.replace(destination / UNFINISHED, done)  # at once: half the records would be of no use
     shutil.rmtree(done)

@@ -20,7 +20,7 @@ from jax_nvfp4.tensor import Nvfp4Tensor
 Placement: TypeAlias = jax.Device | Sharding | None
 """Where an array goes: a device, a sharding, or the default device."""
 
-_UNQUANTIZED = Format(
+UNQUANTIZED = Format(
     name="unquantized",
     data="",
     block_scale="",
@@ -103,7 +103,7 @@ def detect(folder: Folder) -> Format:
             f"{folder.path / 'config.json'}: quant_method {config.get('quant_method')!r} is not "
             "supported; supported are 'modelopt' and 'compressed-tensors'"
         )
-    return fmt or _UNQUANTIZED
+    return fmt or UNQUANTIZED
 
 
 def _tensors(

@@ -6,7 +6,7 @@ The algorithm of a checkpoint (`quant_algo`) is one of
     NVFP4              weights and activations, `input_scale` calibrated
     W4A16_NVFP4        weights only
     NVFP4_AWQ          with a `pre_quant_scale` that multiplies the activations first
-    NVFP4_SVD          likewise, with a low-rank residual in `svdquant_lora_a` and `_b`
+    NVFP4_SVD          likewise, and a low-rank product to add (`svdquant_lora_a` and `_b`)
     MIXED_PRECISION    an algorithm for each layer, in `quantized_layers`
 
 Layers that MIXED_PRECISION keeps in 8 bits pass through as they are stored, scales included, as all
@@ -17,7 +17,7 @@ their tensors look like NVFP4's and mean something else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,73 +121,3 @@ def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callabl
             )
 
     return refuse
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What a quantized layer has beside its weight; it decides the layer's algorithm."""
-
-    has_input_scale: bool
-    has_pre_quant_scale: bool
-
-    @property
-    def algorithm(self) -> dict[str, Any]:
-        """The layer's entry in `quantized_layers`."""
-        if self.has_pre_quant_scale:
-            name: dict[str, Any] = {"quant_algo": "NVFP4_AWQ"}
-            more = {"has_zero_point": False, "pre_quant_scale": True}
-        else:
-            name, more = {"quant_algo": "NVFP4" if self.has_input_scale else "W4A16_NVFP4"}, {}
-        return name | {"group_size": BLOCK} | more
-
-
-def make_config(
-    layers: Mapping[str, LayerKind], unquantized: Sequence[str], version: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Describes a checkpoint as ModelOpt does.
-
-    Args:
-        layers: the quantized layers.
-        unquantized: the layers left alone that a reader might take for quantized ones.
-        version: of this package, recorded as the producer.
-
-    Returns:
-        (the content of hf_quant_config.json, `quantization_config` for config.json)
-    """
-    producer = {"name": "jax_nvfp4", "version": version}
-    algorithms = {name: kind.algorithm for name, kind in sorted(layers.items())}
-    distinct = {repr(algorithm): algorithm for algorithm in algorithms.values()}
-    ignore = sorted(unquantized)
-    details: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
-    if len(distinct) == 1:
-        details |= next(iter(distinct.values()))
-        details["exclude_modules"] = ignore
-    elif distinct:
-        details |= {"quant_algo": _MIXED, "quantized_layers": algorithms}
-
-    config: dict[str, Any] = {
-        "quant_method": "modelopt",
-        "quant_algo": details["quant_algo"],
-        "producer": producer,
-        "ignore": ignore,
-        "config_groups": {
-            f"group_{i}": _config_group(
-                algorithm,
-                ["Linear"]
-                if len(distinct) == 1
-                else [name for name, other in algorithms.items() if other == algorithm],
-            )
-            for i, algorithm in enumerate(distinct.values())
-        },
-    }
-    if len(distinct) > 1:
-        config["quantized_layers"] = algorithms
-    return {"producer": producer, "quantization": details}, config
-
-
-def _config_group(algorithm: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
-    kind = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-    group: dict[str, Any] = {"weights": kind, "targets": targets}
-    if algorithm["quant_algo"] != "W4A16_NVFP4":
-        group["input_activations"] = kind
-    return group

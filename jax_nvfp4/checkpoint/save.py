@@ -23,6 +23,7 @@ from jax_nvfp4.checkpoint.files import (
     write_safetensors,
 )
 from jax_nvfp4.checkpoint.formats import split_name
+from jax_nvfp4.checkpoint.modelopt_config import Stored, describe
 from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -68,21 +69,29 @@ def save_checkpoint(
         config = read_json(folder / "config.json")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards = _Shards(folder, shard_bytes)
-    summary = LayerSummary()
+    stored: dict[str, jax.ShapeDtypeStruct] = {}
     for key, value in pairs:
         if isinstance(value, RepackedWeight):
             value = value.canonical()
-        summary.add(key, len(value.shape), quantized=isinstance(value, Nvfp4Tensor))
-        stored = pack_weight(key, value) if isinstance(value, Nvfp4Tensor) else _plain(key, value)
-        for name, array in stored.items():
+        parts = pack_weight(key, value) if isinstance(value, Nvfp4Tensor) else _plain(key, value)
+        for name, array in parts.items():
             shards.add(name, array)
+            stored[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     shards.finish()
-    write_configs(folder, config, summary)
+    write_configs(folder, config, stored)
 
 
-def write_configs(folder: Path, config: Mapping[str, Any] | None, summary: LayerSummary) -> None:
-    """Writes hf_quant_config.json and, where there is a model configuration, config.json."""
-    described = summary.config()
+def write_configs(
+    folder: Path, config: Mapping[str, Any] | None, stored: Mapping[str, Stored]
+) -> None:
+    """Writes hf_quant_config.json and, where there is a model configuration, config.json.
+
+    Args:
+        folder: the checkpoint.
+        config: the model configuration.
+        stored: every tensor as it is stored, by name.
+    """
+    described = describe(stored, jax_nvfp4.__version__)
     content = {name: value for name, value in (config or {}).items() if name != _CONFIG_KEY}
     if described:
         write_json(folder / modelopt.CONFIG_FILE, described[0])
@@ -140,41 +149,6 @@ def _plain(key: str, value: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
             f"tensor {key!r} must be a float32 scalar, got {array.dtype.name}{list(array.shape)}"
         )
     return {key: array}
-
-
-class LayerSummary:
-    """Collects from the keys of a checkpoint what its quantization configuration says."""
-
-    def __init__(self) -> None:
-        self._quantized: set[str] = set()
-        self._input_scales: set[str] = set()
-        self._pre_quant_scales: set[str] = set()
-        self._matrices: set[str] = set()
-
-    def add(self, key: str, ndim: int, *, quantized: bool) -> None:
-        """Takes note of a tensor: its key, its number of axes, whether it is an NVFP4 weight."""
-        layer, suffix = split_name(key)
-        if quantized:
-            self._quantized.add(layer)
-        elif suffix == "input_scale":
-            self._input_scales.add(layer)
-        elif suffix == "pre_quant_scale":
-            self._pre_quant_scales.add(layer)
-        elif suffix == "weight" and ndim >= 2:
-            self._matrices.add(layer)
-
-    def config(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The content of hf_quant_config.json and `quantization_config` of config.json.
-
-        None where no layer is quantized.
-        """
-        layers = {
-            layer: modelopt.LayerKind(layer in self._input_scales, layer in self._pre_quant_scales)
-            for layer in self._quantized
-        }
-        if not layers:
-            return None
-        return modelopt.make_config(layers, sorted(self._matrices), jax_nvfp4.__version__)
 
 
 class _Shards:

@@ -165,6 +165,13 @@ def with_cpu_backend(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def svdquant() -> dict[str, Any]:
+    """SVDQuant with a rank that suits the size of the model."""
+    config = copy.deepcopy(mtq.NVFP4_SVDQUANT_DEFAULT_CFG)
+    config["algorithm"] = {"method": "svdquant", "lowrank": 4}
+    return config
+
+
 def mixed_precision() -> dict[str, Any]:
     """NVFP4 for the MLP, FP8 for the attention."""
     config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
@@ -292,6 +299,7 @@ def main() -> None:
     make_modelopt("modelopt_nvfp4", mtq.NVFP4_DEFAULT_CFG)
     make_modelopt("modelopt_w4a16_nvfp4", mtq.W4A16_NVFP4_CFG, sharded=True)
     make_modelopt("modelopt_nvfp4_awq", with_cpu_backend(mtq.NVFP4_AWQ_LITE_CFG))
+    make_modelopt("modelopt_nvfp4_svd", with_cpu_backend(svdquant()))
     make_modelopt("modelopt_mixed_precision", mixed_precision())
     make_modelopt("modelopt_stacked_experts", mtq.NVFP4_DEFAULT_CFG, tiny_gpt_oss())
     make_compressed_tensors("compressed_tensors_nvfp4", "NVFP4")
