@@ -279,7 +279,9 @@ class _Parser:
             raise self.fail(f"cannot parse declaration {statement.strip()!r}", pos)
         mods = re.findall(r"\.([\w:]+)(?:\s+(\d+))?", match["mods"])
         space, size, align, vector = "", 0, 0, 1
-        for name, number in mods:
+        # `.ptr` and what follows it describe what a kernel parameter points to.
+        pointee = [name for name, _ in mods].index("ptr") if ("ptr", "") in mods else len(mods)
+        for name, number in mods[:pointee]:
             if name in ("global", "const", "shared", "local", "param", "shared::cta"):
                 space = "shared" if name.startswith("shared") else name
             elif name == "align":
@@ -288,7 +290,7 @@ class _Parser:
                 vector = int(name[1:])
             elif name in TYPE_BYTES:
                 size = TYPE_BYTES[name]
-            elif name not in ("extern", "visible", "weak", "common", "ptr", "attribute"):
+            elif name not in ("extern", "visible", "weak", "common", "attribute"):
                 raise self.fail(f"unknown directive .{name}", pos)
         element = size
         count = vector
