@@ -116,7 +116,8 @@ def encode(x: np.ndarray, fmt: FloatFormat) -> np.ndarray:
     inf = np.isinf(magnitude)
     magnitude = np.where(inf, 0.0, magnitude)
     _, exponent = np.frexp(magnitude)
-    exponent = np.maximum(exponent - 1, 1 - fmt.bias)
+    # A zero is a subnormal of significand 0; frexp gives it exponent 0.
+    exponent = np.where(magnitude == 0, 1 - fmt.bias, np.maximum(exponent - 1, 1 - fmt.bias))
     significand = np.ldexp(magnitude, fmt.mantissa_bits - exponent).astype(np.int64)
     # A normal significand holds the implicit one, which adds the last 1 to the exponent field.
     code = ((exponent + fmt.bias - 1).astype(np.int64) << fmt.mantissa_bits) + significand
