@@ -8,9 +8,45 @@ A weight is quantized and repacked once, at load, and multiplied from then on:
 >>> y = nvfp4.linear(x, w, bias)  # (..., K) -> (..., N)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_nvfp4._version import __version__ as __version__
 from jax_nvfp4.functional import global_scale, linear, quantize, repack
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from jax_nvfp4.checkpoint import iter_checkpoint, load_checkpoint, save_checkpoint
+    from jax_nvfp4.linen import Nvfp4Dense
+    from jax_nvfp4.params import quantize_params
 
-__all__ = ["Nvfp4Tensor", "RepackedWeight", "global_scale", "linear", "quantize", "repack"]
+__all__ = [
+    "Nvfp4Dense",
+    "Nvfp4Tensor",
+    "RepackedWeight",
+    "global_scale",
+    "iter_checkpoint",
+    "linear",
+    "load_checkpoint",
+    "quantize",
+    "quantize_params",
+    "repack",
+    "save_checkpoint",
+]
+
+# Flax and safetensors are imported when they are first needed.
+_LAZY = {
+    "Nvfp4Dense": "jax_nvfp4.linen",
+    "quantize_params": "jax_nvfp4.params",
+    "iter_checkpoint": "jax_nvfp4.checkpoint",
+    "load_checkpoint": "jax_nvfp4.checkpoint",
+    "save_checkpoint": "jax_nvfp4.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "nnx":
+        return importlib.import_module("jax_nvfp4.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

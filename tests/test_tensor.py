@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nvfp4Tensor and RepackedWeight as values: construction, properties, pytree behavior."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import jax_nvfp4 as nvfp4
+
+DATA = np.zeros((4, 16), np.uint8)
+SCALE = np.zeros((4, 2), ml_dtypes.float8_e4m3fn)
+ONE = np.float32(1)
+
+
+def test_shapes_and_bytes():
+    t = nvfp4.quantize(jnp.ones((3, 5, 100)))
+    assert (t.shape, t.ndim) == ((3, 5, 100), 3)
+    assert t.data.shape == (3, 5, 56) and t.block_scale.shape == (3, 5, 7)
+    assert t.nbytes == 3 * 5 * (56 + 7) + 4
+    big = nvfp4.quantize(jnp.ones((256, 256)))
+    assert big.nbytes == 256 * 256 * 0.5625 + 4
+    assert nvfp4.repack(big, "sm_90a").nbytes == big.nbytes
+
+
+def test_construction_from_parts():
+    t = nvfp4.Nvfp4Tensor(DATA, SCALE, ONE)
+    assert t.shape == (4, 32) and t.global_scale.dtype == jnp.float32
+    assert nvfp4.Nvfp4Tensor(DATA, SCALE.view(np.uint8), 1.0).block_scale.dtype == jnp.float8_e4m3fn
+    assert nvfp4.Nvfp4Tensor(DATA, SCALE, ONE, k=30).dequantize().shape == (4, 30)
+
+
+@pytest.mark.parametrize(
+    "make,error,message",
+    [
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA.astype(np.int8), SCALE, ONE),
+            TypeError,
+            "data must be uint8.*int8",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE.astype(np.float32), ONE),
+            TypeError,
+            "block_scale must be float8_e4m3fn.*float32",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE, np.float16(1)),
+            TypeError,
+            "global_scale must be float32, got float16",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE[:, :1], ONE),
+            ValueError,
+            r"block_scale must have shape \(4, 2\).*got \(4, 1\)",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE, np.ones(3, np.float32)),
+            ValueError,
+            r"leading axes of \(4,\); got shape \(3,\)",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE, np.ones((4, 16), np.float32)),
+            ValueError,
+            "leading axes",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE, ONE, k=40),
+            ValueError,
+            "24 bytes along its last axis for k = 40",
+        ),
+        (lambda: nvfp4.Nvfp4Tensor(np.uint8(3), SCALE, ONE), ValueError, "at least one axis"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_pytree():
+    t = nvfp4.quantize(jnp.ones((4, 32)), scaling="token")
+    leaves, tree = jax.tree.flatten(t)
+    assert [leaf.dtype for leaf in leaves] == [jnp.uint8, jnp.float8_e4m3fn, jnp.float32]
+    assert jax.tree.unflatten(tree, leaves).shape == t.shape
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)]
+    assert paths == [".data", ".block_scale", ".global_scale"]
+    assert jax.tree.map(lambda a: a.shape, t).data == (4, 16)
+    assert "shape=(4, 32)" in repr(t) and "arch='sm_90a'" in repr(nvfp4.repack(t, "sm_90a"))
+    repr(jax.tree.map(lambda a: None, t))
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "token"])
+def test_orbax_saves_and_restores(tmp_path, scaling):
+    t = nvfp4.quantize(
+        np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32), scaling=scaling
+    )
+    state = {"canonical": t, "repacked": nvfp4.repack(t, "sm_90a"), "bias": jnp.ones(3)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = checkpointer.restore(tmp_path / "state", abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(
+            np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8)
+        )
+    x = jnp.ones((2, 70))
+    np.testing.assert_array_equal(
+        nvfp4.linear(x, restored["repacked"]), nvfp4.linear(x, state["canonical"])
+    )
