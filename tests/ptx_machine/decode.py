@@ -100,6 +100,7 @@ class Context:
         self.index = 0
         self.reconverge: list[int] = []
         self.cached: dict = {}
+        self.asynchronous: set[int] = set()  # slots that wgmma or tcgen05.ld write
 
     # -- slots -------------------------------------------------------------------------------
     def _new_slot(self, value: np.ndarray | None, name: str) -> int:
@@ -208,6 +209,36 @@ class Context:
         ins = self.instruction
         return PtxSyntaxError(f"PTX line {ins.line}: {message}: {ins.text}")
 
+    def operand_slots(self, ins: Instruction) -> list[int]:
+        """Slots of all registers that an instruction names."""
+        slots = []
+
+        def visit(operand: object) -> None:
+            if isinstance(operand, Reg):
+                if operand.name in self.kinds:
+                    slots.append(self.reg(operand.name))
+            elif isinstance(operand, Vec):
+                for item in operand.items:
+                    visit(item)
+            elif isinstance(operand, Mem):
+                visit(operand.base)
+                for item in operand.extra:
+                    visit(item)
+            elif isinstance(operand, Pair):
+                visit(operand.first)
+                visit(operand.second)
+
+        for operand in ins.operands:
+            visit(operand)
+        return slots
+
+    def find_asynchronous(self) -> None:
+        """Collects the registers that wgmma and tcgen05.ld write."""
+        for ins in self.function.instructions:
+            if ins.opcode.startswith(("wgmma.mma_async", "tcgen05.ld")):
+                for item in self.vector(ins.operands[0]):
+                    self.asynchronous.add(self.reg(item.name))
+
     # -- building ----------------------------------------------------------------------------
     def build(self, index: int, ins: Instruction) -> Closure:
         """Builds the closure of one instruction, guard included."""
@@ -217,9 +248,26 @@ class Context:
         if builder is None:
             raise self.error(f"unknown instruction {ins.opcode!r}")
         body = builder(self, ins)
+        if self.asynchronous and name not in ("wgmma", "bra"):
+            slots = [s for s in self.operand_slots(ins) if s in self.asynchronous]
+            if slots and not ins.opcode.startswith("tcgen05.ld"):
+                body = _settled(body, slots)
         if ins.guard is None or name in ("bra", "ret", "exit"):
             return body
         return _guarded(body, self.reg(ins.guard.name), ins.guard.negated)
+
+
+def _settled(body: Closure, slots: list[int]) -> Closure:
+    """Checks that registers which asynchronous operations write have arrived."""
+
+    def run(w: Warp) -> int | None:
+        R = w.R
+        for slot in slots:
+            if R[slot] is None:
+                w.settle_register(slot)
+        return body(w)
+
+    return run
 
 
 def _guarded(body: Closure, slot: int, negated: bool) -> Closure:

@@ -273,6 +273,7 @@ def run_object(
     schedule_seed: int = 0,
     num_sms: int = 132,
     resident_clusters: int = 64,
+    strict_exit: bool = True,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.
 
@@ -286,6 +287,7 @@ def run_object(
         schedule_seed: order in which warps and asynchronous operations progress.
         num_sms: what the host code sees as the number of SMs.
         resident_clusters: how many clusters run at a time.
+        strict_exit: as for ``launch``.
 
     Returns:
         One machine per launch, in order.
@@ -309,6 +311,7 @@ def run_object(
                 schedule_seed=schedule_seed,
                 memory=memory,
                 resident_clusters=resident_clusters,
+                strict_exit=strict_exit,
             )
         )
     return machines

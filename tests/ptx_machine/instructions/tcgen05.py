@@ -156,7 +156,8 @@ def _dealloc(ctx: Context, ins: Instruction) -> Closure:
         lane, column = split_address(int(w.R[address][0]))
         if lane:
             raise Fault(f"tcgen05.dealloc of address with lane {lane}")
-        for other in pair_of(cta) if size == 2 else [cta]:
+        even = cta.rank & ~1
+        for other in cta.cluster.ctas[even : even + 2] if size == 2 else [cta]:
             queue = getattr(other, "tensor_queue", [])
             pending = getattr(queue, "items", queue)
             if pending:
@@ -227,7 +228,7 @@ def _transfer(ctx: Context, ins: Instruction, vector: object, memory: object) ->
             raise ctx.error("16x32bx2 needs an immediate half split offset")
         split = int(extras[0].value)
     packed = "pack::16b" in parts or "unpack::16b" in parts
-    lanes, columns, span = fragment(shape, num, 2 * split if False else split)
+    lanes, columns, span = fragment(shape, num, split)
     if len(items) != lanes.shape[1]:
         raise ctx.error(f"{shape}.x{num} has {lanes.shape[1]} registers, got {len(items)}")
     slot, offset = ctx.address(memory)
@@ -255,7 +256,22 @@ def _uniform_address(w, slot: int, offset: int, what: str) -> int:
 
 
 def _pending(w) -> dict:
-    return w.token.setdefault("tcgen05", {"ld": [], "st": []})
+    state = w.token.get("tcgen05")
+    if state is None:
+        state = {"ld": [], "st": [], "finish": lambda: _finish_loads(w)}
+        w.token["tcgen05"] = state
+    return state
+
+
+def _finish_loads(w) -> None:
+    """Delivers the registers of the warp's tcgen05.ld operations."""
+    state = _pending(w)
+    for dsts, early, read in state["ld"]:
+        values = early if early is not None else read()
+        columns = np.ascontiguousarray(values.T)
+        for i, d in enumerate(dsts):
+            w.R[d] = columns[i]
+    state["ld"] = []
 
 
 def _ld(ctx: Context, ins: Instruction) -> Closure:
@@ -271,10 +287,10 @@ def _ld(ctx: Context, ins: Instruction) -> Closure:
 
         def read() -> np.ndarray:
             if packed:
-                base = where - where.min() if False else where
-                first = base.min()
-                low = tensor.read(at, first + 2 * (base - first), "tcgen05.ld") & U32(0xFFFF)
-                high = tensor.read(at, first + 2 * (base - first) + 1, "tcgen05.ld")
+                first = where.min()
+                target = first + 2 * (where - first)
+                low = tensor.read(at, target, "tcgen05.ld") & U32(0xFFFF)
+                high = tensor.read(at, target + 1, "tcgen05.ld")
                 return low | (high << U32(16))
             return tensor.read(at, where, "tcgen05.ld")
 
@@ -323,12 +339,7 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
             raise Fault("tcgen05.wait with inactive lanes")
         state = _pending(w)
         if kind == "ld":
-            for dsts, early, read in state["ld"]:
-                values = early if early is not None else read()
-                columns = np.ascontiguousarray(values.T)
-                for i, d in enumerate(dsts):
-                    w.R[d] = columns[i]
-            state["ld"] = []
+            _finish_loads(w)
         else:
             for write in state["st"]:
                 write()
@@ -679,8 +690,6 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         idesc = decode_instruction(int(R[i_slot][lane]), kind)
         check_shape(idesc, kind, size)
         ctas = pair_of(cta) if size == 2 else [cta]
-        if size == 2 and cta.rank & 1 and False:
-            raise Fault("cta_group::2 issued by the odd CTA")
         d_lane, d_column = split_address(int(R[d_slot][lane]) + d_offset)
         a_value = int(R[a_slot][lane]) + a_offset
         b_desc = decode_blackwell(int(R[b_slot][lane]))

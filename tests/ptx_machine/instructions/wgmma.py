@@ -62,7 +62,8 @@ class WarpState:
         self.open: list[Operation] = []
         self.committed: list[list[Operation]] = []
         self.holder: dict[int, Operation] = {}  # in-flight register -> its last operation
-        self.fenced: list | None = None
+        self.fenced = False  # a wgmma.fence since the last wait that handed registers back
+        self.ever_fenced = False
         self.results: dict[int, np.ndarray] = {}  # registers as the last wait left them
 
     def pending(self) -> bool:
@@ -96,7 +97,8 @@ def _whole_warp(w, what: str) -> None:
 
 def _fence(w) -> None:
     _whole_warp(w, "wgmma.fence")
-    warp_state(w).fenced = list(w.R)
+    state = warp_state(w)
+    state.fenced = state.ever_fenced = True
 
 
 def _commit(w) -> None:
@@ -126,6 +128,7 @@ def _wait(keep: int) -> Closure:
                 w.R[register] = value
                 state.results[register] = value
                 del state.holder[register]
+                state.fenced = False
         return None
 
     return run
@@ -188,7 +191,7 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         R = w.R
         state = warp_state(w)
         group = state.group
-        if state.fenced is None:
+        if not state.ever_fenced:
             raise Fault("wgmma.mma_async without wgmma.fence before it")
         position = state.count
         state.count += 1
@@ -203,7 +206,6 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         keep = bool(flag[0])
         if not (flag == keep).all():
             raise Fault("wgmma scale-d differs between lanes")
-        fenced = state.fenced
         previous: dict[int, object] = {}
         for d in dst:
             holder = state.holder.get(d)
@@ -211,19 +213,17 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                 previous[d] = holder
                 continue
             value = R[d]
+            # Compilers sink register initialization below the fence, so that its place among the
+            # moves is not checked; that there is one since the registers came back is.
+            if not state.fenced and not (keep and value is state.results.get(d)):
+                raise Fault("wgmma on registers that were accessed after the last wgmma.fence")
             if keep:
-                if value is not fenced[d] and value is not state.results.get(d):
-                    raise Fault(
-                        "wgmma accumulator register was written after the last wgmma.fence"
-                    )
                 previous[d] = value
         a_values = None
         if registers_a is not None:
             for s in registers_a:
                 if R[s] is None:
                     raise Fault("wgmma A register is held by an operation in flight")
-                if R[s] is not fenced[s]:
-                    raise Fault("wgmma A register was written after the last wgmma.fence")
             a_values = np.stack([R[s] for s in registers_a], axis=1)
         values = (int(R[desc_a][0]) if desc_a >= 0 else 0, int(R[desc_b][0]))
         shared = w.cta.shared
