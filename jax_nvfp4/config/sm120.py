@@ -61,7 +61,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def tiles(config: GemmConfig, problem: GemmProblem) -> int:
-    """Output tiles of a problem; a weight is padded to 128 rows, so tiles along n come from that."""
+    """Output tiles of a problem; along n they come from the weight, which is padded to 128 rows."""
     rows_n = _ceil_div(problem.n, 128) * 128
     return _ceil_div(problem.m, config.tile_m) * _ceil_div(rows_n, config.tile_n)
 

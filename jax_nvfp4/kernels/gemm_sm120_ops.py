@@ -21,9 +21,9 @@ and what all four of B need for columns 32*j..+31: a whole tile is one load with
 """
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
+from cutlass.cutlass_dsl import dsl_user_op
 
 _ATT = llvm.AsmDialect.AD_ATT
 

@@ -394,7 +394,7 @@ class Pingpong:
             scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
             out: (y, scratch, m, n, out_dtype).
         """
-        first_row, first_column, t = place
+        first_row, first_column, _ = place
         which, partial = split
         x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
         y, scratch, m, n, out_dtype = out
@@ -409,6 +409,7 @@ class Pingpong:
                     column = cutlass.min(first_column + 8 * j + e, n - 1)
                     w_values[j, e] = ops.load_global(w_scale, column * w_stride)
             self.load_bias(b_values, bias, bias_dtype, first_column, n)
+        # Parts are stored to the end of their padded rows, which `Reduce` reads whole.
         ld = n
         address = y.toint()
         if partial:
@@ -426,7 +427,7 @@ class Pingpong:
                         alpha * w_values[j, e], d, b_values[j, e]
                     )
         if out_dtype == 0 or partial:
-            self.store_f32(accumulators, place, address, m, n, ld)
+            self.store_f32(accumulators, place, address, m, ld)
         else:
             self.store_16(accumulators, place, address, m, n, out_dtype == 1)
 
@@ -442,14 +443,14 @@ class Pingpong:
                         values[j, e] = Float32(ops.load_global(typed, column))
 
     @cute.jit
-    def store_f32(self, accumulators, place, address: Int64, m: Int32, n: Int32, ld: Int32):
-        """Stores Float32 rows of length `ld`: a quad's 32 bytes, one sector, at a time."""
+    def store_f32(self, accumulators, place, address: Int64, m: Int32, n: Int32):
+        """Stores Float32 rows of length `n`: a quad's 32 bytes, one sector, at a time."""
         first_row, first_column, _ = place
-        paired = ld % 2 == 0
+        paired = n % 2 == 0
         for i in cutlass.range_constexpr(8):
             row = first_row + 8 * i
             if row < m:
-                start = address + (Int64(row) * ld + first_column) * 4
+                start = address + (Int64(row) * n + first_column) * 4
                 for j in cutlass.range_constexpr(8):
                     pair = [accumulators[i // 2, j, 2 * (i % 2) + e] for e in range(2)]
                     column = first_column + 8 * j
@@ -463,7 +464,7 @@ class Pingpong:
 
     @cute.jit
     def store_16(self, accumulators, place, address: Int64, m: Int32, n: Int32, bf16: Boolean):
-        """Stores bf16 or f16 rows: 64 contiguous bytes of a row by a quad where rows are aligned."""
+        """Stores bf16 or f16 rows: a quad 64 contiguous bytes of a row where rows are aligned."""
         first_row, first_column, t = place
         for i in cutlass.range_constexpr(8):
             row = first_row + 8 * i

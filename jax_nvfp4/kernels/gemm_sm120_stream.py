@@ -376,9 +376,13 @@ class Stream:
         which, partial = split
         x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
         y, scratch, m, n, out_dtype = out
+        # Parts are stored to the end of their padded rows, which `Reduce` reads whole.
+        columns = n
+        if partial:
+            columns = cute.round_up(n, 4)
         for half in cutlass.range_constexpr(2):
             column = first_column + 8 * half
-            if column < n:
+            if column < columns:
                 w_value = Float32(1.0)
                 added = Float32(0.0)
                 if not partial:
@@ -390,8 +394,7 @@ class Stream:
                         value = accumulators[j, 2 * half + e]
                         if row < m:
                             if partial:
-                                ld = cute.round_up(n, 4)
-                                element = (Int64(which) * m + row) * ld + column
+                                element = (Int64(which) * m + row) * columns + column
                                 ops.store_output(scratch.toint() + element * 4, value, Int32(0))
                             else:
                                 alpha = w_value
