@@ -279,7 +279,7 @@ class GemmSm90:
         self, tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
         m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
     ):  # fmt: skip
-        """The producer warp: one thread fills the ring."""
+        """The producer warp: fills the ring."""
         x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
         x_to, x_from = cpasync.tma_partition(
             tma_atom,
@@ -295,20 +295,20 @@ class GemmSm90:
         base = ops.shared_address(buffers)
         # The last tile along N may reach past the weight's tiles of 128 rows.
         weight_tiles = cute.ceil_div(n, layout.TILE_N)
-        with cute.arch.elect_one():
-            stage = Int32(0)
-            phase = Int32(1)
-            for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
-                tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
-                for i in cutlass.range(k_count, unroll=1):
-                    cute.arch.mbarrier_wait(empty + stage, phase)
-                    k_tile = k_begin + i
+        stage = Int32(0)
+        phase = Int32(1)
+        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+            for i in cutlass.range(k_count, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                k_tile = k_begin + i
+                barrier = ops.shared_address(full + stage)
+                with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
                     for part in cutlass.range_constexpr(self.weight_tiles):
                         slot = stage * self.weight_tiles + part
                         row = cutlass.min(tile_w * self.weight_tiles + part, weight_tiles - 1)
                         at = Int64(row) * Int64(k_tiles) + Int64(k_tile)
-                        barrier = ops.shared_address(full + stage)
                         ops.bulk_load(
                             base + self._code_offset() + slot * CODE_BYTES,
                             ops.element_address(w, at, CODE_BYTES),
@@ -323,16 +323,17 @@ class GemmSm90:
                             barrier,
                             policy,
                         )
-                    cute.copy(
-                        tma_atom,
-                        x_from[None, tile_x, k_tile],
-                        x_to[None, stage],
-                        tma_bar_ptr=full + stage,
-                    )
-                    stage += 1
-                    if stage == self.stages:
-                        stage = Int32(0)
-                        phase ^= 1
+                # The copy through the tensor map elects a thread of its own.
+                cute.copy(
+                    tma_atom,
+                    x_from[None, tile_x, k_tile],
+                    x_to[None, stage],
+                    tma_bar_ptr=full + stage,
+                )
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase ^= 1
 
     @cute.jit
     def _consume(
