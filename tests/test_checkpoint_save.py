@@ -171,9 +171,9 @@ def nan_block():
 )
 def test_what_the_format_cannot_hold_is_refused_by_name(key, make, expected, tmp_path):
     with pytest.raises(ValueError, match=f"{key}.*{expected}"):
-        save_checkpoint(tmp_path, {"fine": jnp.ones(3), key: make()})
-    with pytest.raises((FileNotFoundError, CheckpointError)):
-        load_checkpoint(tmp_path)
+        fine = {"fine": jnp.ones(3), "fine too": jnp.ones(3)}
+        save_checkpoint(tmp_path, fine | {key: make()}, shard_bytes=1)
+    assert not list(tmp_path.iterdir())
 
 
 def with_global_scale(value):

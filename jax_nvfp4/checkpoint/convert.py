@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-import jax_nvfp4
+from jax_nvfp4._version import __version__
 from jax_nvfp4.checkpoint import modelopt
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import (
@@ -56,6 +56,7 @@ DEFAULT_SKIP = (
     "*norm*",
     "*lm_head*",
     "*router*",
+    "*shared_expert_gate.*",
     "*mlp.gate.*",
     "*block_sparse_moe.gate.*",
 )
@@ -150,7 +151,7 @@ def plan(
             "(K, N), which is not supported"
         )
     identity = {
-        "version": jax_nvfp4.__version__,
+        "version": __version__,
         "skip": sorted(skip),
         "only": sorted(only),
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.shards],
@@ -268,24 +269,33 @@ def _convert_shard(
 
 def _quantize(entry: Entry) -> tuple[dict[str, np.ndarray], float]:
     """The stored parts of a weight, and its relative error."""
-    tensor, lost, total = _quantize_and_compare(jax.device_put(read(entry)))
+    weight = jax.device_put(read(entry))
+    tensor = _quantize_matrix(weight)
     if (np.asarray(tensor.block_scale).view(np.uint8) == 0x7F).any():
         raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or Inf")
-    squares = np.asarray(total).sum(dtype=np.float64)
-    error = math.sqrt(np.asarray(lost).sum(dtype=np.float64) / squares) if squares else 0.0
+    lost, total = (np.asarray(sums).sum(dtype=np.float64) for sums in _squares(weight, tensor))
+    error = math.sqrt(lost / total) if total else 0.0
     try:
         return pack_weight(entry.name, tensor), error
     except ValueError as problem:
         raise CheckpointError(f"{entry.file}: {problem}") from problem
 
 
+_quantize_matrix = jax.jit(quantize)
+
+
 @jax.jit
-def _quantize_and_compare(weight: jax.Array) -> tuple[Nvfp4Tensor, jax.Array, jax.Array]:
-    """Quantizes (N, K); also gives the squares of what is lost and of the weight, summed by row."""
-    tensor = quantize(weight)
-    wide = weight.astype(jnp.float32)
-    lost = wide - tensor.dequantize(jnp.float32)
-    return tensor, jnp.sum(lost * lost, axis=-1), jnp.sum(wide * wide, axis=-1)
+def _squares(weight: jax.Array, tensor: Nvfp4Tensor) -> tuple[jax.Array, jax.Array]:
+    """The squares of what quantization lost and of the weight, summed over each row: (N,) each."""
+
+    def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        values, data, block_scale = row
+        wide = values.astype(jnp.float32)
+        lost = wide - Nvfp4Tensor(data, block_scale, tensor.global_scale).dequantize()
+        return jnp.sum(lost * lost), jnp.sum(wide * wide)
+
+    rows = (weight, tensor.data, tensor.block_scale)
+    return jax.lax.map(of_row, rows, batch_size=256)  # few rows at a time in float32
 
 
 def _finish(plan: Plan) -> None:

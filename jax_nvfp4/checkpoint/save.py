@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
 
-import jax_nvfp4
+from jax_nvfp4._version import __version__
 from jax_nvfp4.checkpoint import modelopt
 from jax_nvfp4.checkpoint.files import (
     INDEX_SUFFIX,
@@ -70,14 +70,11 @@ def save_checkpoint(
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards = _Shards(folder, shard_bytes)
     stored: dict[str, jax.ShapeDtypeStruct] = {}
-    for key, value in pairs:
-        if isinstance(value, RepackedWeight):
-            value = value.canonical()
-        parts = pack_weight(key, value) if isinstance(value, Nvfp4Tensor) else _plain(key, value)
-        for name, array in parts.items():
-            shards.add(name, array)
-            stored[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    shards.finish()
+    with shards:
+        for key, value in pairs:
+            for name, array in _stored_arrays(key, value).items():
+                shards.add(name, array)
+                stored[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     write_configs(folder, config, stored)
 
 
@@ -91,7 +88,7 @@ def write_configs(
         config: the model configuration.
         stored: every tensor as it is stored, by name.
     """
-    described = describe(stored, jax_nvfp4.__version__)
+    described = describe(stored, __version__)
     content = {name: value for name, value in (config or {}).items() if name != _CONFIG_KEY}
     if described:
         write_json(folder / modelopt.CONFIG_FILE, described[0])
@@ -142,7 +139,11 @@ def pack_weight(key: str, weight: Nvfp4Tensor) -> dict[str, np.ndarray]:
     }
 
 
-def _plain(key: str, value: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+def _stored_arrays(key: str, value: Tensor) -> dict[str, np.ndarray]:
+    if isinstance(value, RepackedWeight):
+        value = value.canonical()
+    if isinstance(value, Nvfp4Tensor):
+        return pack_weight(key, value)
     array = np.asarray(value)
     if split_name(key)[1] == "input_scale" and (array.shape != () or array.dtype != np.float32):
         raise ValueError(
@@ -152,7 +153,10 @@ def _plain(key: str, value: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
 
 
 class _Shards:
-    """Writes tensors to shards under temporary names, and names them when their number is known."""
+    """Writes tensors to shards under temporary names, and names them when their number is known.
+
+    A context manager: the shards get their names where its body ends, and go where it fails.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._folder = folder
@@ -181,7 +185,17 @@ class _Shards:
     def _path(self, i: int) -> Path:
         return temporary_name(self._folder / f"shard-{i:05d}")
 
-    def finish(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._name_shards()
+        else:
+            for i in range(len(self._names)):
+                self._path(i).unlink(missing_ok=True)
+
+    def _name_shards(self) -> None:
         if self._pending or not self._names:
             self._flush()
         count = len(self._names)
