@@ -274,7 +274,11 @@ class SwapEpilogue(Epilogue):
             cute.arch.mbarrier_wait(acc_full + buffer, count // 2 % 2)
             tcgen05_fence_after()
             for i in cutlass.range(chunks, unroll=1):
-                acc = self.accumulators(tmem, buffer * s.acc_stride + i * CHUNK, CHUNK)
+                acc = cute.make_rmem_tensor((CHUNK,), Float32)
+                acc.fill(0.0)
+                if has_k:  # else this CTA's share of K is empty, and nothing was accumulated
+                    loaded = self.accumulators(tmem, buffer * s.acc_stride + i * CHUNK, CHUNK)
+                    acc.store(loaded.load())
                 if i == chunks - 1:
                     self.release(acc_empty + buffer, 0)
                 token = token0 + i * CHUNK
@@ -284,9 +288,6 @@ class SwapEpilogue(Epilogue):
                         acc, scales, row_scale, row_bias, y, (m, n, out_dtype), token, feature
                     )
                 else:
-                    if not has_k:
-                        # This CTA's share of K is empty: nothing was ever accumulated.
-                        acc.fill(0.0)
                     self.store_reduced(
                         acc, storage, (red_full, red_empty), count * chunks + i,
                         (rank, split, vectors + i * CHUNK), row_scale, row_bias, y,

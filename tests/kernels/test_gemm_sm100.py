@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm_100f GEMM kernels: their PTX and host code run on the PTX machine, against float64."""
+
+import dataclasses
+import re
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from ptx_machine.host import run_object
+
+import kernel_objects
+from jax_nvfp4.config import GemmProblem, configs, select, sm100
+
+DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
+NAN_SCALE = 0x7F
+BY_NAME = {c.name.removeprefix("gemm_sm100f_"): c for c in sm100.CONFIGS}
+
+
+@dataclasses.dataclass
+class Operand:
+    """A quantized matrix as kernels read it, and its values.
+
+    Attributes:
+        data: packed codes, (rows as stored, k_pad / 2).
+        scales: swizzled block scales, flat.
+        values: code * block scale, (rows, k), float64.
+    """
+
+    data: np.ndarray
+    scales: np.ndarray
+    values: np.ndarray
+
+
+def swizzle(scales, padding=0):
+    """128x4 order of (rows, columns) scale bytes; `padding` fills the rows that do not exist."""
+    rows, columns = scales.shape
+    tiles = -(-columns // 4)
+    out = np.full((-(-rows // 128), tiles, 32, 4, 4), padding, np.uint8)
+    for row in range(rows):
+        out[row // 128, :, row % 32, row % 128 // 32, :] = 0
+    r, c = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    out[r // 128, c // 4, r % 32, r % 128 // 32, c % 4] = scales
+    return out.reshape(-1)
+
+
+def operand(codes, bits, stored_rows, padding=0):
+    """The operand of codes (rows, k padded to 16) and scale bits (rows, k / 16)."""
+    rows, k = codes.shape
+    padded = np.zeros((stored_rows, -(-k // 64) * 64), np.uint8)
+    padded[:rows, :k] = codes
+    values = oracle.block_values(codes, bits)
+    scale_columns = np.zeros((rows, -(-k // 64) * 4), np.uint8)
+    scale_columns[:, : bits.shape[1]] = bits
+    return Operand(oracle.pack(padded), swizzle(scale_columns, padding), values)
+
+
+def random_operand(rng, rows, k, stored_rows, padding=0):
+    """All codes, and scales from 2^-4 to 2^4 with some zeros: values of zero mean."""
+    k16 = -(-k // 16) * 16
+    codes = rng.integers(0, 16, (rows, k16), np.uint8)
+    codes[:, k:] = 0
+    bits = rng.integers(0x18, 0x58, (rows, k16 // 16)).astype(np.uint8)
+    bits[rng.random(bits.shape) < 0.02] = 0
+    return operand(codes, bits, stored_rows, padding)
+
+
+def gemm(config, x, w, m, n, k, *, x_scale=None, w_scale=1.0, bias=None, out=1, split=1, sms=2,
+         seed=0):  # fmt: skip
+    """Runs a config's kernel. Scales: None, a number or a vector. Returns y (m, n)."""
+    dtype = DTYPES[out]
+    y = np.empty((m, n), dtype)
+    y.view(np.uint8)[...] = 0xAB
+
+    def scale(value):
+        if value is None:
+            return np.zeros(4, np.float32), -1
+        vector = np.atleast_1d(np.asarray(value, np.float32))
+        return np.ascontiguousarray(vector), int(vector.size > 1)
+
+    (xs, xs_stride), (ws, ws_stride) = scale(x_scale), scale(w_scale)
+    bias_dtype = -1 if bias is None else DTYPES.index(bias.dtype.type)
+    base = kernel_objects.folder() / config.name
+    arrays = [x.data, x.scales, w.data, w.scales, xs, ws, np.zeros(4) if bias is None else bias, y]
+    integers = [m, n, k, xs_stride, ws_stride, bias_dtype, out, split, sms]
+    run_object(
+        base.with_suffix(".o"),
+        base.with_suffix(".ptx").read_text(),
+        [*arrays, None, *integers],
+        uninitialized=[y],
+        schedule_seed=seed,
+    )
+    return y
+
+
+def check(config, m, n, k, *, seed=0, data_seed=None, x_scale="rows", w_scale="rows", bias=1,
+          padding=0, **launch):  # fmt: skip
+    """One run on random operands, held to the float64 oracle. Returns y."""
+    rng = np.random.default_rng([m, n, k, seed if data_seed is None else data_seed])
+    x = random_operand(rng, m, k, m, padding)
+    w = random_operand(rng, n, k, -(-n // 128) * 128, padding)
+    scales = {None: lambda rows: None, "one": lambda rows: 0.75}
+    scales["rows"] = lambda rows: rng.uniform(0.1, 0.4, rows).astype(np.float32)
+    xs, ws = scales[x_scale](m), scales[w_scale](n)
+    b = None if bias is None else (50 * rng.standard_normal(n)).astype(DTYPES[bias])
+    y = gemm(config, x, w, m, n, k, x_scale=xs, w_scale=ws, bias=b, seed=seed, **launch)
+    alpha = np.reshape(1.0 if xs is None else xs, (-1, 1)) * np.reshape(ws, (1, -1))
+    exact, magnitude = oracle.linear(x.values, w.values)
+    exact, magnitude = exact * alpha, magnitude * alpha
+    if b is not None:
+        exact = exact + b.astype(np.float64)
+    oracle.assert_linear_close(y, exact, magnitude, k)
+    return y
+
+
+SWAPS = tuple(name for name, c in BY_NAME.items() if c.kind == "swap")
+PAIRS = tuple(name for name, c in BY_NAME.items() if c.kind == "pair")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", BY_NAME)
+def test_waves_of_tiles(name, seed):
+    """More tiles than clusters, K above one stage, ragged everywhere, padding scales NaN."""
+    config = BY_NAME[name]
+    m, n = 2 * config.tile_m - 21, (config.cluster_n + 1) * config.tile_n - 59
+    sms = config.cluster_m * config.cluster_n
+    check(config, m, n, 336, seed=seed, sms=sms, padding=NAN_SCALE)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_one_full_tile(name):
+    """No edge is clipped, and the other clusters of the grid have nothing to do."""
+    config = BY_NAME[name]
+    check(config, config.tile_m, config.tile_n, 256, sms=16, bias=2)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_k_beyond_all_stages(name):
+    config = BY_NAME[name]
+    check(config, 40, 136, 256 * config.stages + 272, bias=None)
+
+
+@pytest.mark.parametrize("name", ["swap_t64", "pair_t256x128"])
+@pytest.mark.parametrize("k", [1, 16, 64, 250])
+def test_k_below_one_stage(name, k):
+    check(BY_NAME[name], 9, 40, k, x_scale="one", w_scale="one", bias=0)
+
+
+@pytest.mark.parametrize("out", range(3), ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("n", [128, 75])
+def test_output_types(name, out, n):
+    """Also with rows of y that TMA cannot store."""
+    bias, x_scale = (None, 2, 1)[out], (None, "one", "rows")[out]
+    check(BY_NAME[name], 33, n, 64, out=out, bias=bias, x_scale=x_scale)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("name", SWAPS)
+def test_split_k(name, split, seed):
+    """Two tiles for each cluster, shares of K of different lengths."""
+    config = BY_NAME[name]
+    check(config, config.tile_m - 3, 210, 64 * 37, split=split, sms=split, seed=seed)
+
+
+def test_split_k_with_empty_shares():
+    """Fewer stages of K than CTAs to share them."""
+    check(sm100.SWAP_32, 20, 100, 512, split=8, sms=8)
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_rows_do_not_depend_on_the_batch(split):
+    """A row has the same bits alone, among others, and at any place of a larger batch."""
+    rng = np.random.default_rng(3)
+    n, k, m = 72, 1088, 150
+    w = random_operand(rng, n, k, 128)
+    codes, bits = rng.integers(0, 16, (m, k), np.uint8), rng.integers(0x28, 0x48, (m, k // 16))
+    bits = bits.astype(np.uint8)
+    scale = rng.uniform(0.5, 2, m).astype(np.float32)
+
+    def run(rows):
+        x = operand(codes[rows], bits[rows], len(rows))
+        return gemm(sm100.SWAP_128, x, w, len(rows), n, k, x_scale=scale[rows], out=0,
+                    split=split, sms=split)  # fmt: skip
+
+    whole = run(np.arange(m))
+    assert np.array_equal(run(np.array([140])), whole[140:141])
+    order = rng.permutation(m)[:40]
+    assert np.array_equal(run(order), whole[order])
+
+
+def test_schedules_agree_bit_for_bit():
+    results = [
+        check(sm100.SWAP_64, 50, 140, 1300, split=4, sms=4, out=0, bias=None, data_seed=7, seed=s)
+        for s in range(3)
+    ]
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["swap_t32", "pair_t256x256"])
+def test_a_bad_block_stays_in_its_row(name):
+    """A NaN scale makes its own row of y NaN and leaves the others as they were."""
+    rng = np.random.default_rng(5)
+    m, n, k = 30, 96, 320
+    w = random_operand(rng, n, k, 128)
+    codes = rng.integers(0, 16, (m, k), np.uint8)
+    bits = rng.integers(0x28, 0x48, (m, k // 16)).astype(np.uint8)
+    good = gemm(BY_NAME[name], operand(codes, bits, m), w, m, n, k)
+    codes[11, 32:48], bits[11, 2] = 7, NAN_SCALE
+    bad = gemm(BY_NAME[name], operand(codes, bits, m), w, m, n, k)
+    others = np.arange(m) != 11
+    assert np.isnan(bad[11].astype(np.float32)).all()
+    assert np.array_equal(bad[others].view(np.uint16), good[others].view(np.uint16))
+
+
+@pytest.mark.parametrize("name", ["swap_t32", "pair_t256x128"])
+def test_from_the_quantizer_to_y(name):
+    """Values, not codes: both operands quantized, activations by row."""
+    rng = np.random.default_rng(9)
+    m, n, k = 24, 130, 400
+    x = rng.standard_normal((m, k)) * np.exp2(rng.integers(-8, 8, (m, 1)))
+    w = rng.standard_normal((n, k)) / 20
+    x_codes, x_bits, x_scale = oracle.quantize(x.astype(ml_dtypes.bfloat16), "token")
+    w_codes, w_bits, w_scale = oracle.quantize(w.astype(ml_dtypes.bfloat16))
+    y = gemm(BY_NAME[name], operand(x_codes, x_bits, m), operand(w_codes, w_bits, 256), m, n, k,
+             x_scale=x_scale, w_scale=w_scale)  # fmt: skip
+    values = (
+        oracle.dequantize(x_codes, x_bits, x_scale),
+        oracle.dequantize(w_codes, w_bits, w_scale),
+    )
+    oracle.assert_linear_close(y, *oracle.linear(*values), k)
+
+
+PROBLEMS = [
+    (m, n, k)
+    for m in (1, 16, 32, 33, 64, 100, 128, 129, 256, 257, 1000, 4096, 100_000)
+    for n, k in [(1, 1), (128, 4096), (4096, 4096), (8192, 28672), (57344, 8192), (24576, 1536)]
+]
+
+
+@pytest.mark.parametrize("num_sms", [148, 160, 20])
+def test_selection(num_sms):
+    """Each problem gets a config that can run it: the token tile, the split, the cluster."""
+    chosen = set()
+    for m, n, k in PROBLEMS:
+        problem = GemmProblem(m, n, k, "sm_100f", "e2m1")
+        config, split = select(problem, num_sms)
+        chosen.add(config)
+        assert split in (1, 2, 4, 8) and split <= config.split_k
+        assert split == 1 or -(-k // 256) >= 2 * split
+        assert config is not sm100.SWAP_32 or m <= 32
+        assert sm100.scratch_bytes(config, problem, split, num_sms) == 0
+    if num_sms == 148:
+        assert chosen == set(configs("sm_100f"))
+
+
+def test_batch_invariant_selection_depends_on_the_weight_alone():
+    for n, k in {(n, k) for _, n, k in PROBLEMS}:
+        choices = {
+            select(GemmProblem(m, n, k, "sm_100f", "e2m1", batch_invariant=True), num_sms)
+            for m, _, _ in PROBLEMS
+            for num_sms in (20, 148, 160)
+        }
+        assert len(choices) == 1
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_machine_code(name):
+    """Block-scaled MMAs and TMA in the machine code, and nothing spilled."""
+    config = BY_NAME[name]
+    (entry,) = [k for k in kernel_objects.manifest()["kernels"] if k["name"] == config.name]
+    assert entry["stack_bytes"] == entry["local_bytes"] == 0
+    assert entry["registers"] <= 255
+    code = kernel_objects.sass(config.name)
+    group = ".2CTA" if config.kind == "pair" else ""
+    assert len(re.findall(rf"UTCOMMA{group}\.4X\b", code)) == 4
+    assert len(re.findall(r"UTMALDG\.[23]D", code)) == 4
+    assert bool(re.search(r"UTMALDG\.2D\.MULTICAST", code)) == (config.cluster_n > 1)
+    assert len(re.findall(r"UTMASTG\.2D", code)) == (3 if config.kind == "pair" else 0)
+    assert not re.search(r"\b(STL|LDL)\b", code)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_one_thread_issues_each_asynchronous_copy(name):
+    """Each TMA and tcgen05 instruction is behind an elect.sync: a warp would issue it 32 times."""
+    lines = (kernel_objects.folder() / f"gemm_sm100f_{name}.ptx").read_text().splitlines()
+    issued = [
+        i
+        for i, line in enumerate(lines)
+        if re.search(r"cp\.async\.bulk\.(prefetch\.)?tensor|tcgen05\.(mma|cp|commit)", line)
+    ]
+    assert len(issued) >= 4 + 8 + 4 + 2
+    for i in issued:
+        block = lines[max(0, i - 14) : i]
+        assert any("elect.sync" in line for line in block), lines[i]
