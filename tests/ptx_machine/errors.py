@@ -32,5 +32,5 @@ class DeadlockError(PtxRuntimeError):
     """No warp can run and no asynchronous operation is pending."""
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818 (never seen outside of the machine)
     """Raised inside an instruction; the scheduler adds the PTX line and re-raises."""

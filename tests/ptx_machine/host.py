@@ -245,9 +245,7 @@ def _load(path: Path) -> ctypes.CDLL:
         subprocess.run(["gcc", "-O1", "-fPIC", "-c", source, "-o", shim], check=True)
     library = folder / f"{key[:16]}.so"
     # Bsymbolic: the CuTe DSL, if loaded in this process, exports functions of the same names.
-    subprocess.run(
-        ["gcc", "-shared", "-Wl,-Bsymbolic", "-o", library, path, shim], check=True
-    )
+    subprocess.run(["gcc", "-shared", "-Wl,-Bsymbolic", "-o", library, path, shim], check=True)
     _LIBRARIES[key] = ctypes.CDLL(str(library))
     return _LIBRARIES[key]
 

@@ -133,9 +133,8 @@ class Warp:
         """Splits the active lanes; runs the taken path first or the other, by the schedule."""
         current = self.active()
         other = current & ~taken
-        if rpc != self.rpc or rpc < 0:
-            if rpc >= 0:
-                self.stack.append((rpc, self.mask, self.rpc))
+        if rpc >= 0 and rpc != self.rpc:
+            self.stack.append((rpc, self.mask, self.rpc))
         paths = [(target, taken), (fall, other)]
         if self.machine.rng.random() < 0.5:
             paths.reverse()
@@ -252,7 +251,7 @@ class Cta:
         """Value of a special register for a warp's lanes."""
         machine = self.machine
         thread = np.arange(warp.index * WARP, (warp.index + 1) * WARP)
-        bx, by, bz = machine.block
+        bx, by, _ = machine.block
         cx, cy, cz = machine.cluster
         base, _, axis = name.partition(".")
         k = "xyz".find(axis) if axis else 0
@@ -335,7 +334,7 @@ class Cluster:
 
     def __init__(self, machine: Machine, origin: tuple[int, int, int], slot: int) -> None:
         self.machine, self.origin, self.slot = machine, origin, slot
-        cx, cy, cz = machine.cluster
+        cx, cy, _ = machine.cluster
         self.arrived: set = set()
         self.phase = 0
         self.ctas = []
@@ -835,6 +834,16 @@ def _triple(value: tuple[int, ...] | int) -> tuple[int, int, int]:
 
 
 __all__ = [
-    "Allocation", "Cluster", "Cta", "GENERIC_LOCAL", "GENERIC_SHARED", "Machine", "Pointer",
-    "Program", "Warp", "YIELD", "launch", "load_program",
+    "GENERIC_LOCAL",
+    "GENERIC_SHARED",
+    "YIELD",
+    "Allocation",
+    "Cluster",
+    "Cta",
+    "Machine",
+    "Pointer",
+    "Program",
+    "Warp",
+    "launch",
+    "load_program",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -253,7 +254,9 @@ class SharedMemory:
         self.chunk_state = self.state.view(np.uint64).reshape(-1, 2)
         self.chunk_dirty = self.dirty.view(np.uint64).reshape(-1, 2)
 
-    ALL_WRITTEN = {w: int.from_bytes(bytes([WRITTEN] * w), "little") for w in (1, 2, 4, 8)}
+    ALL_WRITTEN: ClassVar[dict[int, int]] = {
+        w: int.from_bytes(bytes([WRITTEN] * w), "little") for w in (1, 2, 4, 8)
+    }
 
     def check_range(self, low: int, high: int, action: str) -> None:
         if low < SHARED_BASE or high > self.size:

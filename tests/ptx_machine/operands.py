@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import formats as F
+from . import formats as fmt
 from .errors import Fault
 from .memory import SharedMemory
 
@@ -122,9 +122,7 @@ def chunk_index(
         k = np.arange(k_bytes)[:, None]
         chunk = np.arange(extent * element_bytes // 16)[None, :]
         if desc.swizzle == "none":
-            address = (
-                desc.start + chunk * desc.stride + k % 8 * 16 + k // 8 * desc.leading
-            )
+            address = desc.start + chunk * desc.stride + k % 8 * 16 + k // 8 * desc.leading
         else:
             per = span // 16
             address = (
@@ -159,15 +157,15 @@ def element_values(raw: np.ndarray, kind: str, k_major: bool) -> np.ndarray:
     means two elements in a byte; other sub-byte kinds sit one in a byte.
     """
     if kind == "e2m1x2":
-        values = F.E2M1_PAIRS[raw].reshape(raw.shape[0], -1)
+        values = fmt.E2M1_PAIRS[raw].reshape(raw.shape[0], -1)
     elif kind in ("f16", "bf16"):
-        values = F.float_values(np.ascontiguousarray(raw).view(np.uint16), kind)
+        values = fmt.float_values(np.ascontiguousarray(raw).view(np.uint16), kind)
     elif kind in ("tf32", "f32"):
-        values = F.float_values(np.ascontiguousarray(raw).view(np.uint32), kind)
+        values = fmt.float_values(np.ascontiguousarray(raw).view(np.uint32), kind)
     elif kind == "s8":
         values = raw.view(np.int8).astype(np.float64)
     elif kind == "u8":
         values = raw.astype(np.float64)
     else:
-        values = F.float_values(raw, kind)
+        values = fmt.float_values(raw, kind)
     return values if k_major else values.T

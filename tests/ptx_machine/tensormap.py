@@ -103,7 +103,7 @@ class TensorMap:
         span = SPANS[self.swizzle]
         if self.swizzle != "none" and inner > span:
             raise ValueError(
-                f"tensor map: inner box dimension of {inner} bytes exceeds the {span} of its swizzle"
+                f"tensor map: inner box dimension of {inner} bytes, its swizzle spans {span}"
             )
         if self.element_type == "16u4_align16b" and (self.dims[0] % 128 or self.box[0] != 128):
             raise ValueError("tensor map: 16u4_align16b needs dims[0] % 128 == 0 and box[0] == 128")

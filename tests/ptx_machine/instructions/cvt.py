@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .. import formats as F
+from .. import formats as fmt
 from ..decode import Closure, Context, elementwise, op, storage, where
 from ..parser import TYPE_BYTES, Instruction
 
@@ -96,8 +96,7 @@ def _integer_to_integer(to: str, source: str, saturate: bool, out: type) -> Call
 def _store_float(y: np.ndarray, to: str, out: type) -> np.ndarray:
     if to == "f64":
         return y.astype(np.float64).view(np.uint64)
-    fmt = F.FORMATS[to]
-    return F.encode(y, fmt).astype(out)
+    return fmt.encode(y, fmt.FORMATS[to]).astype(out)
 
 
 def _integer_to_float(to: str, source: str, mode: str, out: type) -> Callable:
@@ -114,7 +113,7 @@ def _integer_to_float(to: str, source: str, mode: str, out: type) -> Callable:
             y = x.astype(np.float64)
         if to == "f64":
             raise NotImplementedError("integer to f64 with directed rounding")
-        return _store_float(F.round_to(y, F.FORMATS[to], mode), to, out)
+        return _store_float(fmt.round_to(y, fmt.FORMATS[to], mode), to, out)
 
     return run
 
@@ -132,10 +131,10 @@ def _float_to_integer(to: str, source: str, mode: str, ftz: bool, out: type) -> 
     info = np.iinfo(INTEGERS[to])
 
     def run(bits: np.ndarray) -> np.ndarray:
-        x = F.float_values(bits, source)
+        x = fmt.float_values(bits, source)
         if ftz and source == "f32":
             x = where(np.abs(x) < 2.0**-126, 0.0, x)
-        y = F.round_integral(x, mode)
+        y = fmt.round_integral(x, mode)
         nan = np.isnan(y)
         y = where(nan, 0.0, y)
         if TYPE_BYTES[to] == 8:
@@ -156,17 +155,17 @@ def _float_to_float(to: str, source: str, mode: str, ftz: bool, mods: set, out: 
     sat = "sat" in mods
 
     def run(bits: np.ndarray) -> np.ndarray:
-        x = F.float_values(bits, source)
+        x = fmt.float_values(bits, source)
         if ftz and source == "f32":
             x = where(np.abs(x) < 2.0**-126, np.copysign(0.0, x), x)
         if mode.endswith("i"):
-            y = np.copysign(F.round_integral(x, mode), x)
+            y = np.copysign(fmt.round_integral(x, mode), x)
         elif to == "f64" or mode == "":
             y = x
         else:
-            y = F.round_to(x, F.FORMATS[to], mode, saturate)
+            y = fmt.round_to(x, fmt.FORMATS[to], mode, saturate)
         if mode.endswith("i") or mode == "":
-            y = F.round_to(y, F.FORMATS[to], "rn", saturate) if to != "f64" else y
+            y = fmt.round_to(y, fmt.FORMATS[to], "rn", saturate) if to != "f64" else y
         if sat:
             y = where(np.isnan(y), 0.0, np.clip(y, 0.0, 1.0))
         if relu:
@@ -185,9 +184,8 @@ def encode_narrow(x: np.ndarray, kind: str, mode: str, saturate: bool, relu: boo
         x = where(np.isnan(x), x, np.maximum(x, 0.0))
     if kind == "ue8m0":
         return _encode_ue8m0(x, mode, saturate)
-    fmt = F.FORMATS[kind]
-    y = F.round_to(x, fmt, mode, saturate)
-    return F.encode(y, fmt)
+    target = fmt.FORMATS[kind]
+    return fmt.encode(fmt.round_to(x, target, mode, saturate), target)
 
 
 def _encode_ue8m0(x: np.ndarray, mode: str, saturate: bool) -> np.ndarray:
@@ -214,7 +212,7 @@ def _packed(ctx: Context, ins: Instruction, to: str, source: str, mods: set) -> 
     step = 8 if width == 6 else width  # 6-bit elements sit one in a byte
     if src_count == 1:
         # Two f32: the first source is the upper half.
-        operands = [o for o in ins.operands[1:]]
+        operands = list(ins.operands[1:])
         if len(operands) == 1 and hasattr(operands[0], "items"):
             operands = list(operands[0].items)
         srcs = [ctx.src(o, source) for o in operands[:count]]
@@ -222,7 +220,7 @@ def _packed(ctx: Context, ins: Instruction, to: str, source: str, mods: set) -> 
         def combine(*bits: np.ndarray) -> np.ndarray:
             value = np.zeros(32, U32)
             for i, b in enumerate(reversed(bits)):
-                x = F.float_values(b, source)
+                x = fmt.float_values(b, source)
                 code = encode_narrow(x, element, mode, saturate, relu)
                 value |= code << U32(i * step)
             return value.astype(out)
@@ -237,7 +235,7 @@ def _packed(ctx: Context, ins: Instruction, to: str, source: str, mods: set) -> 
         value = np.zeros(32, U32)
         for i in range(count):
             code = (raw >> U32(i * src_step)) & U32((1 << src_width) - 1)
-            x = F.float_values(code, src_element)
+            x = fmt.float_values(code, src_element)
             value |= encode_narrow(x, element, mode, saturate, relu) << U32(i * step)
         return value.astype(out)
 

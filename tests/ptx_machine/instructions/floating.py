@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .. import formats as F
+from .. import formats as fmt
 from ..decode import Closure, Context, elementwise, op, put, where
 from ..parser import Instruction
 
@@ -29,23 +29,23 @@ def flush32(x: np.ndarray) -> np.ndarray:
 def _exact(name: str) -> Callable:
     """float64 functions of float64 operands whose result rounds correctly to f32, f16, bf16."""
     return {
-        "add": F.add_round_to_odd,
-        "sub": lambda a, b: F.add_round_to_odd(a, -b),
+        "add": fmt.add_round_to_odd,
+        "sub": lambda a, b: fmt.add_round_to_odd(a, -b),
         "mul": np.multiply,
         "div": np.divide,
-        "fma": lambda a, b, c: F.add_round_to_odd(a * b, c),
+        "fma": lambda a, b, c: fmt.add_round_to_odd(a * b, c),
     }[name]
 
 
 def _half_codec(kind: str) -> tuple[Callable, Callable]:
-    fmt = F.F16 if kind.startswith("f16") else F.BF16
+    half = fmt.F16 if kind.startswith("f16") else fmt.BF16
     base = "f16" if kind.startswith("f16") else "bf16"
 
     def load(x: np.ndarray) -> np.ndarray:
-        return F.float_values(x, base)
+        return fmt.float_values(x, base)
 
     def store(x: np.ndarray) -> np.ndarray:
-        return F.encode(F.round_to(x, fmt), fmt).astype(U16)
+        return fmt.encode(fmt.round_to(x, half), half).astype(U16)
 
     return load, store
 
@@ -65,7 +65,7 @@ def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
             if native is not None and mode == "rn":
                 y = native(*x)
             else:
-                y = F.f64_to_f32(exact(*[v.astype(np.float64) for v in x]), mode)
+                y = fmt.f64_to_f32(exact(*[v.astype(np.float64) for v in x]), mode)
             if ftz:
                 y = flush32(y)
             if sat:
@@ -143,9 +143,9 @@ def _mixed(ctx: Context, ins: Instruction) -> Closure:
     last = ctx.src(ins.operands[-1], kind)
 
     def run(*bits: np.ndarray) -> np.ndarray:
-        x = [F.float_values(b, small) for b in bits[:-1]]
+        x = [fmt.float_values(b, small) for b in bits[:-1]]
         x.append(bits[-1].view(np.float32).astype(np.float64))
-        return F.f64_to_f32(exact(*x), mode).view(U32)
+        return fmt.f64_to_f32(exact(*x), mode).view(U32)
 
     return elementwise(run, dst, *srcs, last)
 
@@ -271,7 +271,7 @@ def comparison(name: str, kind: str, ftz: bool) -> Callable:
         if kind == "f32":
             y = x.view(np.float32)
             return flush32(y) if ftz else y
-        return F.float_values(x, kind)
+        return fmt.float_values(x, kind)
 
     def run(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         x, y = load(a), load(b)
@@ -317,7 +317,7 @@ def _unary(ctx: Context, ins: Instruction, fn: Callable) -> Closure:
             x = bits.view(np.float32)
             if ftz:
                 x = flush32(x)
-            y = F.f64_to_f32(fn(x.astype(np.float64)), mode)
+            y = fmt.f64_to_f32(fn(x.astype(np.float64)), mode)
             if ftz:
                 y = flush32(y)
             y = where(np.isnan(y), np.uint32(0x7FFFFFFF).view(np.float32), y)

@@ -509,11 +509,11 @@ def atomic_function(name: str, kind: str) -> Callable:
         if name in ("min", "max") and kind in ("f16", "bf16", "f16x2", "bf16x2"):
 
             def pick(old: np.ndarray, x: np.ndarray, y: object) -> np.ndarray:
-                from .. import formats as F
+                from .. import formats as fmt
 
                 a, b = old.view(np.uint16), x.view(np.uint16)
                 base = "f16" if kind.startswith("f16") else "bf16"
-                va, vb = F.float_values(a, base), F.float_values(b, base)
+                va, vb = fmt.float_values(a, base), fmt.float_values(b, base)
                 take = (vb < va) if name == "min" else (vb > va)
                 return where(take | np.isnan(va), b, a).view(old.dtype)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .. import formats as F
+from .. import formats as fmt
 from ..decode import Closure, Context, op
 from ..errors import Fault
 from ..parser import Instruction
@@ -66,7 +66,7 @@ def split_elements(registers: np.ndarray, kind: str, bits: int) -> np.ndarray:
     raw = np.ascontiguousarray(registers)
     if bits == 4:
         codes = raw.view(np.uint8)
-        return F.E2M1_PAIRS[codes].reshape(32, -1)
+        return fmt.E2M1_PAIRS[codes].reshape(32, -1)
     if bits == 8:
         codes = raw.view(np.uint8)
         if kind == "s8":
@@ -74,11 +74,11 @@ def split_elements(registers: np.ndarray, kind: str, bits: int) -> np.ndarray:
         if kind == "u8":
             return codes.astype(np.float64)
         if kind == "e2m1":  # in the middle four bits of each byte
-            return F.TABLES["e2m1"][(codes >> 2) & 15]
-        return F.float_values(codes, kind)
+            return fmt.TABLES["e2m1"][(codes >> 2) & 15]
+        return fmt.float_values(codes, kind)
     if bits == 16:
-        return F.float_values(raw.view(np.uint16), kind)
-    return F.float_values(raw, kind)
+        return fmt.float_values(raw.view(np.uint16), kind)
+    return fmt.float_values(raw, kind)
 
 
 @op("mma")
@@ -89,7 +89,7 @@ def mma(ctx: Context, ins: Instruction) -> Closure:
     if (m, n) != (16, 8) or "sp" in parts or any(p.startswith("sp::") for p in parts):
         raise ctx.error(f"mma.sync {shape} is not modeled")
     at = parts.index("col")
-    dkind, akind, bkind, ckind = parts[at + 1 : at + 5]
+    dkind, akind, bkind, _ = parts[at + 1 : at + 5]
     scaled = "block_scale" in parts
     kind = next((p for p in parts if p.startswith("kind::")), "")
     packed4 = scaled and kind in ("kind::mxf4", "kind::mxf4nvf4")
@@ -124,7 +124,7 @@ def mma(ctx: Context, ins: Instruction) -> Closure:
         B[rb, cb] = split_elements(np.stack([R[i] for i in b], axis=1), bkind, bits)
         acc = np.stack([R[i] for i in c], axis=1)
         if half:
-            C[rc, cc] = F.float_values(np.ascontiguousarray(acc).view(np.uint16), "f16")
+            C[rc, cc] = fmt.float_values(np.ascontiguousarray(acc).view(np.uint16), "f16")
         elif integer:
             C[rc, cc] = acc.view(np.int32)
         else:
@@ -159,7 +159,7 @@ def _scale_reader(
     size = next((p for p in parts if p.startswith("scale_vec::")), default)
     count = int(size[len("scale_vec::")])
     stype = parts[-1]
-    table = F.TABLES[stype]
+    table = fmt.TABLES[stype]
     sa, sb = ctx.src(vectors[4][0], "b32"), ctx.src(vectors[6][0], "b32")
     ids = [[ctx.src(o, "u16") for o in vectors[i]] for i in (5, 7)]
     group = k // count

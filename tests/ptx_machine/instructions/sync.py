@@ -8,7 +8,7 @@ import numpy as np
 from ..decode import WARP, YIELD, Closure, Context, op, put
 from ..errors import Fault
 from ..memory import CTA_SHIFT, GENERIC_SHARED
-from ..parser import Discard, Imm, Instruction, Mem, Reg
+from ..parser import Instruction, Mem
 
 U64 = np.uint64
 
@@ -27,16 +27,17 @@ def _named_barrier(cta, number: int) -> dict:
                 return
             needed = cta.live_threads() if state["all"] else state["count"]
             if state["arrived"] > needed:
-                raise Fault(f"barrier {number}: {state['arrived']} threads arrived, {needed} expected")
+                raise Fault(
+                    f"barrier {number}: {state['arrived']} threads arrived, {needed} expected"
+                )
             if state["arrived"] == needed:
-                waiting, members = state["warps"], state["members"]
+                waiting = state["warps"]
                 state.update(arrived=0, warps=[], members=[])
                 cta.synchronize([warp for warp, _ in waiting])
                 for warp, key in waiting:
                     warp.token[key] = True
                     warp.wake()
                 cta.machine.progress()
-                del members
 
         state["check"] = check
     return state
@@ -416,6 +417,3 @@ def _try_cancel(ctx: Context, ins: Instruction) -> Closure:
         machine.async_op(complete, "clusterlaunchcontrol.try_cancel", line)
 
     return run
-
-
-__all__ = ["Discard", "Imm", "Reg", "shared_target"]

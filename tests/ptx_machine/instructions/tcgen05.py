@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import formats as F
+from .. import formats as fmt
 from ..decode import Closure, Context, op
 from ..errors import Fault
 from ..memory import TensorMemory
@@ -100,9 +100,7 @@ def _alloc(ctx: Context, ins: Instruction) -> Closure:
     def store(w, address: int) -> None:
         cta, at = shared_target(w, int(w.R[slot][w.first()]) + offset, False, "tcgen05.alloc")
         cta.shared.check_range(at, at + 4, "tcgen05.alloc")
-        cta.shared.store(
-            np.array([at]), np.array([address], U32), 4, w.index, cta.epoch
-        )
+        cta.shared.store(np.array([at]), np.array([address], U32), 4, w.index, cta.epoch)
 
     def run(w) -> int | None:
         if w.mask is not None:
@@ -520,9 +518,7 @@ def decode_instruction(value: int, kind: str) -> InstructionDescriptor:
             if (a, b) != (1, 1):
                 raise Fault(f"{kind}: atype {a}, btype {b}; E2M1 is 1")
             k = 96 if value >> 31 & 1 else 64
-            return InstructionDescriptor(
-                k=k, a_kind="e2m1x2", b_kind="e2m1x2", **scaled, **common
-            )
+            return InstructionDescriptor(k=k, a_kind="e2m1x2", b_kind="e2m1x2", **scaled, **common)
         if kind == "kind::mxf8f6f4":
             return InstructionDescriptor(
                 k=32, a_kind=FLOAT8[a], b_kind=FLOAT8[b], **scaled, **common
@@ -567,11 +563,11 @@ def _decode_elements(raw: np.ndarray, kind: str, k_major: bool) -> np.ndarray:
     if kind in ("e2m1", "e2m3", "e3m2"):  # sixteen elements in 16 bytes, padded at the end
         groups = raw.reshape(raw.shape[0], -1, 16)
         if kind == "e2m1":
-            values = F.E2M1_PAIRS[groups[..., :8]].reshape(raw.shape[0], -1)
+            values = fmt.E2M1_PAIRS[groups[..., :8]].reshape(raw.shape[0], -1)
         else:
             bits = np.unpackbits(groups[..., :12], axis=-1, bitorder="little")
             codes = (bits.reshape(*groups.shape, 6) * (1 << np.arange(6))).sum(axis=-1)
-            values = F.TABLES[kind][codes].reshape(raw.shape[0], -1)
+            values = fmt.TABLES[kind][codes].reshape(raw.shape[0], -1)
         return values if k_major else values.T
     return element_values(raw, kind, k_major)
 
@@ -626,7 +622,7 @@ def scale_factors(
         raise Fault(f"{what}: the four 32-lane copies of the scale factors differ")
     raw = np.ascontiguousarray(copies[0]).view(np.uint8)  # (32, columns, 4 * words)
     raw = raw[:, :, first : first + count]
-    return F.TABLES[kind][raw.transpose(1, 0, 2).reshape(32 * columns, count)[:rows]]
+    return fmt.TABLES[kind][raw.transpose(1, 0, 2).reshape(32 * columns, count)[:rows]]
 
 
 def accumulator_places(m: int, n: int, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -752,7 +748,7 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                 if accumulate:
                     old = target.tensor.read(d_at, d_where, "tcgen05.mma reads D")
                     if idesc.d_kind == "f16":
-                        prior = F.float_values(old & U32(0xFFFF), "f16")
+                        prior = fmt.float_values(old & U32(0xFFFF), "f16")
                     elif idesc.d_kind == "s32":
                         prior = old.view(np.int32).astype(np.float64)
                     else:

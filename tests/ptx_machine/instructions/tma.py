@@ -9,8 +9,8 @@ import numpy as np
 
 from ..decode import Closure, Context, op
 from ..errors import Fault
-from ..memory import GENERIC_SHARED, UNSIGNED
-from ..parser import TYPE_BYTES, Imm, Instruction, Mem
+from ..memory import UNSIGNED
+from ..parser import TYPE_BYTES, Instruction, Mem
 from ..tensormap import TensorMap, swizzle_offsets
 from .memory import atomic_function, lane_addresses, split_ranks
 from .sync import shared_target
@@ -114,11 +114,8 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
     dst_slot, dst_offset = ctx.address(ins.operands[0])
     src_slot, src_offset = ctx.address(ins.operands[1])
     size = int(ins.operands[2].value)
-    ignore = None
     source_size = -1
-    if len(ins.operands) > 3 and "cache_hint" not in ins.opcode:
-        source_size = ctx.src(ins.operands[3], "u32")
-    elif len(ins.operands) > 4:
+    if (len(ins.operands) > 3 and "cache_hint" not in ins.opcode) or len(ins.operands) > 4:
         source_size = ctx.src(ins.operands[3], "u32")
     if size not in (4, 8, 16) or (size != 16 and ".cg" in ins.opcode):
         raise ctx.error(f"cp.async of {size} bytes")
@@ -166,7 +163,6 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
         complete.smem_owner = cta
         w.machine.async_op(complete, "cp.async", line)
 
-    del ignore
     return run
 
 
@@ -238,15 +234,25 @@ def _signal(w, pair: bool, mask: int | None, target, bar_cta, bar_at: int):
     return target.shared.barrier(bar_at)
 
 
+REDUCTIONS = ("and", "or", "xor", "add", "inc", "dec", "min", "max")
+
+
+def _check_bulk(count: int, address: int, origin: int) -> None:
+    if count % 16 or count <= 0 or address % 16 or origin % 16:
+        raise Fault(
+            f"cp.async.bulk of {count} bytes from {origin:#x} to {address:#x}: "
+            "size and addresses must be multiples of 16"
+        )
+
+
 def _bulk(ctx: Context, ins: Instruction) -> Closure:
     parts = ins.parts
     spaces = [p for p in parts if p.split("::")[0] in ("shared", "global")]
     to, source = spaces[0], spaces[1]
     multicast = "multicast::cluster" in parts
-    reduce_name = next((p for p in parts if p in ("and", "or", "xor", "add", "inc", "dec", "min",
-                                                  "max")), None) if parts[1] == "reduce" else None  # fmt: skip
-    kind = parts[-1] if reduce_name else ""
-    combine = _combine(reduce_name, kind) if reduce_name else None
+    combine = None
+    if parts[1] == "reduce":
+        combine = _combine(next(p for p in parts if p in REDUCTIONS), parts[-1])
     operands = list(ins.operands)
     dst_slot, dst_offset = ctx.address(operands.pop(0))
     src_slot, src_offset = ctx.address(operands.pop(0))
@@ -259,48 +265,51 @@ def _bulk(ctx: Context, ins: Instruction) -> Closure:
     bar_slot, bar_offset = _completion(ctx, operands)
     mask_slot = ctx.src(operands.pop(0), "u16") if multicast else -1
 
+    def copy(w, lane: int) -> None:
+        count = int(w.R[size][lane])
+        address = int(w.R[dst_slot][lane]) + dst_offset
+        origin = int(w.R[src_slot][lane]) + src_offset
+        _check_bulk(count, address, origin)
+        mask = int(w.R[mask_slot][lane]) if mask_slot >= 0 else None
+        cta, at = shared_target(w, address, True, "cp.async.bulk")
+        bar = int(w.R[bar_slot][lane]) + bar_offset
+        bar_cta, bar_at = shared_target(w, bar, True, "cp.async.bulk")
+        targets = _targets(w, cta, mask)
+        signals = [_signal(w, False, mask, t, bar_cta, bar_at) for t in targets]
+        span = slice(at, at + count)
+        for target in targets:
+            target.shared.check_range(at, at + count, "cp.async.bulk")
+            if combine is None:
+                target.shared.begin_write(span)
+        own = w.cta
+        source_span = slice(0, 0)
+        if source.startswith("shared"):
+            _, source_at = shared_target(w, origin, False, "cp.async.bulk source")
+            own.shared.check_range(source_at, source_at + count, "cp.async.bulk source")
+            source_span = slice(source_at, source_at + count)
+            own.shared.check_fenced(source_span, "cp.async.bulk reads")
+
+        def complete() -> None:
+            if source.startswith("shared"):
+                own.shared.check_readable(source_span, "cp.async.bulk reads")
+                values = own.shared.data[source_span].copy()
+            else:
+                values = own.machine.memory.read_bytes(origin, count)
+            for target, signal in zip(targets, signals, strict=True):
+                if combine is not None:
+                    target.shared.check_readable(span, "cp.reduce.async.bulk reads")
+                    result = combine(target.shared.data[span].copy(), values)
+                else:
+                    result = values
+                target.shared.finish_write(span, result)
+                signal.add_tx(-count)
+
+        complete.smem_owner = targets[0]
+        w.machine.async_op(complete, "cp.async.bulk", line)
+
     def run(w) -> None:
         for lane in w.lanes():
-            count = int(w.R[size][lane])
-            address = int(w.R[dst_slot][lane]) + dst_offset
-            origin = int(w.R[src_slot][lane]) + src_offset
-            if count % 16 or count == 0 or address % 16 or origin % 16:
-                raise Fault(f"cp.async.bulk of {count} bytes from {origin:#x} to {address:#x}: "
-                            "size and addresses must be multiples of 16")  # fmt: skip
-            mask = int(w.R[mask_slot][lane]) if mask_slot >= 0 else None
-            cta, at = shared_target(w, address, True, "cp.async.bulk")
-            bar_cta, bar_at = shared_target(
-                w, int(w.R[bar_slot][lane]) + bar_offset, True, "cp.async.bulk"
-            )
-            targets = _targets(w, cta, mask)
-            signals = [_signal(w, False, mask, t, bar_cta, bar_at) for t in targets]
-            span = slice(at, at + count)
-            for target in targets:
-                target.shared.check_range(at, at + count, "cp.async.bulk")
-                if combine is None:
-                    target.shared.begin_write(span)
-            own = w.cta
-            if source.startswith("shared"):
-                _, src_at = shared_target(w, origin, False, "cp.async.bulk source")
-                src_span = slice(src_at, src_at + count)
-                own.shared.check_fenced(src_span, "cp.async.bulk reads")
-
-            def complete(
-                targets=targets, signals=signals, span=span, origin=origin, count=count
-            ) -> None:
-                if source.startswith("shared"):
-                    own.shared.check_readable(src_span, "cp.async.bulk reads")
-                    values = own.shared.data[src_span].copy()
-                else:
-                    values = own.machine.memory.read_bytes(origin, count)
-                for target, signal in zip(targets, signals, strict=True):
-                    if combine is not None:
-                        values = combine(target.shared.data[span].copy(), values)
-                    target.shared.finish_write(span, values)
-                    signal.add_tx(-count)
-
-            complete.smem_owner = targets[0]
-            w.machine.async_op(complete, "cp.async.bulk", line)
+            copy(w, lane)
 
     return run
 
@@ -350,9 +359,7 @@ def _bulk_store(dst_slot, dst_offset, src_slot, src_offset, size, combine, line)
             count = int(w.R[size][lane])
             address = int(w.R[dst_slot][lane]) + dst_offset
             origin = int(w.R[src_slot][lane]) + src_offset
-            if count % 16 or count == 0 or address % 16 or origin % 16:
-                raise Fault(f"cp.async.bulk of {count} bytes from {origin:#x} to {address:#x}: "
-                            "size and addresses must be multiples of 16")  # fmt: skip
+            _check_bulk(count, address, origin)
             _, at = shared_target(w, origin, False, "cp.async.bulk source")
             shared = w.cta.shared
             shared.check_range(at, at + count, "cp.async.bulk reads")
@@ -464,8 +471,7 @@ def _tensor_store(ctx: Context, ins: Instruction, rank: int) -> Closure:
     line = ins.line
     reduce_name = None
     if parts[1] == "reduce":
-        reduce_name = next(p for p in parts if p in ("add", "min", "max", "inc", "dec", "and", "or",
-                                                     "xor"))  # fmt: skip
+        reduce_name = next(p for p in parts if p in REDUCTIONS)
 
     def combine_for(tensor: TensorMap) -> Callable | None:
         if reduce_name is None:
@@ -511,6 +517,3 @@ def _tensor_store(ctx: Context, ins: Instruction, rank: int) -> Closure:
 @op("tensormap")
 def tensormap(ctx: Context, ins: Instruction) -> Closure:
     raise ctx.error("tensormap.replace is not modeled")
-
-
-__all__ = ["GENERIC_SHARED", "Groups", "Imm", "Transfer"]

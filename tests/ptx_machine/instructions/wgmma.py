@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from .. import formats as F
+from .. import formats as fmt
 from ..decode import Closure, Context, op
 from ..errors import Fault
 from ..operands import check_fenced, chunk_index, decode_hopper, element_values, gather
@@ -273,7 +273,7 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                         old.append(p.results[index][d] if isinstance(p, Operation) else p)
                     stacked = np.stack(old, axis=1)
                     if half:
-                        prior = F.float_values(stacked.view(np.uint16), "f16")
+                        prior = fmt.float_values(stacked.view(np.uint16), "f16")
                     elif dkind == "s32":
                         prior = stacked.view(np.int32)
                     else:
