@@ -133,9 +133,11 @@ def test_every_dtype_passes_through_with_x64_off(tmp_path):
 def test_stacked_and_repacked_weights(tmp_path):
     stacked = jax.vmap(quantize)(normal(3, 8, 32))
     assert stacked.global_scale.shape == (3,)
+    one = jax.vmap(quantize)(normal(1, 8, 32))
     weight = quantize(normal(8, 32))
-    save_checkpoint(tmp_path, {"s.weight": stacked, "r.weight": repack(weight)})
-    assert_round_trip({"s.weight": stacked, "r.weight": weight}, tmp_path)
+    tensors = {"s.weight": stacked, "one.weight": one}
+    save_checkpoint(tmp_path, tensors | {"r.weight": repack(weight)})
+    assert_round_trip(tensors | {"r.weight": weight}, tmp_path)
 
 
 def test_pairs_are_taken_one_at_a_time(tmp_path):

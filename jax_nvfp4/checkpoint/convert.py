@@ -184,7 +184,9 @@ def _why_left_alone(entry: Entry, skip: Sequence[str], only: Sequence[str]) -> s
         return f"dtype {entry.dtype.name}"
     if len(entry.shape) != 2:
         return f"{len(entry.shape)}-D"
-    if 0 in entry.shape or entry.shape[1] % BLOCK:
+    if 0 in entry.shape:
+        return "empty"
+    if entry.shape[1] % BLOCK:
         return f"K = {entry.shape[1]} is not a multiple of {BLOCK}"
     name = entry.name.lower()
     for pattern in skip:

@@ -113,13 +113,15 @@ class Linear:
             " or ".join(str(list(shape)) for shape in shapes),
         )
         multiplier = self._read_global_scale(global_scale)
+        if global_scale.shape != leading:
+            multiplier = multiplier.reshape(())
         return read(data), _read_block_scale(block_scale), multiplier
 
     def read_input_scale(self) -> np.ndarray:
         """Reads the activations' global scale, a float32 scalar that multiplies."""
         entry = self.parts[self.format.input_scale]
         require(entry, np.dtype(np.float32), entry.shape in ((), (1,)), "[] or [1]")
-        return self._read_global_scale(entry)
+        return self._read_global_scale(entry).reshape(())
 
     def read_pre_quant_scale(self) -> np.ndarray:
         """Reads what to multiply the activations by before they are quantized: [K]."""
@@ -133,7 +135,6 @@ class Linear:
 
     def _read_global_scale(self, entry: Entry) -> np.ndarray:
         value = read(entry)
-        value = value.reshape(() if entry.shape == (1,) else entry.shape)
         require_positive(entry, value, GLOBAL_SCALE_MIN, GLOBAL_SCALE_MAX)
         return np.float32(1) / value if self.format.reciprocal else value
 
