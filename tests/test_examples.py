@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example and the README's Python blocks run, and what they show is right."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -95,6 +96,42 @@ def test_model_equals_sentence_transformers(example):
     # Both sum in f32 in their own order. The components of these unit vectors are near 0.05;
     # an approximate GELU alone would move them by more than 1e-4.
     np.testing.assert_allclose(embeddings[: len(reference)], reference, rtol=0, atol=3e-6)
+
+
+@needs_weights
+def test_calibration_sets_every_scale(example):
+    """Embeddings alone would not tell: MiniLM's activations also fit the scale before calibration.
+
+    Calibrating on two batches gives the larger of the maxima that each alone gives.
+    """
+    folder = example.find_weights()
+    config, params = example.load_model(folder)
+    config = dataclasses.replace(config, num_hidden_layers=1)  # as good a test, faster to compile
+    quantized = jax_nvfp4.quantize_params(params)
+    dense = functools.partial(jax_nvfp4.Nvfp4Dense, dtype=jnp.bfloat16, activation_scale="static")
+    model = example.SentenceBert(config, dense, jnp.bfloat16)
+    sentences = example.read_sentences(ROOT / "examples" / "sentences.txt")
+    batches = example.tokenize(folder, sentences[: example.BATCH + 1])
+    assert len(batches) == 2
+
+    def scales(batches):
+        quant = example.calibrate(model, quantized, batches)["quant"]
+        found = {
+            (block, name): float(variables["activation_scale"])
+            for block, layers in quant.items()
+            for name, variables in layers.items()
+        }
+        assert len(found) == 6
+        return found
+
+    first, second, both = scales(batches[:1]), scales(batches[1:]), scales(batches)
+    # The scale maps amax to the largest value of the format; these inputs have 0.5 < amax < 100.
+    assert all(0.5 / 2688 < scale < 100 / 2688 for scale in both.values())
+    assert first != second
+    # These inputs depend on no scale; the others' depend on those before them.
+    for name in ("query", "key", "value"):
+        key = ("layer_0", name)
+        assert both[key] == max(first[key], second[key])
 
 
 @needs_weights
