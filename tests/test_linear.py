@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import machine
 import ml_dtypes
 import numpy as np
 import oracle
@@ -111,7 +112,7 @@ def test_data_of_one_sign(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("arch", ["reference", "sm_90a", "sm_100f", "sm_120f", None])
+@pytest.mark.parametrize("arch", [None, *machine.arches()])
 def test_canonical_and_repacked_weights_give_the_same_bits(activation, arch):
     x, w, b = problem(5, 130, 100)
     y = nvfp4.linear(x, w, b, activation_scale=activation)

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -48,7 +49,7 @@ def test_init_gives_a_usable_layer(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("repacked", [None, "reference", "sm_90a", "sm_100f"])
+@pytest.mark.parametrize("repacked", [None, *machine.arches()])
 def test_quantize_params_of_a_dense_model(activation, repacked):
     params = Mlp().init(KEY, X)
     expected = Mlp().apply(params, X)
@@ -170,7 +171,7 @@ def test_scan_over_stacked_layers():
     assert quantized["params"]["layer"]["kernel"].global_scale.shape == (3,)
     y = Stack(nvfp4.Nvfp4Dense).apply(quantized, X)
     assert relative_error(y, Stack(nn.Dense).apply(params, X)) < 0.3
-    again = Stack(nvfp4.Nvfp4Dense).apply(nvfp4.repack(quantized, "sm_90a"), X)
+    again = Stack(nvfp4.Nvfp4Dense).apply(nvfp4.repack(quantized), X)
     np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
     fresh = Stack(nvfp4.Nvfp4Dense).init(KEY, X)
     assert fresh["params"]["layer"]["kernel"].shape == (3, 40, 40)
@@ -198,7 +199,7 @@ def test_transformations_of_the_layer():
 
 def test_orbax_round_trip_of_a_model(tmp_path):
     model = Mlp(nvfp4.Nvfp4Dense, (("activation_scale", "static"),))
-    variables = nvfp4.repack(model.init(KEY, X), "sm_90a")
+    variables = nvfp4.repack(model.init(KEY, X))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "model", variables)
         checkpointer.wait_until_finished()

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -65,7 +66,7 @@ def test_swap(activation):
     jitted = nnx.jit(lambda model, x: model(x))
     np.testing.assert_allclose(jitted(model, X), model(X), rtol=1e-4, atol=1e-4)
     before = model(X)
-    repack_model(model, "sm_90a")
+    repack_model(model)
     assert isinstance(model.up.kernel, nvfp4.RepackedWeight)
     np.testing.assert_array_equal(model(X), before)
 
@@ -109,7 +110,7 @@ def test_gradient_skips_the_codes():
 def test_split_merge_and_orbax(tmp_path):
     model = Model(nnx.Rngs(0))
     quantize_model(model, activation_scale="static")
-    repack_model(model, "sm_100f")
+    repack_model(model, machine.arches()[-1])
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(graph, state)(X), model(X))
     pure = nnx.to_pure_dict(state)

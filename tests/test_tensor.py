@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -95,7 +96,7 @@ def test_orbax_saves_and_restores(tmp_path, scaling):
     t = nvfp4.quantize(
         np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32), scaling=scaling
     )
-    state = {"canonical": t, "repacked": nvfp4.repack(t, "sm_90a"), "bias": jnp.ones(3)}
+    state = {"canonical": t, "repacked": nvfp4.repack(t, machine.arches()[-1]), "bias": jnp.ones(3)}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()

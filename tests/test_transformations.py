@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -18,7 +19,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
 KERNEL = jnp.asarray(RNG.standard_normal((N, K)) * 0.1, jnp.float32)
 BIAS = jnp.asarray(RNG.standard_normal(N), jnp.float32)
-ARCHES = ("reference", "sm_90a", "sm_100f")
+ARCHES = machine.arches()
 
 
 def weight(arch=None):
