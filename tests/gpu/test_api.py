@@ -11,8 +11,8 @@ import pytest
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)
 
-from test_linear import *  # noqa: E402, F403
-from test_linen import *  # noqa: E402, F403
-from test_nnx import *  # noqa: E402, F403
-from test_numerics import *  # noqa: E402, F403
-from test_transformations import *  # noqa: E402, F403
+from test_linear import *  # noqa: F403
+from test_linen import *  # noqa: F403
+from test_nnx import *  # noqa: F403
+from test_numerics import *  # noqa: F403
+from test_transformations import *  # noqa: F403

@@ -16,7 +16,7 @@ from jax_nvfp4.ops import backend
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)
 
-from test_linear import activation_values, dequantized  # noqa: E402
+from test_linear import activation_values, dequantized
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 ACTIVATIONS = ("token", "tensor", 0.0021, None)
@@ -30,7 +30,7 @@ def test_kernels_serve_this_gpu():
 
 
 def poison():
-    """Fills much of the free memory with NaN bytes and gives it back: what comes next lies on it."""
+    """Leaves NaN bytes in freed memory of every size: what comes next lies on it."""
     for size in (1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 27):
         arrays = [jnp.full(size, 0xFF, jnp.uint8) for _ in range(8)]
         jax.block_until_ready(arrays)
