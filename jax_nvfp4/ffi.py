@@ -141,7 +141,7 @@ def quantize_call(
         jax.ShapeDtypeStruct((quantize_scratch_bytes(config, m, k, num_sms),), jnp.uint8),
     )
     given = _empty(np.float32) if global_scale is None else global_scale
-    data, block_scale, global_scale, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
+    codes, scales, used, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
         x,
         given,
         kernel=config.name,
@@ -149,7 +149,7 @@ def quantize_call(
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
     )
-    return data, block_scale, global_scale
+    return codes, scales, used
 
 
 def gemm_call(
