@@ -51,30 +51,12 @@ def _host(config: GemmConfig) -> Callable[..., None]:
         num_sms: Int32,
         stream: cuda.CUstream,
     ):
-        gemm.launch(
-            x,
-            sfx,
-            w,
-            sfw,
-            x_scale,
-            w_scale,
-            bias,
-            y,
-            scratch,
-            m,
-            n,
-            k,
-            x_scale_stride,
-            w_scale_stride,
-            bias_dtype,
-            out_dtype,
-            split_k,
-            num_sms,
-            stream,
-        )
+        operands = (x, sfx, w, sfw)
+        scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
+        out = (y, scratch, m, n, out_dtype)
+        gemm.launch(operands, scales, out, k, split_k, num_sms, stream)
         if split_k > 1:
-            scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
-            reduce.launch(scratch, scales, y, m, n, out_dtype, split_k, stream)
+            reduce.launch(scales, out, split_k, stream)
 
     return host
 

@@ -49,27 +49,27 @@ class Pingpong:
     @cute.jit
     def launch(
         self,
-        x: cute.Pointer,
-        sfx: cute.Pointer,
-        w: cute.Pointer,
-        sfw: cute.Pointer,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        m: Int32,
-        n: Int32,
+        operands,
+        scales,
+        out,
         k: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
         split_k: Int32,
         num_sms: Int32,
         stream: cuda.CUstream,
     ):
-        """Encodes the tensor maps and launches; arguments as in the GEMM's host function."""
+        """Encodes the tensor maps and launches.
+
+        Args:
+            operands: (x, sfx, w, sfw), pointers.
+            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
+            out: (y, scratch, m, n, out_dtype).
+            k: the reduction length.
+            split_k: ways to split it.
+            num_sms: CTAs at most.
+            stream: where to launch.
+        """
+        x, sfx, w, sfw = operands
+        _, _, m, n, _ = out
         # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
         k_blocks = cutlass.max(cute.ceil_div(k, 64), 1)
         tiles_m = cute.ceil_div(m, 128)
@@ -82,23 +82,13 @@ class Pingpong:
         tma_sfx = ops.tma_scales(sfx, row_tiles_m, k_blocks, 128, 2)
         tma_sfw = ops.tma_scales(sfw, row_tiles_n, k_blocks, 128, 2)
         total = tiles_m * tiles_n * split_k
+        maps = (tma_x[:2], tma_w[:2], tma_sfx[:2], tma_sfw[:2])
         self.kernel(
-            *tma_x[:2],
-            *tma_w[:2],
-            *tma_sfx[:2],
-            *tma_sfw[:2],
-            x_scale,
-            w_scale,
-            bias,
-            y,
-            scratch,
-            m,
-            n,
+            tuple(atom for atom, _ in maps),
+            tuple(tensor for _, tensor in maps),
+            scales,
+            out,
             cute.ceil_div(k, 128),
-            x_scale_stride,
-            w_scale_stride,
-            bias_dtype,
-            out_dtype,
             split_k,
         ).launch(
             grid=(cutlass.max(cutlass.min(total, num_sms), 1), 1, 1),
@@ -108,30 +98,7 @@ class Pingpong:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        atom_x: cute.CopyAtom,
-        map_x: cute.Tensor,
-        atom_w: cute.CopyAtom,
-        map_w: cute.Tensor,
-        atom_sfx: cute.CopyAtom,
-        map_sfx: cute.Tensor,
-        atom_sfw: cute.CopyAtom,
-        map_sfw: cute.Tensor,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k_tiles: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-    ):
+    def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
         """One CTA: grid-stride over (split, tile) items; see the module."""
         smem = cutlass.utils.SmemAllocator()
         shared = smem.allocate(self.stages * self.stage_bytes, 1024)
@@ -147,25 +114,14 @@ class Pingpong:
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        tiles = (cute.ceil_div(m, 128), cute.ceil_div(n, 128))
+        tiles = (cute.ceil_div(out[2], 128), cute.ceil_div(out[3], 128))
         if warp >= 8:
             cute.arch.setmaxregister_decrease(40)
             if warp == 8:
-                self.produce(
-                    (atom_x, atom_w, atom_sfx, atom_sfw),
-                    (map_x, map_w, map_sfx, map_sfw),
-                    shared,
-                    barriers,
-                    tiles,
-                    k_tiles,
-                    split_k,
-                )
+                self.produce(atoms, maps, shared, barriers, tiles, k_tiles, split_k)
         else:
             cute.arch.setmaxregister_increase(232)
-            scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
-            self.consume(
-                shared, barriers, tiles, k_tiles, split_k, scales, (y, scratch, m, n, out_dtype)
-            )
+            self.consume(shared, barriers, tiles, k_tiles, split_k, scales, out)
 
     @cute.jit
     def item(self, index: Int32, tiles, k_tiles: Int32, split_k: Int32):

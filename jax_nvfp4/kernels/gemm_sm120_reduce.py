@@ -19,42 +19,21 @@ class Reduce:
     """One thread for each 4 columns of a row."""
 
     @cute.jit
-    def launch(
-        self,
-        scratch: cute.Pointer,
-        scales,
-        y: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-        stream: cuda.CUstream,
-    ):
-        """Launches; `scales` as in `kernel`, the rest as in the GEMM's host function."""
+    def launch(self, scales, out, split_k: Int32, stream: cuda.CUstream):
+        """Launches; `scales` and `out` as for the GEMM."""
+        _, _, m, n, _ = out
         groups = m * cute.ceil_div(n, 4)
-        self.kernel(scratch, *scales, y, m, n, out_dtype, split_k).launch(
+        self.kernel(scales, out, split_k).launch(
             grid=(cutlass.max(cute.ceil_div(groups, _THREADS), 1), 1, 1),
             block=(_THREADS, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        scratch: cute.Pointer,
-        x_scale: cute.Pointer,
-        x_scale_stride: Int32,
-        w_scale: cute.Pointer,
-        w_scale_stride: Int32,
-        bias: cute.Pointer,
-        bias_dtype: Int32,
-        y: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-    ):
+    def kernel(self, scales, out, split_k: Int32):
         """y = round_once(alpha * (part 0 + part 1 + ...) + bias)."""
+        x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
+        y, scratch, m, n, out_dtype = out
         groups = cute.ceil_div(n, 4)
         index = cute.arch.block_idx()[0] * _THREADS + cute.arch.thread_idx()[0]
         if index < m * groups:
@@ -71,15 +50,15 @@ class Reduce:
                     total[e] = total[e] + part[e]
                 start += Int64(m) * groups * 16
             alpha = Float32(1.0)
-            if x_scale_stride >= 0:
-                alpha = ops.load_global(x_scale, row * x_scale_stride)
+            if x_stride >= 0:
+                alpha = ops.load_global(x_scale, row * x_stride)
             width = Int64(4)
             if out_dtype != 0:
                 width = Int64(2)
             target = y.toint() + (Int64(row) * n + column) * width
             for e in cutlass.range_constexpr(4):
                 if column + e < n:
-                    w_value = ops.load_global(w_scale, (column + e) * w_scale_stride)
+                    w_value = ops.load_global(w_scale, (column + e) * w_stride)
                     added = ops.load_bias(bias, bias_dtype, column + e)
                     value = cute.math.fma(alpha * w_value, total[e], added)
                     ops.store_output(target + e * width, value, out_dtype)

@@ -12,6 +12,9 @@ order the scales of these rows are 256 contiguous bytes of each 512, so that onl
 used are read. Warp j takes rows 32*j.
 """
 
+import dataclasses
+import math
+
 import cutlass
 from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Int64, cute
@@ -22,7 +25,53 @@ from jax_nvfp4.config.sm120 import SHARED_BYTES
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
 
 _CONSUMERS = 4  # warps
-_ROW_BYTES = 128  # of a stage: 256 elements
+ROW_BYTES = 128  # of packed codes in a stage: 256 elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One TMA load of a stage, as it lies in shared memory.
+
+    Attributes:
+        shape: extents of the tile.
+        strides: their strides, in elements.
+        dtype: the element type.
+        swizzled: whether 16-byte chunks are permuted in rows of 128 bytes.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: type
+    swizzled: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a stage."""
+        return math.prod(self.shape) * self.dtype.width // 8
+
+    @property
+    def swizzle(self):
+        """The swizzle of the tile, or None."""
+        return ops.swizzle_for(ROW_BYTES) if self.swizzled else None
+
+
+WEIGHT = Load((16, 4, ROW_BYTES), (ROW_BYTES, 16 * ROW_BYTES, 1), cutlass.Uint8, True)
+WEIGHT_SCALES = Load((64, 4, 1), (1, 64, 0), Int32, False)
+
+
+def tma_weight(w, row_tiles, row_bytes):
+    """TMA of 16 rows out of each of 4 groups of 32: (copy atom, coordinate tensor)."""
+    tensor = cute.make_tensor(
+        w,
+        cute.make_layout(
+            (32, row_tiles * 4, row_bytes), stride=(row_bytes, Int64(row_bytes) * 32, 1)
+        ),
+    )
+    layout = cute.make_composed_layout(
+        WEIGHT.swizzle, 0, cute.make_layout(WEIGHT.shape, stride=WEIGHT.strides)
+    )
+    op = cpasync.CopyBulkTensorTileG2SOp()
+    return cpasync.make_tiled_tma_atom(op, tensor, layout, WEIGHT.shape)
 
 
 class Stream:
@@ -36,69 +85,79 @@ class Stream:
         self.stages = config.stages
         self.tile_m = config.tile_m
         self.blocks = config.tile_m // 8  # column blocks of the MMA
-        # Of x's scale tile, rows of 32 that are loaded, and 32-bit scales used of their 16 bytes.
-        self.scale_rows = min(config.tile_m, 32)
-        self.w_bytes = 64 * _ROW_BYTES
-        self.x_bytes = self.tile_m * _ROW_BYTES
-        self.sfw_bytes = 4 * 16 * 16
-        self.sfx_bytes = 4 * 16 * self.scale_rows
-        self.stage_bytes = self.w_bytes + self.x_bytes + self.sfw_bytes + self.sfx_bytes
+        self.scale_rows = min(config.tile_m, 32)  # rows of 32 of x's scale tiles that are loaded
+        self.loads = self.stage_loads()
+        self.stage_bytes = sum(load.bytes for load in self.loads)
         self.shared_bytes = self.stages * (self.stage_bytes + 16)
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{config.name}: {self.shared_bytes} bytes of shared memory")
 
+    def stage_loads(self) -> tuple[Load, ...]:
+        """What one stage holds: x, w, scales of x, scales of w."""
+        words = 4 * self.scale_rows
+        return (
+            Load((self.tile_m, ROW_BYTES), (ROW_BYTES, 1), cutlass.Uint8, True),
+            WEIGHT,
+            Load((words, 4, 1), (1, words, 0), Int32, False),
+            WEIGHT_SCALES,
+        )
+
+    def maps(self, operands, m, n, k_blocks):
+        """(copy atom, coordinate tensor) for each of `loads`."""
+        x, sfx, w, sfw = operands
+        row_bytes = cute.assume(k_blocks * 32, divby=32)
+        row_tiles_m = cutlass.max(cute.ceil_div(m, 128), 1)
+        row_tiles_n = cutlass.max(cute.ceil_div(n, 128), 1)
+        return (
+            ops.tma_data(x, cutlass.max(m, 1), row_bytes, self.tile_m, ROW_BYTES)[:2],
+            tma_weight(w, row_tiles_n, row_bytes),
+            ops.tma_scales(sfx, row_tiles_m, k_blocks, 4 * self.scale_rows, 4)[:2],
+            ops.tma_scales(sfw, row_tiles_n, k_blocks, 64, 4)[:2],
+        )
+
+    def coordinates(self, row, column, k_tile):
+        """Which tile of each of `loads` a stage takes."""
+        first = row * self.tile_m
+        return (
+            (row, k_tile),
+            (column % 2, column // 2, k_tile),
+            (first % 32 // self.scale_rows, k_tile, first // 128),
+            (column % 2, k_tile, column // 2),
+        )
+
     @cute.jit
     def launch(
         self,
-        x: cute.Pointer,
-        sfx: cute.Pointer,
-        w: cute.Pointer,
-        sfw: cute.Pointer,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        m: Int32,
-        n: Int32,
+        operands,
+        scales,
+        out,
         k: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
         split_k: Int32,
         num_sms: Int32,
         stream: cuda.CUstream,
     ):
-        """Encodes the tensor maps and launches; arguments as in the GEMM's host function."""
+        """Encodes the tensor maps and launches.
+
+        Args:
+            operands: (x, sfx, w, sfw), pointers.
+            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
+            out: (y, scratch, m, n, out_dtype).
+            k: the reduction length.
+            split_k: ways to split it.
+            num_sms: CTAs at most.
+            stream: where to launch.
+        """
+        _, _, m, n, _ = out
         # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
         k_blocks = cutlass.max(cute.ceil_div(k, 64), 1)
-        row_tiles_n = cutlass.max(cute.ceil_div(n, 128), 1)
-        row_bytes = cute.assume(k_blocks * 32, divby=32)
-        tma_x = ops.tma_data(x, cutlass.max(m, 1), row_bytes, self.tile_m, _ROW_BYTES)
-        tma_w = self.tma_weight(w, row_tiles_n, row_bytes)
-        tma_sfx = ops.tma_scales(
-            sfx, cutlass.max(cute.ceil_div(m, 128), 1), k_blocks, 4 * self.scale_rows, 4
-        )
-        tma_sfw = ops.tma_scales(sfw, row_tiles_n, k_blocks, 64, 4)
+        maps = self.maps(operands, m, n, k_blocks)
         total = cute.ceil_div(m, self.tile_m) * 2 * cute.ceil_div(n, 128) * split_k
         self.kernel(
-            *tma_x[:2],
-            *tma_w,
-            *tma_sfx[:2],
-            *tma_sfw[:2],
-            x_scale,
-            w_scale,
-            bias,
-            y,
-            scratch,
-            m,
-            n,
+            tuple(atom for atom, _ in maps),
+            tuple(tensor for _, tensor in maps),
+            scales,
+            out,
             cute.ceil_div(k, 256),
-            x_scale_stride,
-            w_scale_stride,
-            bias_dtype,
-            out_dtype,
             split_k,
         ).launch(
             grid=(cutlass.max(cutlass.min(total, num_sms), 1), 1, 1),
@@ -107,44 +166,8 @@ class Stream:
             stream=stream,
         )
 
-    def tma_weight(self, w, row_tiles, row_bytes):
-        """TMA of 16 rows out of each of 4 groups of 32: (copy atom, coordinate tensor)."""
-        tensor = cute.make_tensor(
-            w,
-            cute.make_layout(
-                (32, row_tiles * 4, row_bytes), stride=(row_bytes, Int64(row_bytes) * 32, 1)
-            ),
-        )
-        layout = cute.make_layout((16, 4, _ROW_BYTES), stride=(_ROW_BYTES, 16 * _ROW_BYTES, 1))
-        layout = cute.make_composed_layout(ops.swizzle_for(_ROW_BYTES), 0, layout)
-        op = cpasync.CopyBulkTensorTileG2SOp()
-        return cpasync.make_tiled_tma_atom(op, tensor, layout, (16, 4, _ROW_BYTES))
-
     @cute.kernel
-    def kernel(
-        self,
-        atom_x: cute.CopyAtom,
-        map_x: cute.Tensor,
-        atom_w: cute.CopyAtom,
-        map_w: cute.Tensor,
-        atom_sfx: cute.CopyAtom,
-        map_sfx: cute.Tensor,
-        atom_sfw: cute.CopyAtom,
-        map_sfw: cute.Tensor,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k_tiles: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-    ):
+    def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
         """One CTA: grid-stride over (split, tile) items; see the module."""
         smem = cutlass.utils.SmemAllocator()
         shared = smem.allocate(self.stages * self.stage_bytes, 1024)
@@ -158,22 +181,11 @@ class Stream:
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        tiles = (cute.ceil_div(m, self.tile_m), 2 * cute.ceil_div(n, 128))
+        tiles = (cute.ceil_div(out[2], self.tile_m), 2 * cute.ceil_div(out[3], 128))
         if warp == _CONSUMERS:
-            self.produce(
-                (atom_x, atom_w, atom_sfx, atom_sfw),
-                (map_x, map_w, map_sfx, map_sfw),
-                shared,
-                barriers,
-                tiles,
-                k_tiles,
-                split_k,
-            )
+            self.produce(atoms, maps, shared, barriers, tiles, k_tiles, split_k)
         else:
-            scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
-            self.consume(
-                shared, barriers, tiles, k_tiles, split_k, scales, (y, scratch, m, n, out_dtype)
-            )
+            self.consume(shared, barriers, tiles, k_tiles, split_k, scales, out)
 
     @cute.jit
     def item(self, index: Int32, tiles, k_tiles: Int32, split_k: Int32):
@@ -191,44 +203,28 @@ class Stream:
     @cute.jit
     def produce(self, atoms, maps, shared, barriers, tiles, k_tiles: Int32, split_k: Int32):
         """The producer warp: loads the stages of all items in order."""
-        scale_words = 4 * self.scale_rows
-        shapes = (
-            (self.tile_m, _ROW_BYTES),
-            (16, 4, _ROW_BYTES),
-            (scale_words, 4, 1),
-            (64, 4, 1),
-        )
-        strides = (
-            (_ROW_BYTES, 1),
-            (_ROW_BYTES, 16 * _ROW_BYTES, 1),
-            (1, scale_words, 0),
-            (1, 64, 0),
-        )
-        sizes = (self.x_bytes, self.w_bytes, self.sfx_bytes, self.sfw_bytes)
         pieces = []
         offset = 0
-        for i in cutlass.range_constexpr(4):
-            dtype, width, swizzle = Int32, 4, None
-            if cutlass.const_expr(i < 2):
-                dtype, width, swizzle = cutlass.Uint8, 1, ops.swizzle_for(_ROW_BYTES)
+        for load, atom, tensor in zip(self.loads, atoms, maps, strict=True):
             s_tensor = cute.make_tensor(
-                cute.recast_ptr(shared + offset, swizzle, dtype=dtype),
+                cute.recast_ptr(shared + offset, load.swizzle, dtype=load.dtype),
                 cute.make_layout(
-                    (*shapes[i], self.stages), stride=(*strides[i], sizes[i] // width)
+                    (*load.shape, self.stages),
+                    stride=(*load.strides, load.bytes * 8 // load.dtype.width),
                 ),
             )
-            modes = len(shapes[i])
-            g_tensor = cute.local_tile(maps[i], shapes[i], (None,) * modes)
+            modes = len(load.shape)
+            g_tensor = cute.local_tile(tensor, load.shape, (None,) * modes)
             pieces.append(
                 cpasync.tma_partition(
-                    atoms[i],
+                    atom,
                     0,
                     cute.make_layout(1),
                     cute.group_modes(s_tensor, 0, modes),
                     cute.group_modes(g_tensor, 0, modes),
                 )
             )
-            offset += self.stages * sizes[i]
+            offset += self.stages * load.bytes
 
         stage = Int32(0)
         parity = Int32(1)  # of the phase of `empty` before the one to come: all stages are free
@@ -236,26 +232,22 @@ class Stream:
         total = tiles[0] * tiles[1] * split_k
         while index < total:
             row, column, _, begin, count = self.item(index, tiles, k_tiles, split_k)
-            first = row * self.tile_m
             for i in cutlass.range(count, unroll=1):
-                k_tile = begin + i
                 cute.arch.mbarrier_wait(barriers + self.stages + stage, parity)
                 full = barriers + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
-                sources = (
-                    pieces[0][1][None, row, k_tile],
-                    pieces[1][1][None, column % 2, column // 2, k_tile],
-                    pieces[2][1][None, first % 32 // self.scale_rows, k_tile, first // 128],
-                    pieces[3][1][None, column % 2, k_tile, column // 2],
-                )
-                for j in cutlass.range_constexpr(4):
-                    cute.copy(atoms[j], sources[j], pieces[j][0][None, stage], tma_bar_ptr=full)
+                self.copy(atoms, pieces, self.coordinates(row, column, begin + i), stage, full)
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
                     parity = parity ^ 1
             index += cute.arch.grid_dim()[0]
+
+    def copy(self, atoms, pieces, coordinates, stage, full):
+        """Issues the loads of one stage."""
+        for atom, (target, source), coordinate in zip(atoms, pieces, coordinates, strict=True):
+            cute.copy(atom, source[None, *coordinate], target[None, stage], tma_bar_ptr=full)
 
     @cute.jit
     def consume(self, shared, barriers, tiles, k_tiles: Int32, split_k: Int32, scales, out):
@@ -263,27 +255,10 @@ class Stream:
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         lane = thread % 32
-        q, t = lane // 4, lane % 4
-        # The lane's addresses in stage 0. A row's 16-byte chunk c is at c ^ (row % 8): TMA's
-        # 128-byte swizzle. The xor with the 64 elements' number comes with the load.
-        base = ops.shared_address(shared)
-        x_row = lane % 8 + lane // 16 * 8
-        x_address = base + x_row * _ROW_BYTES + ((lane // 8 % 2) ^ (lane % 8)) * 16
-        base += self.stages * self.x_bytes
-        w_row = 16 * warp + lane % 16
-        w_address = base + w_row * _ROW_BYTES + ((lane // 16) ^ (lane % 8)) * 16
-        base += self.stages * self.w_bytes
-        sfx_address = base
-        base += self.stages * self.sfx_bytes
-        # Lanes t = 0, 1 hold the scales for even 64s of K, t = 2, 3 those for odd ones: selectors
-        # 0 and 1.
-        sfw_address = base + (t // 2) * 256 + (q + 8 * (t % 2)) * 16 + 4 * warp
-        if cutlass.const_expr(self.tile_m == 16):
-            # Likewise: lane t holds row block t % 2 of the t // 2-th 64 of K.
-            sfx_address += (t // 2) * 256 + (q + 8 * (t % 2)) * 16
-        else:
-            sfx_address += (8 * t + q) * 16
-
+        bases = [ops.shared_address(shared)]
+        for load in self.loads:
+            bases.append(bases[-1] + self.stages * load.bytes)
+        stage_0 = self.addresses(bases, warp, lane)
         layout = cute.make_layout((self.blocks, 4), stride=(4, 1))
         accumulators = cute.make_rmem_tensor(layout, Float32)
         stage = Int32(0)
@@ -294,12 +269,10 @@ class Stream:
         while index < total:
             row, column, split, _, count = self.item(index, tiles, k_tiles, split_k)
             accumulators.fill(0.0)
-            # Which of the four 32-row groups of a scale tile x's rows are in.
-            group = row * self.tile_m % 128 // 32
-            addresses = (x_address, w_address, sfx_address + 4 * group, sfw_address)
+            addresses = self.item_addresses(stage_0, row)
             for _ in cutlass.range(count, unroll=1):
                 cute.arch.mbarrier_wait(barriers + stage, parity)
-                fragments = self.load(addresses, stage)
+                fragments = self.load(self.stage_addresses(addresses, stage))
                 cute.arch.sync_warp()
                 if lane == 0:
                     cute.arch.mbarrier_arrive(barriers + self.stages + stage)
@@ -308,28 +281,59 @@ class Stream:
                 if stage == self.stages:
                     stage = Int32(0)
                     parity = parity ^ 1
-            first_n = column // 2 * 128 + 32 * warp + column % 2 * 16 + q
+            first_n = column // 2 * 128 + 32 * warp + column % 2 * 16 + lane // 4
             self.store(
                 accumulators,
-                (row * self.tile_m + 2 * t, first_n),
+                (row * self.tile_m + lane % 4 * 2, first_n),
                 (split, split_k > 1),
                 scales,
                 out,
             )
             index += grid
 
-    def load(self, addresses, stage):
+    def addresses(self, bases, warp, lane):
+        """The lane's shared-memory addresses in stage 0, for each of `loads`.
+
+        A row's 16-byte chunk c is at c ^ (row % 8): TMA's 128-byte swizzle. The xor with the
+        number of the 64 elements comes with the load.
+        """
+        q, t = lane // 4, lane % 4
+        x_row = lane % 8 + lane // 16 * 8
+        w_row = 16 * warp + lane % 16
+        # Lanes t = 0, 1 hold the weight's scales for even 64s of K, t = 2, 3 those for odd ones:
+        # selectors 0 and 1.
+        sfw = bases[3] + t // 2 * 256 + (q + 8 * (t % 2)) * 16 + 4 * warp
+        if self.tile_m == 16:
+            # Likewise: lane t holds row block t % 2 of the t // 2-th 64 of K.
+            sfx = bases[2] + t // 2 * 256 + (q + 8 * (t % 2)) * 16
+        else:
+            sfx = bases[2] + (8 * t + q) * 16
+        return (
+            bases[0] + x_row * ROW_BYTES + ((lane // 8 % 2) ^ (lane % 8)) * 16,
+            bases[1] + w_row * ROW_BYTES + ((lane // 16) ^ (lane % 8)) * 16,
+            sfx,
+            sfw,
+        )
+
+    def item_addresses(self, addresses, row):
+        """The addresses for row tile `row`: its scales are in one of 4 groups of 32 rows."""
+        x, w, sfx, sfw = addresses
+        return x, w, sfx + 4 * (row * self.tile_m % 128 // 32), sfw
+
+    def stage_addresses(self, addresses, stage):
+        """The addresses of stage 0 moved to `stage`."""
+        pairs = zip(addresses, self.loads, strict=True)
+        return [address + stage * load.bytes for address, load in pairs]
+
+    def load(self, addresses):
         """Loads a warp's operands of a stage, 4 x 64 of K: lists of registers, one for each 64."""
-        x_address = addresses[0] + stage * self.x_bytes
-        w_address = addresses[1] + stage * self.w_bytes
-        sfx_address = addresses[2] + stage * self.sfx_bytes
-        sfw_address = addresses[3] + stage * self.sfw_bytes
+        x_address, w_address, sfx_address, sfw_address = addresses
         a, b, sfx = [], [], []
         for i in range(4):
             a.append(ops.ldmatrix_x4(w_address ^ (32 * i)))
             registers = []
             for j in range(self.blocks // 2):
-                address = (x_address ^ (32 * i)) + j * 16 * _ROW_BYTES
+                address = (x_address ^ (32 * i)) + j * 16 * ROW_BYTES
                 registers += ops.ldmatrix_x4(address)
             b.append(registers)
         # One load holds the weight's scales of two 64s of K.
