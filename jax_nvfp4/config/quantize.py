@@ -34,10 +34,10 @@ class OutFormat(enum.IntEnum):
 
 
 BLOCK = 16
-MAX_CTAS = 1024
+MAX_CTAS = 256
 """CTAs of a "grid" kernel, which starts one for each multiprocessor at most."""
-GRID_SLOT_BYTES = 32
-"""Scratch memory of one CTA of a "grid" kernel, for its messages."""
+GRID_MESSAGE_BYTES = 8
+"""Scratch memory for the message from one CTA of a "grid" kernel to another."""
 
 KIND_OF_MODE = {
     Mode.SCALAR_GIVEN: "flat",
@@ -110,4 +110,4 @@ def quantize_scratch_bytes(config: QuantizeConfig, m: int, k: int, num_sms: int)
         num_sms: multiprocessors that the kernel may use, the `num_sms` it is called with.
     """
     del m, k
-    return GRID_SLOT_BYTES * min(num_sms, MAX_CTAS) if config.kind == "grid" else 0
+    return GRID_MESSAGE_BYTES * min(num_sms, MAX_CTAS) ** 2 if config.kind == "grid" else 0

@@ -13,8 +13,9 @@ tensor crosses threads. Three kinds of kernel share that code, one launch each:
             quantize what they hold. Of a row that is longer than the registers the last chunk
             stays in them and the others are read again, backwards, from the L1 cache mostly.
     grid    Dynamic per tensor. A co-resident grid (cooperative launch, one CTA for each
-            multiprocessor at most) does the same with the whole tensor. `share_amax` says how the
-            CTAs agree on the amax through uninitialized scratch memory.
+            multiprocessor at most) does the same with the whole tensor; `share_in_grid` says how
+            the CTAs agree on the amax through uninitialized scratch memory. A small tensor is left
+            to one cluster, which agrees through its shared memory.
 
 Rows are read by 16-byte loads where k and the address of x allow it ("vector"), and element by
 element elsewhere. Blocks that pad a row to 64 columns are loaded as zeros and quantized like any
@@ -31,20 +32,24 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr, range_con
 from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import QuantizeConfig
-from jax_nvfp4.config.quantize import GRID_SLOT_BYTES, MAX_CTAS, Mode, OutFormat, quantize_configs
+from jax_nvfp4.config.quantize import (
+    GRID_MESSAGE_BYTES,
+    MAX_CTAS,
+    Mode,
+    OutFormat,
+    quantize_configs,
+)
 from jax_nvfp4.kernels import quantize_ops as ops
 from jax_nvfp4.kernels.variant import KernelVariant
 
 WARP = 32
-MIN_THREADS = 128  # of a CTA of a "grid" kernel
+MIN_THREADS = 256  # of a CTA of a "grid" kernel; no less than MAX_CTAS, a thread for each peer
+CLUSTER = 8  # CTAs of a "grid" kernel's launch for a small tensor: the largest portable cluster
 ROWS_THREADS = 256  # short rows share a CTA up to this many threads
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 GLOBAL_SCALE_LIMIT = 2.0**110
-
-# Offsets of the messages in a CTA's slot of scratch memory; see `share_amax`.
-CHALLENGE, PARTIAL, TOTAL = 0, 8, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,19 @@ class Place:
     row: Int32
     block: Int32
     active: Boolean
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Blocks that a thread holds in registers.
+
+    Attributes:
+        words: the words of all blocks.
+        largest: `ops.amax_bits` of each block.
+    """
+
+    words: cute.Tensor
+    largest: cute.Tensor
 
 
 def given_scales(g: Float32) -> Scales:
@@ -172,11 +190,15 @@ class QuantizeKernel:
         return words
 
     @cute.jit
-    def finite_amax(self, words):
-        """The float32 bits of the largest finite magnitude of a block; 0 below 2**-100."""
-        largest = ops.amax_bits(words, self.dtype)
-        if largest >= ops.INF_BITS:
-            largest = Int32(0)
+    def finite_amax(self, words, largest: Int32):
+        """The float32 bits of the largest finite magnitude of a block; 0 below 2**-100.
+
+        Args:
+            words: the block.
+            largest: its `ops.amax_bits`.
+        """
+        for _ in cutlass.range(ops.times(largest >= ops.INF_BITS), unroll=1):
+            largest = ops.zero_after(largest)
             for value in ops.to_f32(words, self.dtype):
                 magnitude = ops.bits(value) & Int32(0x7FFFFFFF)
                 magnitude = ops.select(magnitude < ops.INF_BITS, magnitude, Int32(0))
@@ -184,14 +206,18 @@ class QuantizeKernel:
         return ops.select(largest >= ops.SMALLEST_BITS, largest, Int32(0))
 
     @cute.jit
-    def quantize(self, words, scales: Scales):
+    def quantize(self, words, largest: Int32, scales: Scales):
         """Quantizes a block.
+
+        Args:
+            words: the block.
+            largest: its `ops.amax_bits`.
+            scales: those of its row.
 
         Returns:
             (low codes, high codes, scale byte, scale value, whether an element is not finite). The
             first four are arbitrary where the last or an unusable global scale says so.
         """
-        largest = ops.amax_bits(words, self.dtype)
         infinite = largest >= ops.INF_BITS
         largest = ops.select(largest >= ops.SMALLEST_BITS, largest, Int32(0))
         zero = largest == 0
@@ -209,7 +235,7 @@ class QuantizeKernel:
         # 1/4, which is rare: float32 products of tiny elements are below that elsewhere.
         tiny_matters = inverse > Float32(2.0**97)
         if const_expr(self.hardware):
-            if tiny_matters:
+            for _ in cutlass.range(ops.times(tiny_matters), unroll=1):
                 for i in range_constexpr(ops.BLOCK):
                     word = ops.bits(values[i])
                     tiny = (word & Int32(0x7FFFFFFF)) < ops.SMALLEST_BITS
@@ -219,7 +245,7 @@ class QuantizeKernel:
             # 1/16 at most, and 6 * (1 + 1/16) < 7; 448 for up to 512 is as good. Other blocks
             # have their elements cut to what gives about 6.5, which rounds to 6 like all above.
             unusual = (scaled < Float32(2.0**-6)) | (scaled > Float32(512.0)) | tiny_matters
-            if unusual & ~zero:
+            for _ in cutlass.range(ops.times(unusual & ~zero), unroll=1):
                 limit = ops.maximum(ops.mul(step, Float32(6.5)), Float32(1.625 * 2.0**-126))
                 for i in range_constexpr(ops.BLOCK):
                     magnitude = ops.from_bits(ops.bits(values[i]) & Int32(0x7FFFFFFF))
@@ -259,9 +285,9 @@ class QuantizeKernel:
             ops.store_byte(call.block_scale + offset, byte)
 
     @cute.jit
-    def quantize_and_store(self, call: Call, place: Place, words, scales: Scales):
+    def quantize_and_store(self, call: Call, place: Place, words, largest: Int32, scales: Scales):
         """Quantizes and writes a block that is active."""
-        low, high, byte, scale, infinite = self.quantize(words, scales)
+        low, high, byte, scale, infinite = self.quantize(words, largest, scales)
         # Blocks of padding hold zeros, whatever the global scale.
         bad = (infinite | ~scales.valid) & (place.block < call.real_blocks)
         self.store(call, place, (low, high), byte, scale, bad)
@@ -346,7 +372,8 @@ class QuantizeKernel:
                         if place.block == 0:
                             ops.store_f32(g_out + offset, own_g)
                     own_scales = Scales(sixth, decode, valid)
-                    self.quantize_and_store(call, place, words[i], own_scales)
+                    largest = ops.amax_bits(words[i], self.dtype)
+                    self.quantize_and_store(call, place, words[i], largest, own_scales)
         else:
             per_cta = self.threads * self.units
             spare = cta - (units + per_cta - 1) // per_cta
@@ -374,33 +401,32 @@ class QuantizeKernel:
             row = cta * rows + group
             chunk = row_threads * self.units
             chunks = (call.blocks + chunk - 1) // chunk
-            held = cute.make_rmem_tensor((self.units * self.block_words,), Int32)
+            held = self.make_held()
             amax = Int32(0)
             for c in cutlass.range(chunks, unroll=1):
                 for i in range_constexpr(self.units):
                     place = self.place_in_row(call, row, c, i, row_threads, thread)
-                    words = self.load(call, place)
-                    for j in range_constexpr(self.block_words):
-                        held[i * self.block_words + j] = words[j]
-                for i in range_constexpr(self.units):
-                    amax = ops.max_int(amax, self.finite_amax(self.held_words(held, i)))
+                    self.take(held, i, self.load(call, place))
+                amax = self.held_amax(held, amax)
             warps = row_threads >> 5
             amax = self.warps_max(amax, warps, group * warps, shared)
             scales = dynamic_scales(amax)
             if (thread == 0) & (row < call.m):
                 ops.store_f32(g_out + Int64(row) * 4, scales.decode)
             for c in cutlass.range(chunks, unroll=1):
+                last = chunks - 1 - c
                 for i in range_constexpr(self.units):
-                    last = chunks - 1 - c
                     place = self.place_in_row(call, row, last, i, row_threads, thread)
                     if place.active:
-                        self.quantize_and_store(call, place, self.held_words(held, i), scales)
-                if c < chunks - 1:
+                        self.quantize_and_store(
+                            call, place, self.words(held, i), held.largest[i], scales
+                        )
+                if last > 0:
                     for i in range_constexpr(self.units):
-                        place = self.place_in_row(call, row, chunks - 2 - c, i, row_threads, thread)
-                        words = self.load(call, place)
-                        for j in range_constexpr(self.block_words):
-                            held[i * self.block_words + j] = words[j]
+                        place = self.place_in_row(call, row, last - 1, i, row_threads, thread)
+                        self.take(held, i, self.load(call, place))
+                    for i in range_constexpr(self.units):
+                        self.measure(held, i)
         else:
             threads = row_threads * rows
             self.pad_scales(call, (cta - row_ctas) * threads + group * row_threads + thread)
@@ -411,9 +437,35 @@ class QuantizeKernel:
         active = (row < call.m) & (block < call.blocks)
         return Place(row * call.blocks + block, row, block, active)
 
-    def held_words(self, held, i: int):
-        """The words of the i-th block that a thread holds."""
-        return [held[i * self.block_words + j] for j in range(self.block_words)]
+    def make_held(self) -> Held:
+        """Registers for the blocks of a thread."""
+        words = cute.make_rmem_tensor((self.units * self.block_words,), Int32)
+        return Held(words, cute.make_rmem_tensor((self.units,), Int32))
+
+    def take(self, held: Held, i: int, words) -> None:
+        """Sets the words of block i."""
+        for j, word in enumerate(words):
+            held.words[i * self.block_words + j] = word
+
+    def words(self, held: Held, i: int):
+        """The words of block i."""
+        return [held.words[i * self.block_words + j] for j in range(self.block_words)]
+
+    def measure(self, held: Held, i: int) -> None:
+        """Sets `largest` of block i."""
+        held.largest[i] = ops.amax_bits(self.words(held, i), self.dtype)
+
+    def quantize_held(self, call: Call, place: Place, held: Held, i: int, scales: Scales):
+        """Quantizes and writes block i, which is active."""
+        self.quantize_and_store(call, place, self.words(held, i), held.largest[i], scales)
+
+    @cute.jit
+    def held_amax(self, held, amax: Int32):
+        """The larger of amax and the largest finite magnitude of the blocks that are held."""
+        for i in range_constexpr(self.units):
+            self.measure(held, i)
+            amax = ops.max_int(amax, self.finite_amax(self.words(held, i), held.largest[i]))
+        return amax
 
     @cute.kernel
     def grid_kernel(
@@ -421,50 +473,69 @@ class QuantizeKernel:
         pointers: tuple,
         sizes: tuple,
         divisor: cute.FastDivmodDivisorV2,
+        cluster: cutlass.Constexpr,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
-        """Dynamic per tensor. All CTAs are resident; chunk c belongs to CTA c % ctas."""
+        """Dynamic per tensor. All CTAs are resident; chunk c belongs to CTA c % ctas.
+
+        The grid is one cluster, or else a cooperative launch.
+        """
         call, _, g_out, scratch = unpack(pointers, sizes, vector, values)
         thread, _, _ = cute.arch.thread_idx()
         threads, _, _ = cute.arch.block_dim()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
-        allocator = cutlass.utils.SmemAllocator()
-        shared = allocator.allocate_array(Int32, 2 * WARP)
-        tags = allocator.allocate_array(Int32, MAX_CTAS)
-        tag = self.open_exchange(scratch, tags)
+        shared = cutlass.utils.SmemAllocator().allocate_array(Int32, 2 * WARP)
+        if const_expr(cluster):
+            cute.arch.cluster_arrive_relaxed()
+            seen, own = Int32(0), Int32(0)
+        else:
+            seen, own = self.open_exchange(scratch, thread, cta, ctas)
 
         units = call.m * call.blocks
         chunk = threads * self.units
         chunks = ((units + chunk - 1) // chunk - cta + ctas - 1) // ctas
-        held = cute.make_rmem_tensor((self.units * self.block_words,), Int32)
+        held = self.make_held()
+        for i in range_constexpr(self.units):
+            place = place_of(cta * chunk + i * threads + thread, divisor, units)
+            self.take(held, i, self.load(call, place))
         amax = Int32(0)
-        for c in cutlass.range(chunks, unroll=1):
+        for c in cutlass.range(1, chunks, unroll=1):
             first = (c * ctas + cta) * chunk + thread
+            ahead = []
             for i in range_constexpr(self.units):
-                words = self.load(call, place_of(first + i * threads, divisor, units))
-                for j in range_constexpr(self.block_words):
-                    held[i * self.block_words + j] = words[j]
+                place = place_of(first + i * threads, divisor, units)
+                ahead.append(self.load(call, place))
+            amax = self.held_amax(held, amax)
             for i in range_constexpr(self.units):
-                amax = ops.max_int(amax, self.finite_amax(self.held_words(held, i)))
+                self.take(held, i, ahead[i])
+        amax = self.held_amax(held, amax)
         amax = self.warps_max(amax, threads >> 5, Int32(0), shared)
-        amax = self.share_amax(amax, scratch, tag, tags, shared + WARP)
+        if const_expr(cluster):
+            amax = self.share_in_cluster(amax, thread, cta, shared + WARP)
+        elif ctas > 1:
+            amax = self.share_in_grid(amax, scratch, seen, own, thread, cta, ctas)
+            amax = self.warps_max(amax, threads >> 5, Int32(0), shared + WARP)
         scales = dynamic_scales(amax)
         if (thread == 0) & (cta == 0):
             ops.store_f32(g_out, scales.decode)
         for c in cutlass.range(chunks, unroll=1):
-            first = ((chunks - 1 - c) * ctas + cta) * chunk + thread
+            last = chunks - 1 - c
+            first = (last * ctas + cta) * chunk + thread
             for i in range_constexpr(self.units):
                 place = place_of(first + i * threads, divisor, units)
                 if place.active:
-                    self.quantize_and_store(call, place, self.held_words(held, i), scales)
-            if c < chunks - 1:
-                first = ((chunks - 2 - c) * ctas + cta) * chunk + thread
+                    self.quantize_and_store(
+                        call, place, self.words(held, i), held.largest[i], scales
+                    )
+            if last > 0:
+                first = ((last - 1) * ctas + cta) * chunk + thread
                 for i in range_constexpr(self.units):
-                    words = self.load(call, place_of(first + i * threads, divisor, units))
-                    for j in range_constexpr(self.block_words):
-                        held[i * self.block_words + j] = words[j]
+                    place = place_of(first + i * threads, divisor, units)
+                    self.take(held, i, self.load(call, place))
+                for i in range_constexpr(self.units):
+                    self.measure(held, i)
         if call.swizzled & ((call.m & 127) != 0):
             for item in range(cta * threads + thread, (call.blocks >> 2) * 32, ctas * threads):
                 self.pad_scales(call, item)
@@ -472,88 +543,73 @@ class QuantizeKernel:
     # Amax over the grid
 
     @cute.jit
-    def open_exchange(self, scratch: Int64, tags: cute.Pointer):
-        """First half of `share_amax`, before the data is read."""
-        tags = cute.make_tensor(tags, cute.make_layout(MAX_CTAS))
-        thread, _, _ = cute.arch.thread_idx()
-        threads, _, _ = cute.arch.block_dim()
-        cta, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
-        tag = Int32(0)
-        if cta == 0:
-            for other in range(thread, ctas, threads):
-                if other > 0:
-                    slot = scratch + Int64(other) * GRID_SLOT_BYTES
-                    _, stale = ops.load_message(slot + CHALLENGE)
-                    _, echo = ops.load_message(slot + PARTIAL)
-                    challenge = unused_tag(stale & 0xFF, echo & 0xFF)
-                    tags[other] = challenge
-                    ops.store_message(slot + CHALLENGE, Int32(0), challenge)
-        elif thread == 0:
-            _, stale = ops.load_message(scratch + Int64(cta) * GRID_SLOT_BYTES + TOTAL)
-            tag = (stale & 0xFF) ^ 1
-        return tag
+    def share_in_cluster(self, amax: Int32, thread: Int32, cta: Int32, shared: cute.Pointer):
+        """The maximum of the amax of a cluster's CTAs, through their shared memory."""
+        cute.arch.cluster_wait()  # all CTAs of the cluster have started
+        if thread < CLUSTER:
+            ops.store_to_cta((shared + cta).toint(), thread, amax)
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        shared = cute.make_tensor(shared, cute.make_layout(WARP))
+        for i in range_constexpr(CLUSTER):
+            amax = ops.max_int(amax, shared[i])
+        return amax
 
     @cute.jit
-    def share_amax(
-        self, amax: Int32, scratch: Int64, tag: Int32, tags: cute.Pointer, shared: cute.Pointer
+    def open_exchange(self, scratch: Int64, thread: Int32, cta: Int32, ctas: Int32):
+        """First step of `share_in_grid`: the stale tags of the messages from and to a peer."""
+        seen, own = Int32(0), Int32(0)
+        if (thread < ctas) & (thread != cta):
+            _, tag = ops.load_message(message_address(scratch, cta, thread, ctas))
+            seen = tag & 0xFF
+            _, tag = ops.load_message(message_address(scratch, thread, cta, ctas))
+            own = tag & 0xFF
+        return seen, own
+
+    @cute.jit
+    def share_in_grid(
+        self,
+        amax: Int32,
+        scratch: Int64,
+        seen: Int32,
+        own: Int32,
+        thread: Int32,
+        cta: Int32,
+        ctas: Int32,
     ):
-        """The maximum of all CTAs' amax, through scratch memory that starts with any contents.
+        """The amax of the peer CTA `thread`, through scratch memory that starts with any contents.
 
-        CTA 0 leads. Each other CTA has a slot of three messages of 8 bytes, a value and a tag,
-        each written by one side only and read and written as a whole:
+        Each CTA sends each other CTA one message of 8 bytes, which only the sender writes and
+        which is read and written as a whole: the amax, a tag, and the tag of the opposite message
+        that the sender saw at its start ("seen"). The steps of one thread for its peer:
 
-            CHALLENGE   by the leader: tag c
-            PARTIAL     by the CTA: its amax, an echo of the challenge it read, its own tag d
-            TOTAL       by the leader: the amax of all, tag d
+            1. Before the data: read the tag of the peer's message (`seen`) and of its own (`own`).
+            2. Send (amax, own + 1, seen).
+            3. Read the peer's message until its tag is not `seen`; take its amax.
+            4. If the peer saw own + 1, send (amax, own + 2, seen).
 
-        Why no stale contents are taken for a message of this launch. PARTIAL's echo is at any time
-        the stale one (r), the stale challenge (s, if the CTA reads it before the leader writes)
-        or c, in this order and never back. The leader reads s, which it alone writes, and then
-        PARTIAL, which shows r or s; it picks c other than s and other than what it saw. An echo of
-        c thus proves that the CTA read c, which the leader wrote in this launch; the amax and d
-        come in the same 8 bytes. The leader writes TOTAL only then, so that the CTA, which picked
-        d other than TOTAL's stale tag at its start, sees d there only with the amax.
-        Nothing is left to reset: any contents do for the next launch, and launches that overlap
-        on other streams have other scratch memory. All CTAs are resident (cooperative launch), so
-        that each wait ends. The maximum does not depend on the order of arrival.
+        No stale message is taken: a tag other than `seen` was written after step 1, by the peer,
+        in this launch, and with its amax. Each wait ends: the peer has other tags to send than
+        `seen` unless step 1 read its message of step 2 already, whose tag the peer finds, in
+        step 4, in the message that step 2 sends; and of two threads at least one had its step 1
+        before the other's step 2 (else each read would follow, through the other thread, on a
+        write that waits for it), so that one of them gets to step 4 without the other's.
+        Coherence of a single location and the dependence of what is sent on what was read are all
+        that this needs of the memory model. Nothing is left to reset, so that any contents do for
+        the next launch; launches that overlap, on other streams, have other scratch memory. All
+        CTAs are resident (cooperative launch). A maximum does not depend on the order.
         """
-        tags = cute.make_tensor(tags, cute.make_layout(MAX_CTAS))
-        total = cute.make_tensor(shared, cute.make_layout(WARP))
-        thread, _, _ = cute.arch.thread_idx()
-        threads, _, _ = cute.arch.block_dim()
-        cta, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
-        if ctas > 1:
-            if cta == 0:
-                for other in range(thread, ctas, threads):
-                    if other > 0:
-                        slot = scratch + Int64(other) * GRID_SLOT_BYTES
-                        value, answer = ops.load_message(slot + PARTIAL)
-                        while (answer & 0xFF) != tags[other]:
-                            value, answer = ops.load_message(slot + PARTIAL)
-                        tags[other] = (answer >> 8) & 0xFF
-                        amax = ops.max_int(amax, value)
-                amax = self.warps_max(amax, threads >> 5, Int32(0), shared)
-                for other in range(thread, ctas, threads):
-                    if other > 0:
-                        slot = scratch + Int64(other) * GRID_SLOT_BYTES
-                        ops.store_message(slot + TOTAL, amax, tags[other])
-            else:
-                if thread == 0:
-                    slot = scratch + Int64(cta) * GRID_SLOT_BYTES
-                    echoed = Int32(-1)
-                    value, answer = ops.load_message(slot + TOTAL)
-                    while (answer & 0xFF) != tag:
-                        _, challenge = ops.load_message(slot + CHALLENGE)
-                        challenge = challenge & 0xFF
-                        if challenge != echoed:
-                            ops.store_message(slot + PARTIAL, amax, challenge | (tag << 8))
-                            echoed = challenge
-                        value, answer = ops.load_message(slot + TOTAL)
-                    total[0] = value
-                cute.arch.sync_threads()
-                amax = total[0]
+        if (thread < ctas) & (thread != cta):
+            inbox = message_address(scratch, cta, thread, ctas)
+            outbox = message_address(scratch, thread, cta, ctas)
+            tag = (own + 1) & 0xFF
+            ops.store_message(outbox, amax, tag | (seen << 8))
+            value, tags = ops.load_message(inbox)
+            while (tags & 0xFF) == seen:
+                value, tags = ops.load_message(inbox)
+            if ((tags >> 8) & 0xFF) == tag:
+                ops.store_message(outbox, amax, ((own + 2) & 0xFF) | (seen << 8))
+            amax = ops.max_int(amax, value)
         return amax
 
     # Host
@@ -635,16 +691,26 @@ class QuantizeKernel:
             )
         else:
             divisor = cute.FastDivmodDivisorV2(blocks)
-            sms = cutlass.min(num_sms, MAX_CTAS)
-            each = ceil_div(ceil_div(units, sms * self.units), WARP) * WARP
-            threads = cutlass.min(cutlass.max(each, MIN_THREADS), self.threads)
-            ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
-            self.grid_kernel(pointers, sizes, divisor, vector, values).launch(
-                grid=[cutlass.max(ctas, 1), 1, 1],
-                block=[threads, 1, 1],
-                cooperative=True,
-                **limits,
-            )
+            if (units <= CLUSTER * self.threads * self.units) & (num_sms >= CLUSTER):
+                threads = self.grid_threads(units, CLUSTER)
+                self.grid_kernel(pointers, sizes, divisor, True, vector, values).launch(
+                    grid=[CLUSTER, 1, 1],
+                    block=[threads, 1, 1],
+                    cluster=[CLUSTER, 1, 1],
+                    **limits,
+                )
+            else:
+                sms = cutlass.min(num_sms, MAX_CTAS)
+                threads = self.grid_threads(units, sms)
+                ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
+                self.grid_kernel(pointers, sizes, divisor, False, vector, values).launch(
+                    grid=[ctas, 1, 1], block=[threads, 1, 1], cooperative=True, **limits
+                )
+
+    def grid_threads(self, units, ctas):
+        """Threads of a CTA, enough to hold the tensor if that is possible."""
+        threads = ceil_div(ceil_div(units, ctas * self.units), WARP) * WARP
+        return cutlass.min(cutlass.max(threads, MIN_THREADS), self.threads)
 
 
 def ceil_div(a, b):
@@ -666,10 +732,9 @@ def place_of(unit: Int32, divisor: cute.FastDivmodDivisorV2, units: Int32) -> Pl
     return Place(unit, row, block, unit < units)
 
 
-def unused_tag(a: Int32, b: Int32) -> Int32:
-    """A tag of 1, 2 and 3 that is neither a nor b."""
-    tag = ops.select((a == 1) | (b == 1), Int32(2), Int32(1))
-    return ops.select((a == tag) | (b == tag), Int32(3), tag)
+def message_address(scratch: Int64, to: Int32, sender: Int32, ctas: Int32) -> Int64:
+    """Address of the message from one CTA of a grid to another."""
+    return scratch + (to * ctas + sender) * GRID_MESSAGE_BYTES
 
 
 def variants(arch: str) -> list[KernelVariant]:

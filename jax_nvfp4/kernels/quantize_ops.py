@@ -141,6 +141,14 @@ def store_message(address, low, high, *, loc=None, ip=None):
     _asm([], operands, text, "l,r,r,~{memory}", True, loc, ip)
 
 
+@dsl_user_op
+def store_to_cta(address, rank, value, *, loc=None, ip=None):
+    """Stores a word at a shared-memory address of this CTA, but in the CTA of that cluster rank."""
+    text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.b32 [a], $2; }"
+    operands = [Int32(address), Int32(rank), Int32(value)]
+    _asm([], operands, text, "r,r,r,~{memory}", True, loc, ip)
+
+
 # Float arithmetic, one rounding each
 
 
@@ -258,6 +266,22 @@ def select_f32(condition, a, b, *, loc=None, ip=None):
     """Selects a where the condition holds, else b; without a branch."""
     operands = [Float32(a), Float32(b), Boolean(condition)]
     return _asm([Float32], operands, "selp.f32 $0, $1, $2, $3;", "=f,f,f,b", False, loc, ip)
+
+
+@dsl_user_op
+def times(condition, *, loc=None, ip=None):
+    """1 where the condition holds, else 0: how often a loop runs whose body is a rare case.
+
+    ptxas turns a short `if` into predicated instructions, which take issue slots whether or not
+    they apply. It leaves a loop alone, and no compiler knows that this one runs once at most.
+    """
+    return _asm([Int32], [Boolean(condition)], "selp.b32 $0, 1, 0, $1;", "=r,b", False, loc, ip)
+
+
+@dsl_user_op
+def zero_after(value, *, loc=None, ip=None):
+    """0, which compilers take to depend on the value: the body of a `times` loop stays in it."""
+    return _asm([Int32], [Int32(value)], "and.b32 $0, $1, 0;", "=r,r", True, loc, ip)
 
 
 # Blocks
