@@ -134,6 +134,8 @@ ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
   ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
   if (sizes.has_error()) return sizes.error();
   if (sizes->m == 0 || sizes->n == 0) return ffi::Error::Success();
+  // Loaded by Initialize: this only makes sure.
+  if (ffi::Error error = state->kernel->Load(ordinal); error.failure()) return error;
   ffi::ErrorOr<Device> device = GetDevice(ordinal);
   if (device.has_error()) return device.error();
   return state->kernel->Launch(
@@ -164,6 +166,7 @@ XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::State<State>>());
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Gemm, Execute,

@@ -136,6 +136,8 @@ ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
   if (sizes->m == 0 || sizes->k == 0) {
     return WriteScaleOfNothing(attributes, g, *global_scale, stream);
   }
+  // Loaded by Initialize: this only makes sure.
+  if (ffi::Error error = state->kernel->Load(ordinal); error.failure()) return error;
   ffi::ErrorOr<Device> device = GetDevice(ordinal);
   if (device.has_error()) return device.error();
   return state->kernel->Launch(stream, x.untyped_data(), g.untyped_data(), data->untyped_data(),
@@ -164,6 +166,7 @@ XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::State<State>>());
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
