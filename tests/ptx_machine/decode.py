@@ -356,6 +356,13 @@ def pair(operand: object) -> tuple[object, object]:
     return operand, Discard()
 
 
+def label_index(table: dict, name: str, ins: Instruction) -> object:
+    """Looks a label up; an unknown one is a syntax error of the instruction."""
+    if name not in table:
+        raise PtxSyntaxError(f"PTX line {ins.line}: unknown label {name}: {ins.text}")
+    return table[name]
+
+
 # -- control flow graph ------------------------------------------------------------------------
 def successors(function: Function, index: int) -> list[int]:
     """Instruction indices that may follow one; len(instructions) is the exit."""
@@ -364,11 +371,11 @@ def successors(function: Function, index: int) -> list[int]:
     end = len(function.instructions)
     following = [index + 1] if index + 1 <= end else [end]
     if name == "bra":
-        target = function.labels[ins.operands[0].name]
+        target = label_index(function.labels, ins.operands[0].name, ins)
         return [target] if ins.guard is None else [target, *following]
     if name == "brx":
-        table = function.branch_targets[ins.operands[1].name]
-        return [function.labels[label] for label in table]
+        table = label_index(function.branch_targets, ins.operands[1].name, ins)
+        return [label_index(function.labels, label, ins) for label in table]
     if name in ("ret", "exit", "trap"):
         return [end] if ins.guard is None else [end, *following]
     return following

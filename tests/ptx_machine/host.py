@@ -270,7 +270,7 @@ def run_object(
     uninitialized: Sequence[np.ndarray] = (),
     schedule_seed: int = 0,
     num_sms: int = 132,
-    resident_clusters: int = 64,
+    resident_clusters: int = 160,
     strict_exit: bool = True,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.

@@ -95,7 +95,7 @@ class Warp:
         self.stack: list[tuple[int, np.ndarray | None, int]] = []
         self.frames: list = []
         self.done = False
-        self.waiting = ""  # what a blocked warp waits for
+        self.waiting: str | Callable[[], str] = ""  # what a blocked warp waits for
         self.ready = True
         self.queued = True  # in the machine's list of ready warps
         self.epoch = 0  # the CTA's epoch at this warp's last synchronization
@@ -103,7 +103,7 @@ class Warp:
         self.wgmma: object = None
         self.bulk: object = None
         self.cp_async: object = None
-        self.tmem_pending = False
+        self.remote: set = set()  # CTAs whose shared memory this warp wrote since its last fence
         self.token: dict = {}
         self.local: tuple[np.ndarray, np.ndarray] | None = None
         self.params_here: dict[str, np.ndarray] | None = None
@@ -181,8 +181,8 @@ class Warp:
             name = self.program.context.slot_names[slot].split("~")[0]
             raise Fault(f"use of register {name}, which a wgmma in flight still holds")
 
-    def block(self, reason: str) -> int:
-        """The warp stops here until someone wakes it."""
+    def block(self, reason: str | Callable[[], str]) -> int:
+        """The warp stops here until someone wakes it; the reason is for the deadlock report."""
         self.ready = False
         self.waiting = reason
         return BLOCK
@@ -688,7 +688,7 @@ class Machine:
                         ins = w.program.function.instructions[
                             min(w.pc, len(w.program.function.instructions) - 1)
                         ]
-                        state = w.waiting or "running"
+                        state = w.waiting() if callable(w.waiting) else w.waiting or "running"
                         lines.append(f"  {w.where()} line {ins.line} ({ins.text[:70]}): {state}")
         return "\n".join(lines[:64])
 
@@ -771,7 +771,7 @@ def launch(
     schedule_seed: int = 0,
     uninitialized: Sequence[np.ndarray] = (),
     memory: GlobalMemory | None = None,
-    resident_clusters: int = 64,
+    resident_clusters: int = 160,
     strict_exit: bool = True,
 ) -> Machine:
     """Runs a kernel's PTX on the CPU.

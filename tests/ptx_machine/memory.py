@@ -380,8 +380,8 @@ class TensorMemory:
     LANES, COLUMNS = 128, 512
 
     def __init__(self) -> None:
-        self.data = np.full((self.LANES, self.COLUMNS), 0xCBCBCBCB, np.uint32)
-        self.written = np.zeros((self.LANES, self.COLUMNS), bool)
+        self.data = np.zeros((0, 0), np.uint32)  # made at the first allocation
+        self.written = np.zeros((0, 0), bool)
         self.owner = np.full(self.COLUMNS, -1, np.int32)  # allocation id of a column
         self.allocations: dict[int, tuple[int, int]] = {}  # first column -> (columns, line)
         self.permit = True
@@ -393,6 +393,9 @@ class TensorMemory:
             raise Fault(f"tcgen05.alloc of {columns} columns: not a power of two in [32, 512]")
         if not self.permit:
             raise Fault("tcgen05.alloc after relinquish_alloc_permit")
+        if not self.data.size:
+            self.data = np.full((self.LANES, self.COLUMNS), 0xCBCBCBCB, np.uint32)
+            self.written = np.zeros((self.LANES, self.COLUMNS), bool)
         for start in range(0, self.COLUMNS - columns + 1, 32):
             if (self.owner[start : start + columns] < 0).all():
                 self.owner[start : start + columns] = self.next_id

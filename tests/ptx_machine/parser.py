@@ -253,7 +253,7 @@ class _Parser:
                 elif words[0] == ".target":
                     self.target = words[1].split(",")[0].strip()
                 self.pos = end
-            elif rest.startswith((".file", ".loc", ".section")):
+            elif rest.startswith((".file", ".loc ", ".loc\t", ".section")):
                 if rest.startswith(".section"):
                     self.until("{")
                     self.until("}")
@@ -398,7 +398,7 @@ class _Parser:
                     function.branch_targets[unique] = [n + scope.suffix for n in names]
                 continue
             if char == ".":
-                if self.text.startswith((".loc", ".file"), self.pos):
+                if self.text.startswith((".loc ", ".loc\t", ".file"), self.pos):
                     end = self.text.find("\n", self.pos)
                     self.pos = end
                     continue

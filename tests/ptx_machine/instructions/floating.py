@@ -45,7 +45,18 @@ def _half_codec(kind: str) -> tuple[Callable, Callable]:
         return fmt.float_values(x, base)
 
     def store(x: np.ndarray) -> np.ndarray:
-        return fmt.encode(fmt.round_to(x, half), half).astype(U16)
+        if half is fmt.F16:
+            code = x.astype(np.float16).view(U16)
+            return where(np.isnan(x), U16(0x7FFF), code)
+        # f64 to f32 by rounding to odd, then to bf16: one rounding in effect.
+        y = x.astype(np.float32)
+        bits = y.view(U32)
+        wide = y.astype(np.float64)
+        inexact = (wide != x) & np.isfinite(x) & ((bits & U32(1)) == 0)
+        if inexact.any():
+            away = np.abs(wide) < np.abs(x)
+            bits = where(inexact, where(away, bits + U32(1), bits - U32(1)), bits)
+        return fmt.f32_to_bf16(bits.view(np.float32))
 
     return load, store
 

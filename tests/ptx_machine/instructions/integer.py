@@ -293,10 +293,9 @@ def brev(ctx: Context, ins: Instruction) -> Closure:
     kind = ins.parts[-1]
 
     def run(a: np.ndarray) -> np.ndarray:
-        raw = np.ascontiguousarray(a).view(np.uint8).reshape(a.size, -1)[:, ::-1]
-        bits = np.unpackbits(np.ascontiguousarray(raw), axis=1)[:, ::-1]
-        packed = np.packbits(np.ascontiguousarray(bits), axis=1)[:, ::-1]
-        return np.ascontiguousarray(packed[:, ::-1]).view(a.dtype).reshape(-1)
+        raw = np.ascontiguousarray(a).view(np.uint8).reshape(a.size, -1)
+        bits = np.unpackbits(raw, axis=1, bitorder="little")[:, ::-1]
+        return np.packbits(bits, axis=1, bitorder="little").view(a.dtype).reshape(-1)
 
     return simple(ctx, ins, kind, run, 1)
 

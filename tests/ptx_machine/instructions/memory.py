@@ -20,6 +20,7 @@ from ..parser import TYPE_BYTES, Discard, Instruction, Mem, Reg, Sym, Vec
 from . import floating
 
 U32, U64 = np.uint32, np.uint64
+REMOTE_WARP = 254  # stands for all warps of other CTAs in the marks of unfenced writes
 OFFSET_MASK = (1 << CTA_SHIFT) - 1
 TIMERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
 
@@ -295,7 +296,10 @@ def store_words(w, addresses: np.ndarray, values: np.ndarray, acc: Access) -> No
         cluster = acc.cluster or space == "generic_shared"
         for cta, selection, offsets in split_ranks(w, spread, cluster, "write"):
             cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "write")
-            owner = w.index if cta is w.cta else 250
+            owner = w.index
+            if cta is not w.cta:
+                owner = REMOTE_WARP
+                w.remote.add(cta)
             cta.shared.store(offsets, flat[selection], width, owner, cta.epoch)
         w.machine.progress()
         return
@@ -579,13 +583,14 @@ def atom(ctx: Context, ins: Instruction) -> Closure:
                 try:
                     old = load_words(w, at, single).reshape(-1)
                     new = fn(old, values[lane : lane + 1], third[lane : lane + 1])
-                    store_words(w, at, np.ascontiguousarray(new).astype(word), single)
+                    new = np.ascontiguousarray(new).astype(word)
+                    if new[0] != old[0]:  # an atomic that polls is no progress
+                        store_words(w, at, new, single)
                 finally:
                     w.mask = with_mask
                 old_values[lane] = old[0]
             if dsts and dsts[e] >= 0:
                 put(w, dsts[e], old_values.astype(storage(kind)))
-        w.machine.progress()
 
     return run
 
@@ -643,7 +648,6 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
     shape = next(p for p in parts if p.startswith(("m8n", "m16n")))
     count = int(next(p for p in parts if p in ("x1", "x2", "x4"))[1:])
     trans = "trans" in parts
-    formats = [p for p in parts if p.startswith(("b8x16", "b6x16", "b4x16"))]
     dsts = [ctx.dst(o) for o in ctx.vector(ins.operands[0])]
     slot, offset = ctx.address(ins.operands[1])
     if shape == "m8n8":
@@ -663,14 +667,13 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
         return run
     if shape not in ("m8n16", "m16n16"):
         raise ctx.error(f"ldmatrix shape {shape}")
-    source = formats[0].split(".")[0] if formats else "b8"
     packed = next((p for p in parts if p in ("b4x16_p64", "b6x16_p32")), "")
 
     def widen(raw: np.ndarray) -> np.ndarray:
         """(rows, 16) bytes of a row to 16 one-byte elements, unpacked from 4 or 6 bits."""
         if packed == "b4x16_p64":
             codes = np.stack([raw[:, :8] & 15, raw[:, :8] >> 4], axis=2).reshape(-1, 16)
-            return (codes << 2).astype(np.uint8)
+            return codes.astype(np.uint8)  # in the low four bits; mma wants them moved up by two
         if packed == "b6x16_p32":
             bits = np.unpackbits(raw[:, :12], axis=1, bitorder="little").reshape(-1, 16, 6)
             return (bits * (1 << np.arange(6))).sum(axis=2).astype(np.uint8)
@@ -687,22 +690,22 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
                 w.R[dst] = np.ascontiguousarray(raw[8 * i : 8 * i + 8]).view(U32).reshape(-1)
 
         return run8
-    if not trans:
-        raise ctx.error("ldmatrix.m16n16 needs .trans")
+    if not trans or count == 4:
+        raise ctx.error("ldmatrix.m16n16 needs .trans and .x1 or .x2")
+    lane = np.arange(WARP)
+    element = np.arange(4)
 
     def run16(w) -> None:
         rows = _matrix_rows(w, slot, offset, 2 * count, "ldmatrix")
         index = rows[:, None] + np.arange(16)
         w.cta.shared.check_readable(index, "ldmatrix")
         raw = widen(w.cta.shared.data[index])
-        for i in range(count):
-            matrix = np.ascontiguousarray(raw[16 * i : 16 * i + 16].T)  # row = source column
-            for half in range(2):
-                part = np.ascontiguousarray(matrix[8 * half : 8 * half + 8])
-                # 8 rows of 16 bytes over 32 lanes: each lane holds 4 bytes of a row.
-                w.R[dsts[2 * i + half]] = part.view(U32).reshape(-1)
+        column = (lane // 4)[:, None] + 8 * (element // 2)[None, :]
+        for i, dst in enumerate(dsts):
+            matrix, half = divmod(i, 2)
+            row = 16 * matrix + (4 * (lane % 4))[:, None] + 2 * half + (element % 2)[None, :]
+            w.R[dst] = np.ascontiguousarray(raw[row, column]).view(U32).reshape(-1)
 
-    del source
     return run16
 
 
@@ -714,6 +717,11 @@ def stmatrix(ctx: Context, ins: Instruction) -> Closure:
     trans = "trans" in parts
     slot, offset = ctx.address(ins.operands[0])
     srcs = [ctx.src(o, "b32") for o in ctx.vector(ins.operands[1])]
+    if (shape == "m16n8") != (parts[-1] == "b8") or (shape == "m16n8" and not trans):
+        raise ctx.error("stmatrix is .m8n8 of b16, or .m16n8.trans of b8")
+    lane, element = np.arange(WARP), np.arange(4)
+    row8 = (2 * (lane % 4))[:, None] + (element % 2)[None, :]
+    column8 = (lane // 4)[:, None] + 8 * (element // 2)[None, :]
 
     def run(w) -> None:
         rows = _matrix_rows(w, slot, offset, count, "stmatrix")
@@ -724,9 +732,10 @@ def stmatrix(ctx: Context, ins: Instruction) -> Closure:
                 if trans:
                     matrix = np.ascontiguousarray(matrix.T)
                 words = matrix.view(U64).reshape(8, 2)
-            else:  # m16n8, b8, always transposed: 16 rows of 8 bytes
-                matrix = np.ascontiguousarray(raw.view(np.uint8).reshape(8, 16).T)
-                words = matrix.reshape(8, 16).view(U64).reshape(8, 2)
+            else:  # 16x8 of b8, always transposed: 8 rows of 16 bytes in memory
+                matrix = np.empty((8, 16), np.uint8)
+                matrix[row8, column8] = raw.view(np.uint8).reshape(WARP, 4)
+                words = matrix.view(U64).reshape(8, 2)
             at = rows[8 * i : 8 * i + 8]
             offsets = (at[:, None] + np.array([0, 8])).reshape(-1)
             w.cta.shared.store(offsets, words.reshape(-1), 8, w.index, w.cta.epoch)

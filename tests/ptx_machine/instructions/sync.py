@@ -11,6 +11,7 @@ from ..memory import CTA_SHIFT, GENERIC_SHARED
 from ..parser import Instruction, Mem
 
 U64 = np.uint64
+REMOTE_WARP = 254
 
 
 # -- bar and barrier ---------------------------------------------------------------------------
@@ -337,7 +338,8 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         # try_wait may time out: the schedule decides whether it reports that or keeps waiting.
         if blocking and (w.spurious >= 2 or w.machine.rng.random() < 0.5):
             wake_on(barrier, w)
-            return w.block(barrier.describe() + f", waiting for parity {int(tokens[first])}")
+            wanted = int(tokens[first])
+            return w.block(lambda: f"{barrier.describe()}, waiting for {wanted}")
         w.spurious += 1
         put(w, dst, result)
         return YIELD
@@ -357,6 +359,9 @@ def fence(ctx: Context, ins: Instruction) -> Closure:
 
         def run(w) -> None:
             w.cta.shared.fence(w.index, w.epoch)
+            for cta in w.remote:
+                cta.shared.fence(REMOTE_WARP, 0)
+            w.remote.clear()
 
         return run
     known = ("membar.", "fence.sc", "fence.acq_rel", "fence.acquire", "fence.release",
@@ -377,7 +382,7 @@ def clusterlaunchcontrol(ctx: Context, ins: Instruction) -> Closure:
         return lambda w: put(w, dst, w.R[a][:, 0] != 0)
     a = ctx.src(ins.operands[1], "b64")
     dsts = [ctx.dst(o) for o in ctx.vector(ins.operands[0])]
-    axes = [0, 1, 2, 3] if len(dsts) > 1 else ["xyz".index(parts[3].split("::")[-1])]
+    axes = [0, 1, 2, 3] if len(dsts) > 1 else ["xyz".index(query.split("::")[-1])]
 
     def run(w) -> None:
         response = w.R[a][:, 1]

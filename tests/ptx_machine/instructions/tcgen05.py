@@ -370,7 +370,8 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
     if (shape == "32x128b") != (multicast == "warpx4"):
         raise ctx.error("tcgen05.cp.32x128b goes with .warpx4")
     rows, bits = (int(v) for v in re.findall(r"\d+", shape)[:2])
-    source = next((p for p in parts if p in ("b4x16_p64", "b6x16_p32")), "")
+    if any(p.startswith("b8x16") for p in parts):
+        raise ctx.error("tcgen05.cp with decompression is not modeled")
     slot, offset = ctx.address(ins.operands[0])
     desc_slot = ctx.src(ins.operands[1], "b64")
     lanes = _copy_lanes(shape, multicast)
@@ -393,8 +394,6 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
         def complete() -> None:
             for target in ctas:
                 raw = gather(target.shared, index, "tcgen05.cp reads")
-                if source:
-                    raw = _expand(raw, source)
                 words = np.ascontiguousarray(raw).view(U32)  # (rows, bits / 32)
                 where = np.arange(column, column + bits // 32)
                 for copy in lanes:
@@ -405,17 +404,6 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
         push(cta, complete, "tcgen05.cp", line, ctas)
 
     return run
-
-
-def _expand(raw: np.ndarray, source: str) -> np.ndarray:
-    """Unpacks 16-byte groups of sixteen 4- or 6-bit elements to one byte each."""
-    groups = raw.reshape(raw.shape[0], -1, 16)
-    if source == "b4x16_p64":
-        codes = np.stack([groups[..., :8] & 15, groups[..., :8] >> 4], axis=-1)
-        return (codes.reshape(groups.shape) << 2).astype(np.uint8).reshape(raw.shape)
-    bits = np.unpackbits(groups[..., :12], axis=-1, bitorder="little")
-    codes = (bits.reshape(*groups.shape, 6) * (1 << np.arange(6))).sum(axis=-1)
-    return codes.astype(np.uint8).reshape(raw.shape)
 
 
 def _shift(ctx: Context, ins: Instruction) -> Closure:
@@ -595,6 +583,8 @@ def check_shape(idesc: InstructionDescriptor, kind: str, size: int) -> None:
         rows, step = (128, 256), 16 if m == 128 or scaled else 32
         if scaled:
             step = 16
+    if scaled and size == 2 and m == 128:
+        raise Fault("block-scaled cta_group::2 with M = 128 is not modeled")
     if m not in rows or n % step or not step <= n <= 256:
         raise Fault(f"tcgen05.mma {kind} cta_group::{size} of shape {m}x{n}x{idesc.k}")
 
