@@ -53,9 +53,16 @@ def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
 
 
 def _split(tiles: int, k: int, num_sms: int) -> int:
-    """Ways to split K: doubled while the CTAs fit the chip and each keeps two stages of K."""
+    """Ways to split K: doubled while the CTAs fit the chip and each keeps two stages of K.
+
+    Pairs of CTAs always find their places. Larger clusters leave some multiprocessors of each GPC
+    unused, and a cluster without a place would start when the others are done: so they are held to
+    seven eighths of the chip (16 clusters of 8 on 148 multiprocessors).
+    """
     split = 1
-    while split < MAX_SPLIT_K and 2 * split * tiles <= num_sms and -(-k // 256) >= 4 * split:
+    while split < MAX_SPLIT_K and -(-k // 256) >= 4 * split:
+        if 2 * split * tiles > (num_sms if split == 1 else num_sms * 7 // 8):
+            break
         split *= 2
     return split
 
@@ -113,7 +120,7 @@ RULES = (
         _one,
         "Bound by the MMA rate: clusters of two pairs share x, 54 bytes a cycle for each CTA "
         "rather than 72, which no longer nears what L2 delivers. Four waves or more, so that the "
-        "tail of the larger clusters does not show.",
+        "multiprocessors that larger clusters leave unused, and their tail, do not show.",
     ),
     Rule(
         lambda p, sms: True,

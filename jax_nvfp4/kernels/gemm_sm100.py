@@ -8,7 +8,8 @@ One persistent kernel, specialized by warp:
 
     warps 0-3   epilogue: accumulators from tensor memory, scales and bias, y to global memory
     warp 4      MMA: block scales from shared to tensor memory, tcgen05.mma
-    warp 5      loads: TMA of both operands and both scale operands into a ring of stages
+    warp 5      loads: TMA of both operands and both scale operands into a ring of stages, and the
+                queries for the next tile (`gemm_sm100_ops.Tiles`)
 
 In the MMA's terms A is the operand of its M side (128 rows for each CTA) and B that of its N side.
 "pair" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
@@ -34,6 +35,7 @@ from cutlass.utils import blackwell_helpers, blockscaled_layout
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels.gemm_sm100_epilogue import PairEpilogue, SwapEpilogue
 from jax_nvfp4.kernels.gemm_sm100_ops import (
+    ANSWERS,
     CHUNK,
     EPILOGUE_WARPS,
     K_BLOCKS,
@@ -42,10 +44,15 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     ROWS,
     STAGE_BYTES_K,
     THREADS,
+    Tiles,
+    ask_for_tile,
+    coordinates,
+    first_tile,
+    init_answer_barriers,
+    next_tile,
     reduce_buffers,
     shape_of,
     tcgen05_fence_after,
-    tile_of,
 )
 from jax_nvfp4.kernels.variant import KernelVariant
 
@@ -156,7 +163,9 @@ class GemmSm100:
         tiles_b = cute.ceil_div(rows_b, s.columns * s.cluster_b)
         split = split_k if cutlass.const_expr(self.config.split_k > 1) else 1
         cluster = s.cluster_a * s.cluster_b * split
-        clusters = cutlass.max(cutlass.min(tiles_a * tiles_b, num_sms // cluster), 1)
+        # With a place for each cluster at once, nothing is to be taken over; and a cluster that
+        # starts early must not take the tile of one that is about to start.
+        steal = Int32(tiles_a * tiles_b > num_sms // cluster)
         self.kernel(
             mma,
             *load_a,
@@ -179,9 +188,9 @@ class GemmSm100:
             Int32(split),
             tiles_a,
             tiles_b,
-            clusters,
+            steal,
         ).launch(
-            grid=(clusters * cluster, 1, 1),
+            grid=(tiles_a * tiles_b * cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(cluster, 1, 1),
             stream=stream,
@@ -195,13 +204,14 @@ class GemmSm100:
         """Shared memory of a CTA."""
         s = self.shape
         stages = self.stages
-        barrier_count = 2 * stages + 2 * s.acc_barriers + 2 * self.red_buffers
+        barrier_count = 2 * (stages + s.acc_barriers + self.red_buffers + ANSWERS)
         staging_bytes = 1 if self.swap else EPILOGUE_WARPS * 2 * 4096
         reduce_floats = max(self.red_buffers * CHUNK * ROWS, 1)
 
         @cute.struct
         class Storage:
             barriers: cute.struct.MemRange[Int64, barrier_count]
+            answers: cute.struct.Align[cute.struct.MemRange[Int32, 4 * ANSWERS], 16]
             tmem: Int32
             # Scale and bias of each column of the tile, twice: the next tile's are written while
             # slower warps still read this one's.
@@ -248,7 +258,7 @@ class GemmSm100:
         split: Int32,
         tiles_a: Int32,
         tiles_b: Int32,
-        clusters: Int32,
+        steal: Int32,
     ):
         """The kernel: sets up barriers and tensor memory, then runs each warp's role."""
         s = self.shape
@@ -262,6 +272,9 @@ class GemmSm100:
         acc_empty = acc_full + s.acc_barriers
         red_full = acc_empty + s.acc_barriers
         red_empty = red_full + self.red_buffers
+        tiles = Tiles(
+            s, red_empty + self.red_buffers, storage.answers.data_ptr(), tiles_a, tiles_b, steal
+        )
 
         if warp == LOAD_WARP:
             for tma in (tma_a, tma_b, tma_sfa, tma_sfb):
@@ -282,6 +295,7 @@ class GemmSm100:
                 for i in cutlass.range_constexpr(self.red_buffers):
                     cute.arch.mbarrier_init(red_full + i, EPILOGUE_WARPS * split)
                     cute.arch.mbarrier_init(red_empty + i, EPILOGUE_WARPS * split)
+                init_answer_barriers(tiles)
             cute.arch.mbarrier_init_fence()
         if warp == 0:
             cute.arch.alloc_tmem(s.tmem_columns, storage.tmem.ptr, is_two_cta=s.pair)
@@ -290,29 +304,28 @@ class GemmSm100:
         cute.arch.cluster_wait()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem.ptr)
 
-        # The cluster's tiles: cluster c takes tiles c, c + clusters, ... In it, CTA `rank` has
-        # the coordinates (rank_a, rank_b), or slice `rank` of K where the cluster splits K.
-        cluster = cute.arch.block_idx()[0] // cute.arch.cluster_size()
+        # Where the cluster splits K, CTA `rank` has slice `rank` of it; else `rank` is its place in
+        # the cluster's tile, A's side first.
         stage_tiles = cute.ceil_div(k_tiles, K_BLOCKS)
         k_begin = Int32(0)
         k_end = stage_tiles
         if cutlass.const_expr(self.config.split_k > 1):
             k_begin = rank * stage_tiles // split
             k_end = (rank + 1) * stage_tiles // split
-        walk = (cluster, clusters, tiles_a, tiles_b)
 
         if warp == LOAD_WARP:
             self.load(
                 (tma_a, tma_b, tma_sfa, tma_sfb),
                 (gmem_a, gmem_b, gmem_sfa, gmem_sfb),
-                storage, full, empty, rank, k_begin, k_end, walk,
+                storage, full, empty, rank, k_begin, k_end, tiles,
             )  # fmt: skip
         if warp == MMA_WARP:
             cute.arch.griddepcontrol_wait()
             if rank % s.ctas == 0:
                 self.multiply(
-                    mma, tmem, storage, full, empty, acc_full, acc_empty, rank, k_begin, k_end, walk
-                )
+                    mma, tmem, storage, (full, empty, acc_full, acc_empty),
+                    rank, k_begin, k_end, tiles,
+                )  # fmt: skip
         if warp < EPILOGUE_WARPS:
             cute.arch.griddepcontrol_wait()
             if cutlass.const_expr(self.swap):
@@ -320,14 +333,14 @@ class GemmSm100:
                     (x_scale, w_scale, bias, y),
                     (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
                     storage, tmem, (acc_full, acc_empty, red_full, red_empty),
-                    rank, split, k_end > k_begin, walk,
+                    rank, split, k_end > k_begin, tiles,
                 )  # fmt: skip
             else:
                 PairEpilogue(s).run(
                     (x_scale, w_scale, bias, y),
                     (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
                     tma_y, gmem_y, use_tma,
-                    storage, tmem, acc_full, acc_empty, rank, walk,
+                    storage, tmem, (acc_full, acc_empty), rank, tiles,
                 )  # fmt: skip
 
         # No CTA may leave while another can still write to its shared memory or signal its
@@ -352,10 +365,9 @@ class GemmSm100:
         )
 
     @cute.jit
-    def load(self, tmas, gmem, storage, full, empty, rank, k_begin, k_end, walk):
+    def load(self, tmas, gmem, storage, full, empty, rank, k_begin, k_end, tiles):
         """The load warp: fills stages of both operands and their scales, tile after tile."""
         s = self.shape
-        cluster, clusters, tiles_a, tiles_b = walk
         rank_a = rank % s.cluster_a if cutlass.const_expr(s.cluster_a > 1) else Int32(0)
         rank_b = rank // s.cluster_a if cutlass.const_expr(s.cluster_b > 1) else Int32(0)
         peer = rank_a % s.ctas
@@ -407,9 +419,10 @@ class GemmSm100:
         waited = Int32(0)
         stage = Int32(0)
         phase = Int32(1)
-        index = cluster
-        while index < tiles_a * tiles_b:
-            tile_a, tile_b = tile_of(index, tiles_a, tiles_b)
+        count = Int32(0)
+        index = first_tile()
+        while index < tiles.count:
+            tile_a, tile_b = coordinates(tiles, index)
             row_a = (tile_a * s.cluster_a + rank_a) * s.a_slices + rank_b
             block_a = tile_a * s.cluster_a + rank_a
             first_b = tile_b * s.cluster_b + rank_b  # the MMA's tile of B
@@ -432,6 +445,7 @@ class GemmSm100:
                 )  # fmt: skip
                 cute.arch.griddepcontrol_wait()
                 waited = Int32(1)
+            ask_for_tile(tiles, count, rank)
 
             for k in cutlass.range(k_begin, k_end, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
@@ -461,7 +475,8 @@ class GemmSm100:
                 if stage == self.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
-            index += clusters
+            index = next_tile(tiles, count)
+            count += 1
 
         if waited == 0:
             cute.arch.griddepcontrol_wait()
@@ -503,12 +518,10 @@ class GemmSm100:
         return copy, source, thread.partition_D(compact)
 
     @cute.jit
-    def multiply(
-        self, mma, tmem, storage, full, empty, acc_full, acc_empty, rank, k_begin, k_end, walk
-    ):
+    def multiply(self, mma, tmem, storage, barriers, rank, k_begin, k_end, tiles):
         """The MMA warp (of the pair's first CTA): one accumulator tile after the other."""
         s = self.shape
-        cluster, clusters, tiles_a, tiles_b = walk
+        full, empty, acc_full, acc_empty = barriers
         smem_a = blackwell_helpers.make_smem_layout_a(mma, self.mma_tile, Float4E2M1FN, self.stages)
         smem_b = blackwell_helpers.make_smem_layout_b(mma, self.mma_tile, Float4E2M1FN, self.stages)
         a_ptr = cute.recast_ptr(storage.a.data_ptr(), smem_a.inner, dtype=Float4E2M1FN)
@@ -548,8 +561,8 @@ class GemmSm100:
         stage = Int32(0)
         phase = Int32(0)
         count = Int32(0)
-        index = cluster
-        while index < tiles_a * tiles_b:
+        index = first_tile()
+        while index < tiles.count:
             buffer = count % 2
             barrier = count % s.acc_barriers
             cute.arch.mbarrier_wait(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
@@ -558,7 +571,7 @@ class GemmSm100:
             sfb_mma = sfb
             if cutlass.const_expr(s.columns < ROWS):
                 # Several tiles share a row block of scales: rows 32 j.. are in column j.
-                _, tile_b = tile_of(index, tiles_a, tiles_b)
+                _, tile_b = coordinates(tiles, index)
                 column = tile_b % (ROWS // s.columns) * (s.columns // 32)
                 sfb_mma = cute.make_tensor(
                     cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), tmem_sfb
@@ -582,8 +595,8 @@ class GemmSm100:
                     stage = Int32(0)
                     phase = phase ^ 1
             self.commit(acc_full + barrier, pair_mask, s.pair)
+            index = next_tile(tiles, count)
             count += 1
-            index += clusters
 
     @cute.jit
     def commit(self, barrier, mask, multicast: cutlass.Constexpr):

@@ -11,12 +11,14 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     CLUSTER,
     ROWS,
     Shape,
+    coordinates,
+    first_tile,
     fma,
     load_accumulators,
+    next_tile,
     store_remote,
     tcgen05_fence_after,
     tcgen05_fence_before,
-    tile_of,
     wait_cluster,
 )
 
@@ -89,22 +91,32 @@ class PairEpilogue(Epilogue):
 
     @cute.jit
     def run(
-        self, pointers, args, tma_y, gmem_y, use_tma, storage, tmem, acc_full, acc_empty, rank, walk
+        self,
+        pointers,
+        args,
+        tma_y,
+        gmem_y,
+        use_tma,
+        storage,
+        tmem,
+        barriers,
+        rank,
+        tiles,
     ):
         """Runs the epilogue warps over the CTA's tiles."""
         s = self.shape
         x_scale, w_scale, bias, y = pointers
         m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
-        cluster, clusters, tiles_a, tiles_b = walk
+        acc_full, acc_empty = barriers
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         leader = rank // 2 * 2
         buffers = storage.staging.data_ptr() + cute.assume(warp * 8192, divby=8192)
         used = Int32(0)  # staging buffers used so far
         count = Int32(0)
-        index = cluster
-        while index < tiles_a * tiles_b:
-            tile_a, tile_b = tile_of(index, tiles_a, tiles_b)
+        index = first_tile()
+        while index < tiles.count:
+            tile_a, tile_b = coordinates(tiles, index)
             row0 = (tile_a * s.cluster_a + rank % s.cluster_a) * ROWS
             col0 = (tile_b * s.cluster_b + rank // s.cluster_a) * s.columns
             vectors = count % 2 * (2 * s.columns)
@@ -146,8 +158,8 @@ class PairEpilogue(Epilogue):
                     halves, buffers, used, (tma_y, gmem_y, use_tma, y),
                     (m, n, out_dtype), row0 + warp * 32, col0 + group * 64,
                 )  # fmt: skip
+            index = next_tile(tiles, count)
             count += 1
-            index += clusters
         cute.arch.cp_async_bulk_wait_group(0)
 
     def finish(self, acc, row_scale, col_scale, col_bias):
@@ -247,19 +259,18 @@ class SwapEpilogue(Epilogue):
         self.red_buffers = red_buffers
 
     @cute.jit
-    def run(self, pointers, args, storage, tmem, barriers, rank, split, has_k, walk):
+    def run(self, pointers, args, storage, tmem, barriers, rank, split, has_k, tiles):
         """Runs the epilogue warps over the CTA's tiles."""
         s = self.shape
         x_scale, w_scale, bias, y = pointers
         m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
         acc_full, acc_empty, red_full, red_empty = barriers
-        cluster, clusters, tiles_a, tiles_b = walk
         thread = cute.arch.thread_idx()[0]
         chunks = s.columns // CHUNK
         count = Int32(0)
-        index = cluster
-        while index < tiles_a * tiles_b:
-            tile_a, tile_b = tile_of(index, tiles_a, tiles_b)
+        index = first_tile()
+        while index < tiles.count:
+            tile_a, tile_b = coordinates(tiles, index)
             feature = tile_a * ROWS + thread
             token0 = tile_b * s.columns
             vectors = count % 2 * (2 * s.columns)
@@ -293,8 +304,8 @@ class SwapEpilogue(Epilogue):
                         (rank, split, vectors + i * CHUNK), row_scale, row_bias, y,
                         (m, n, out_dtype), token, feature,
                     )  # fmt: skip
+            index = next_tile(tiles, count)
             count += 1
-            index += clusters
 
     @cute.jit
     def store_features(self, acc, scales, row_scale, row_bias, y, args, token, feature):

@@ -20,6 +20,7 @@ ROWS = 128  # rows of A in one CTA's tile, and rows of a scale tile
 STAGE_BYTES_K = 128  # bytes of a row in one stage: 256 e2m1 values
 K_BLOCKS = 4  # MMAs (of 64 along K) and scale tiles in one stage
 CHUNK = 32  # accumulator columns that the epilogue handles at a time
+ANSWERS = 4  # tiles that the load warp may be ahead of the epilogue
 RASTER = 8  # N-side tiles that are walked before the next M-side tile
 CLUSTER = nvvm.MemScopeKind.CLUSTER
 OVERLAP_COLUMNS = 208  # distance of the two accumulators of a 256-column tile
@@ -101,19 +102,6 @@ def store_remote(pointer, rank, value, *, loc=None, ip=None):
         loc=loc,
         ip=ip,
     )
-
-
-@cute.jit
-def tile_of(index, tiles_a, tiles_b):
-    """Coordinates of the cluster's tile `index`: RASTER tiles of B, then the next of A.
-
-    Clusters that run at the same time so share rows of both operands in L2.
-    """
-    band = index // (RASTER * tiles_a)
-    rest = index - band * (RASTER * tiles_a)
-    width = cutlass.min(tiles_b - band * RASTER, RASTER)
-    row = rest // width
-    return row, band * RASTER + rest - row * width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,3 +200,88 @@ def reduce_buffers(config: GemmConfig) -> int:
     if config.split_k == 1:
         return 0
     return 2 if config.tile_m > CHUNK else 1
+
+
+class Tiles:
+    """The tiles that a cluster works on: its own, then those of clusters it keeps from starting.
+
+    The grid has a cluster for each tile. A running cluster asks the hardware to cancel one that has
+    not started (clusterlaunchcontrol) and takes over its tile, one query ahead of its work. The
+    first warp to need a tile, the load warp of CTA 0, asks; the answer lands in all CTAs. So the
+    walk needs no count of the clusters that fit the chip at once, and no counter in memory.
+    """
+
+    def __init__(self, shape: "Shape", barriers, answers, tiles_a, tiles_b, steal):
+        self.shape = shape
+        self.full = barriers
+        self.empty = barriers + ANSWERS
+        self.answers = answers
+        self.tiles_a = tiles_a
+        self.tiles_b = tiles_b
+        self.count = tiles_a * tiles_b
+        self.steal = steal
+
+
+def answer_pointer(tiles: Tiles, slot):
+    """Where the answer of 16 bytes in `slot` is."""
+    return tiles.answers + cute.assume(4 * slot, divby=4)
+
+
+def first_tile():
+    """The tile of this cluster's own place in the grid."""
+    return cute.arch.block_idx()[0] // cute.arch.cluster_size()
+
+
+@cute.jit
+def coordinates(tiles: Tiles, index):
+    """Coordinates of the cluster's tile `index`: RASTER tiles of B, then the next of A.
+
+    Clusters that run at the same time so share rows of both operands in L2.
+    """
+    band = index // (RASTER * tiles.tiles_a)
+    rest = index - band * (RASTER * tiles.tiles_a)
+    width = cutlass.min(tiles.tiles_b - band * RASTER, RASTER)
+    row = rest // width
+    return row, band * RASTER + rest - row * width
+
+
+@cute.jit
+def init_answer_barriers(tiles: Tiles):
+    """Sets up the barriers: by one thread of each CTA."""
+    size = cute.arch.cluster_size()
+    # The load and epilogue warps of each CTA read an answer, and the MMA warp of each pair.
+    readers = size * (1 + EPILOGUE_WARPS) + size // tiles.shape.ctas
+    for i in cutlass.range_constexpr(ANSWERS):
+        cute.arch.mbarrier_init(tiles.full + i, 1)
+        cute.arch.mbarrier_init(tiles.empty + i, readers)
+
+
+@cute.jit
+def ask_for_tile(tiles: Tiles, count, rank):
+    """Asks for the tile after the cluster's `count`-th; by the load warp of each CTA."""
+    if tiles.steal != 0:
+        slot = count % ANSWERS
+        if rank == 0:
+            cute.arch.mbarrier_wait(tiles.empty + slot, (count // ANSWERS + 1) % 2)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(tiles.full + slot, 16)
+        if rank == 0:
+            with cute.arch.elect_one():
+                cute.arch.issue_clc_query(tiles.full + slot, answer_pointer(tiles, slot))
+
+
+@cute.jit
+def next_tile(tiles: Tiles, count):
+    """The tile after the cluster's `count`-th; `tiles.count` if there is none."""
+    index = tiles.count
+    if tiles.steal != 0:
+        slot = count % ANSWERS
+        cute.arch.mbarrier_wait(tiles.full + slot, count // ANSWERS % 2)
+        block, _, _, canceled = cute.arch.clc_response(answer_pointer(tiles, slot))
+        if canceled != 0:
+            index = block // cute.arch.cluster_size()
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(tiles.empty + slot, 0, scope=CLUSTER)
+    return index

@@ -67,8 +67,11 @@ def random_operand(rng, rows, k, stored_rows, padding=0):
 
 
 def gemm(config, x, w, m, n, k, *, x_scale=None, w_scale=1.0, bias=None, out=1, split=1, sms=2,
-         seed=0):  # fmt: skip
-    """Runs a config's kernel. Scales: None, a number or a vector. Returns y (m, n)."""
+         resident=None, seed=0):  # fmt: skip
+    """Runs a config's kernel. Scales: None, a number or a vector. Returns y (m, n).
+
+    `resident` clusters run at the same time: by default as many as `sms` multiprocessors hold.
+    """
     dtype = DTYPES[out]
     y = np.empty((m, n), dtype)
     y.view(np.uint8)[...] = 0xAB
@@ -90,6 +93,8 @@ def gemm(config, x, w, m, n, k, *, x_scale=None, w_scale=1.0, bias=None, out=1, 
         [*arrays, None, *integers],
         uninitialized=[y],
         schedule_seed=seed,
+        num_sms=sms,
+        resident_clusters=resident or max(sms // (config.cluster_m * config.cluster_n * split), 1),
     )
     return y
 
@@ -126,6 +131,24 @@ def test_waves_of_tiles(name, seed):
     m, n = 2 * config.tile_m - 21, (config.cluster_n + 1) * config.tile_n - 59
     sms = config.cluster_m * config.cluster_n
     check(config, m, n, 336, seed=seed, sms=sms, padding=NAN_SCALE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("resident", [1, 2, 16])
+@pytest.mark.parametrize("name", ["swap_t32", "pair_t256x128"])
+def test_clusters_that_take_over_tiles(name, resident, seed):
+    """Twelve tiles, more or fewer clusters at once than the host code reckons with."""
+    config = BY_NAME[name]
+    m, n = (3 * 32 - 2, 4 * 128 - 9) if config.swap_ab else (2 * 256 - 5, 6 * 128 - 8)
+    sms = 2 * config.cluster_m
+    check(config, m, n, 128, seed=seed, sms=sms, resident=resident, bias=None)
+
+
+@pytest.mark.parametrize("name", ["swap_t64", "pair_t256x256"])
+def test_clusters_that_wait_for_a_place(name):
+    """The chip holds fewer clusters than its multiprocessors would: the rest start later."""
+    config = BY_NAME[name]
+    check(config, 2 * config.tile_m, 2 * config.tile_n, 64, sms=64, resident=1)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
