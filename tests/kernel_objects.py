@@ -68,6 +68,19 @@ def tool(name: str) -> str:
     return found
 
 
+def cmake(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs CMake, with Ninja and this Python."""
+    # The wheels' programs, where the environment is not activated, and then the system's.
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+    assert program and ninja, "pip install cmake ninja"
+    command = [program, *args]
+    if args[0] == "-S":
+        command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        command += [f"-DPython_EXECUTABLE={sys.executable}"]
+    return subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True)
+
+
 @functools.cache
 def sass(name: str) -> str:
     """The disassembly of a kernel's cubin."""
@@ -78,19 +91,14 @@ def sass(name: str) -> str:
 @functools.cache
 def extension_path() -> pathlib.Path:
     """The extension module, linked from `folder()`."""
-    binary = ROOT / "build" / f"test-extension-{sys.implementation.cache_tag}"
+    binary = ROOT / "build" / f"test-ffi-{sys.implementation.cache_tag}"
+    options = [f"-DJAX_NVFP4_KERNELS_DIR={folder()}", "-DJAX_NVFP4_REQUIRE_EXTENSION=ON"]
     with _lock("extension"):
-        defines = {
-            "Python_EXECUTABLE": sys.executable,
-            "JAX_NVFP4_KERNELS_DIR": folder(),
-            "JAX_NVFP4_REQUIRE_EXTENSION": "ON",
-        }
-        options = [f"-D{name}={value}" for name, value in defines.items()]
-        for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(binary), *options],
-            ["cmake", "--build", str(binary), "--parallel", "2"],
+        for args in (
+            ("-S", str(ROOT), "-B", str(binary), *options),
+            ("--build", str(binary), "--parallel", "2"),
         ):
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = cmake(*args)
             assert result.returncode == 0, result.stdout + result.stderr
     (path,) = binary.glob("_ffi*.so")
     return path

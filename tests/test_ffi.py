@@ -7,9 +7,7 @@ error is how a call that passes its checks ends here.
 
 import ctypes
 import json
-import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -352,27 +350,22 @@ def test_without_the_extension_all_is_told_and_nothing_breaks(error: str, why: s
     assert manifest["kernels"] == [] and arches == []
 
 
-def configure(tmp_path: pathlib.Path, *options: str, **environment: str) -> Any:
-    command = [shutil.which("cmake"), "-S", str(kernel_objects.ROOT), "-B", str(tmp_path)]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", *options]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-
-
 def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path: pathlib.Path) -> None:
     missing = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": str(tmp_path)}
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
-    done = configure(tmp_path / "a", *generator, **missing)
+    source = ("-S", str(kernel_objects.ROOT))
+    done = kernel_objects.cmake(*source, "-B", str(tmp_path / "a"), env=missing)
     assert done.returncode == 0, done.stderr
     assert "installing without the CUDA extension: no C++ compiler was found" in done.stderr
     note = (tmp_path / "a" / "_no_extension.txt").read_text()
     assert note == "no C++ compiler was found when it was installed"
     required = "-DJAX_NVFP4_REQUIRE_EXTENSION=ON"
-    done = configure(tmp_path / "b", *generator, required, **missing)
+    done = kernel_objects.cmake(*source, "-B", str(tmp_path / "b"), required, env=missing)
     assert done.returncode != 0
     assert "the CUDA extension cannot be built: no C++ compiler" in done.stderr
 
 
 def test_a_folder_without_kernels_is_refused(tmp_path: pathlib.Path) -> None:
-    done = configure(tmp_path / "build", f"-DJAX_NVFP4_KERNELS_DIR={tmp_path}")
+    folders = ("-S", str(kernel_objects.ROOT), "-B", str(tmp_path / "build"))
+    done = kernel_objects.cmake(*folders, f"-DJAX_NVFP4_KERNELS_DIR={tmp_path}")
     assert done.returncode != 0
     assert f"no manifest.json in {tmp_path}" in " ".join(done.stderr.split())
