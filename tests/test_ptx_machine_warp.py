@@ -187,7 +187,7 @@ st.global.v4.b32 [%rd2], {%r2, %r3, %r4, %r5};
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [(4 * 32, "out of bounds: bytes .128, 132. of array"), (2, "misaligned"),
+    [(4 * 32, r"out of bounds: bytes .128, 132. of array"), (2, "misaligned"),
      (-4, "no global allocation")],
 )  # fmt: skip
 def test_bad_global_accesses(address, message):
@@ -232,11 +232,11 @@ def test_shared_memory_starts_poisoned():
 def test_local_memory_is_private_and_poisoned():
     body = """
 .local .align 4 .b8 stack[64];
-mov.u32 %r1, stack; st.local.u32 [%r1+4], {a0}; ld.local.u32 {d0}, [%r1+4];
+mov.u32 %r5, stack; st.local.u32 [%r5+4], {a0}; ld.local.u32 {d0}, [%r5+4];
 """
     np.testing.assert_array_equal(lanes(body, ID), LANE)
     with pytest.raises(PtxRuntimeError, match="never written"):
-        lanes(".local .align 4 .b8 s[64]; mov.u32 %r1, s; ld.local.u32 {d0}, [%r1];", ID)
+        lanes(".local .align 4 .b8 s[64]; mov.u32 %r5, s; ld.local.u32 {d0}, [%r5];", ID)
 
 
 def test_generic_addresses():
