@@ -8,6 +8,8 @@ the other writes its tile out. Bound by the tensor cores.
 
 `stream`: 64 rows of the weight against up to 16 or 64 rows of x, operands swapped, nearly all of
 the shared memory a queue of weight tiles in flight. Bound by memory.
+
+`weight_only`: stream for 16-bit x; the weight's codes are expanded in registers.
 """
 
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
@@ -53,7 +55,23 @@ STREAM_64 = GemmConfig(
     split_k=8,
 )
 
-CONFIGS = (PINGPONG, STREAM_16, STREAM_64)
+WEIGHT_ONLY = tuple(
+    GemmConfig(
+        name=f"gemm_sm120f_weight_only_{short}_t16x64",
+        arch="sm_120f",
+        kind="weight_only",
+        x_dtype=x_dtype,
+        tile_m=16,
+        tile_n=64,
+        tile_k=256,
+        stages=5,
+        swap_ab=True,
+        split_k=8,
+    )
+    for short, x_dtype in (("bf16", "bfloat16"), ("f16", "float16"))
+)
+
+CONFIGS = (PINGPONG, STREAM_16, STREAM_64, *WEIGHT_ONLY)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -114,6 +132,20 @@ RULES = (
         "split so that idle ones work, in parts of 2048 or longer so that the partial sums, "
         "2 x 4 bytes an output and part, stay small beside the operands.",
     ),
+)
+
+
+RULES += tuple(
+    Rule(
+        when=lambda p, num_sms: p.m <= 64 and not p.batch_invariant,
+        config=config,
+        split_k=_fill(config, want=64, min_k_tiles=8),
+        reason="Reads the weight's 0.56 bytes an element where dequantizing to bf16 first moves "
+        "4.56. Each further 16 rows read the weight from L2 once more; above 64 rows the MMAs and "
+        "L2 take what that saves, and XLA's dot of the dequantized weight has the better tiles. "
+        "A batch-invariant call is left to XLA for each m, as it would change kernels with m.",
+    )
+    for config in WEIGHT_ONLY
 )
 
 

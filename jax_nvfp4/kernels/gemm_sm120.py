@@ -19,9 +19,10 @@ from jax_nvfp4.config import sm120 as configs
 from jax_nvfp4.kernels.gemm_sm120_pingpong import Pingpong
 from jax_nvfp4.kernels.gemm_sm120_reduce import Reduce
 from jax_nvfp4.kernels.gemm_sm120_stream import Stream
+from jax_nvfp4.kernels.gemm_sm120_weight_only import WeightOnly
 from jax_nvfp4.kernels.variant import KernelVariant
 
-_KINDS = {"pingpong": Pingpong, "stream": Stream}
+_KINDS = {"pingpong": Pingpong, "stream": Stream, "weight_only": WeightOnly}
 
 
 def _host(config: GemmConfig) -> Callable[..., None]:

@@ -240,3 +240,97 @@ def transpose_quad(words, t):
             exchanged[j] = select(upper, words[j], got)
         words = exchanged
     return words
+
+
+# ---- 16-bit operands: x as it is, the weight expanded in registers -------------------------------
+
+
+@dsl_user_op
+def mma_16bit(d, a, b, kind, *, loc=None, ip=None):
+    """d + a b: 16x8 over K = 16, pairs of "bf16" or "f16", accumulated in Float32."""
+    return _asm(
+        [Float32] * 4,
+        [*a, *b, *d],
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        True,
+        loc,
+        ip,
+    )
+
+
+@dsl_user_op
+def load_shared_x4(address, *, loc=None, ip=None):
+    """The four Int32 at a shared-memory address that is a multiple of 16."""
+    return _asm(
+        [Int32] * 4,
+        [address],
+        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r",
+        True,
+        loc,
+        ip,
+    )
+
+
+@dsl_user_op
+def permute(low, high, selector, *, loc=None, ip=None):
+    """Four of the eight bytes of two Int32, picked by the nibbles of `selector`."""
+    return _asm(
+        [Int32], [low, high, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip
+    )
+
+
+@dsl_user_op
+def multiply_pairs(a, b, kind, *, loc=None, ip=None):
+    """Products of two pairs of "bf16" or "f16", subnormals kept."""
+    return _asm([Int32], [a, b], f"mul.rn.{kind}x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
+
+
+# A code's exponent and mantissa are put at the low end of the 16-bit exponent and the high end of
+# the mantissa: its value times 2**-126 (bf16) or 2**-14 (f16), a zero and 0.5 included, which are
+# subnormal there. The scale takes up what its range allows, and `UNSCALE` of the sum the rest.
+# kind: (right shift of a code at the top of a half, mask of its three bits, 1 / scale's factor)
+_EXPAND = {"bf16": (6, 0x01C001C0), "f16": (3, 0x0E000E00)}
+UNSCALE = {"bf16": 2.0**8, "f16": 2.0**7}
+
+
+def expand_pairs(codes, scale, kind):
+    """Eight codes times their scale, as four pairs (c, c + 4), c = 0..3.
+
+    Args:
+        codes: Int32 of codes 0..7, lowest first.
+        scale: a pair of the scale's 16-bit value, from `expand_scales`.
+        kind: "bf16" or "f16".
+
+    Returns:
+        4 Int32, value / UNSCALE[kind], exact: a code times a scale has six significant bits.
+    """
+    shift, mask = _EXPAND[kind]
+    pairs = []
+    for c in range(4):
+        top = codes << (4 * (3 - c))  # code c at the top of the low half, c + 4 of the high one
+        bits = (top & Int32(-0x7FFF8000)) | ((top >> shift) & Int32(mask))
+        pairs.append(multiply_pairs(bits, scale, kind))
+    return pairs
+
+
+@dsl_user_op
+def expand_scales(two, kind, *, loc=None, ip=None):
+    """Two e4m3 scales (low bytes of an Int32) as two pairs of equal 16-bit values; NaN stays NaN.
+
+    bf16: times 2**118, f16: times 2**7, which with the codes' factor makes 1 / UNSCALE.
+    """
+    halves = "{.reg .b16 p, u, v; .reg .b32 h; mov.b32 {p, u}, $2; cvt.rn.f16x2.e4m3x2 h, p; "
+    if kind == "f16":
+        text = "mul.rn.f16x2 h, h, $3; mov.b32 {u, v}, h; mov.b32 $0, {u, u}; mov.b32 $1, {v, v};}"
+        constant = Int32(0x58005800)  # 128, 128
+    else:
+        text = (
+            ".reg .f32 f, g, c; mov.b32 {u, v}, h; cvt.f32.f16 f, u; cvt.f32.f16 g, v; "
+            "mov.b32 c, $3; mul.f32 f, f, c; mul.f32 g, g, c; "
+            "cvt.rn.bf16x2.f32 $0, f, f; cvt.rn.bf16x2.f32 $1, g, g;}"
+        )
+        constant = Int32(0x7A800000)  # 2**118
+    return _asm([Int32] * 2, [two, constant], halves + text, "=r,=r,r,r", False, loc, ip)

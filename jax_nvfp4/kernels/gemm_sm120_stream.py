@@ -270,17 +270,19 @@ class Stream:
             row, column, split, _, count = self.item(index, tiles, k_tiles, split_k)
             accumulators.fill(0.0)
             addresses = self.item_addresses(stage_0, row)
+            rows = out[2] - row * self.tile_m
             for _ in cutlass.range(count, unroll=1):
                 cute.arch.mbarrier_wait(barriers + stage, parity)
                 fragments = self.load(self.stage_addresses(addresses, stage))
                 cute.arch.sync_warp()
                 if lane == 0:
                     cute.arch.mbarrier_arrive(barriers + self.stages + stage)
-                self.multiply(accumulators, fragments)
+                self.multiply(accumulators, fragments, rows)
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
                     parity = parity ^ 1
+            self.finish(accumulators)
             first_n = column // 2 * 128 + 32 * warp + column % 2 * 16 + lane // 4
             self.store(
                 accumulators,
@@ -344,8 +346,8 @@ class Stream:
             sfx = [ops.load_shared_x2(sfx_address + 512 * i) for i in range(4)]
         return a, b, sfw, sfx
 
-    def multiply(self, accumulators, fragments):
-        """Adds the product of a stage; in K's order, whatever else the warp does meanwhile."""
+    def multiply(self, accumulators, fragments, _rows):
+        """Adds the product of a stage, in K's order."""
         a, b, sfw, sfx = fragments
         for i in range(4):
             for j in range(self.blocks):
@@ -364,6 +366,9 @@ class Stream:
                 )
                 for e in range(4):
                     accumulators[j, e] = d[e]
+
+    def finish(self, accumulators):
+        """What is left to do to the sums: nothing."""
 
     @cute.jit
     def store(self, accumulators, place, split, scales, out):
