@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_nvfp4 import cli
-from jax_nvfp4.cli import bench, timing
+from jax_nvfp4.cli import bench, measurements, timing
 
 SMALL = ["bench", "--shape", "64x128", "--rows", "1,5", "--quantize-shape", "8x64"]
 SMALL += ["--layers", "1", "--layer-width", "64,96,128", "--rotate-mb", "1"]
@@ -35,20 +35,20 @@ def test_tables_json_and_picture_agree(
 
 
 def test_bytes_and_operations_of_a_call() -> None:
-    row = bench.LinearRow(n=32, k=64, m=4, w4a16=2.0, w4a4=1.0, invariant=None, bf16=3.0)
+    row = measurements.LinearRow(n=32, k=64, m=4, w4a16=2.0, w4a4=1.0, invariant=None, bf16=3.0)
     assert row.bytes == 32 * 64 / 2 + 32 * 64 / 16 + 4 * 64 * 2 + 4 * 32 * 2
     assert row.flops == 2 * 32 * 64 * 4
     assert row.best == 1.0
-    assert bench.QuantizeRow(4, 64, 1, 1, 1).bytes == 4 * 64 * 2 + 4 * 64 / 2 + 4 * 64 / 16
+    assert measurements.QuantizeRow(4, 64, 1, 1, 1).bytes == 4 * 64 * 2 + 4 * 64 / 2 + 4 * 64 / 16
 
 
 def test_a_wrong_result_is_not_timed() -> None:
     x, w = jnp.ones((2, 32), jnp.bfloat16), jnp.ones((16, 32), jnp.bfloat16)
     y = x @ w.T
-    bench._check_result(y, x, w, True)
+    measurements._check_result(y, x, w, True)
     for bad in (y.at[0, 0].add(8), y * jnp.nan):
-        with pytest.raises(RuntimeError, match="linear is wrong"):
-            bench._check_result(bad, x, w, True)
+        with pytest.raises(measurements.WrongResultError, match="linear is wrong"):
+            measurements._check_result(bad, x, w, True)
 
 
 def test_every_pair_is_computed() -> None:
