@@ -182,11 +182,12 @@ def test_resources_are_what_cuobjdump_says(op: str) -> None:
 
 
 # What the machine code must hold, by op and architecture. The names are those of nvdisasm:
-# HGMMA is wgmma in bf16 or f16, UTCOMMA tcgen05.mma and OMMA mma.sync with block-scaled FP4.
+# HGMMA is wgmma in bf16 or f16, UTCOMMA tcgen05.mma and OMMA mma.sync with block-scaled FP4, HMMA
+# mma.sync in bf16 or f16 (weight-only).
 INSTRUCTIONS = [
     ("gemm", ("sm_90a",), r"\bHGMMA\."),
     ("gemm", ("sm_100f",), r"\bUTCOMMA\."),
-    ("gemm", ("sm_120f",), r"\bOMMA\.SF\."),
+    ("gemm", ("sm_120f",), r"\b(OMMA\.SF|HMMA\.16816)\."),
     ("quantize", BLACKWELL, r"\bF2FP\.\S*E2M1"),
 ]
 

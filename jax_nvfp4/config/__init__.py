@@ -16,7 +16,7 @@ from jax_nvfp4.config._types import (
     Rule,
     arch_of_compute_capability,
 )
-from jax_nvfp4.config.select import configs, scratch_bytes, select
+from jax_nvfp4.config.select import configs, scratch_bytes, select, serves
 
 __all__ = [
     "ARCHES",
@@ -29,4 +29,5 @@ __all__ = [
     "configs",
     "scratch_bytes",
     "select",
+    "serves",
 ]

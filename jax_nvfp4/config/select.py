@@ -40,6 +40,18 @@ def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
     raise ValueError(f"no kernel config takes {problem}")
 
 
+def serves(problem: GemmProblem, num_sms: int) -> bool:
+    """Whether the arch's table has a row for a problem.
+
+    It has one for each problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's kernels
+    for 16-bit x are for few rows.
+    """
+    return any(
+        rule.config.x_dtype == problem.x_dtype and rule.when(problem, num_sms)
+        for rule in _module(problem.arch).RULES
+    )
+
+
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
     """Bytes of scratch memory that the kernel of `config` needs for `problem`."""
     return _module(config.arch).scratch_bytes(config, problem, split_k, num_sms)
