@@ -145,6 +145,27 @@ def test_two_threads_at_once() -> None:
     assert not failures
 
 
+def test_every_device_of_the_process_at_once() -> None:
+    """One program on each GPU, from a thread each: a kernel is loaded for every device."""
+    rng = np.random.default_rng(6)
+    devices = [d for d in jax.local_devices() if d.device_kind == DEVICE.device_kind]
+    inputs = [jnp.asarray(rng.standard_normal((16, 96)), jnp.float16) for _ in devices]
+    results: list[Any] = [None] * len(devices)
+
+    def work(which: int) -> None:
+        x = jax.device_put(inputs[which], devices[which])
+        results[which] = jax.jit(lambda x: chain(x, 6))(x)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(devices))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for device, x, y in zip(devices, inputs, results, strict=True):
+        assert y.devices() == {device}
+        np.testing.assert_array_equal(np.asarray(y), chain_on_cpu(x, 6))
+
+
 def test_the_host_does_not_wait() -> None:
     """Calls are enqueued behind work that takes long: their dispatch must not take as long."""
     big = jnp.ones((8192, 8192), jnp.bfloat16)
