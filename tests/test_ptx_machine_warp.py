@@ -101,7 +101,7 @@ setp.lt.u32 %p1, {a0}, 7; mov.b32 {d0}, 0;
 
 
 def test_uniform_branch_must_be_uniform():
-    with pytest.raises(PtxRuntimeError, match="bra.uni"):
+    with pytest.raises(PtxRuntimeError, match=r"bra.uni"):
         lanes("setp.lt.u32 %p1, {a0}, 7; mov.b32 {d0}, 0; @%p1 bra.uni L; L: mov.b32 %r2, 0;", ID)
 
 
