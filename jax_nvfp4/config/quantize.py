@@ -46,10 +46,13 @@ KIND_OF_MODE = {
     Mode.TENSOR: "grid",
 }
 
-# Threads of a CTA (at most, for "rows" and "grid") by kind. 16 registers of raw elements for each
-# thread: two blocks of a 16-bit dtype or one of float32.
-_THREADS = {"flat": 256, "rows": 512, "grid": 1024}
-_ELEMENTS = {"float32": 16, "bfloat16": 32, "float16": 32}
+# Threads of a CTA, at most, and blocks that a thread holds, by kind: for 16-bit dtypes and for
+# float32. A "rows" kernel has further shapes for few and for long rows.
+_SHAPES = {
+    "flat": ((256, 1), (256, 1)),
+    "rows": ((512, 2), (512, 2)),
+    "grid": ((1024, 2), (1024, 1)),
+}
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -60,11 +63,11 @@ def _configs() -> tuple[QuantizeConfig, ...]:
             arch=arch,
             kind=kind,
             x_dtype=x_dtype,
-            threads=threads,
-            elements_per_thread=_ELEMENTS[x_dtype],
+            threads=shapes[x_dtype == "float32"][0],
+            elements_per_thread=shapes[x_dtype == "float32"][1] * BLOCK,
         )
         for arch in ("sm_90a", "sm_100f", "sm_120f")
-        for kind, threads in _THREADS.items()
+        for kind, shapes in _SHAPES.items()
         for x_dtype in X_DTYPES
     )
 

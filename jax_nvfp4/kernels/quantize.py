@@ -143,6 +143,21 @@ def dynamic_scales(amax_bits: Int32) -> Scales:
     return Scales(ops.mul(encode, Float32(1 / 6)), ops.reciprocal(encode), Boolean(True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How a kernel's work is spread over threads.
+
+    Attributes:
+        units: blocks that a thread holds.
+        threads: threads of a CTA, at most.
+        min_ctas: CTAs that a multiprocessor should have registers for.
+    """
+
+    units: int
+    threads: int
+    min_ctas: int
+
+
 class QuantizeKernel:
     """Kernels and host function of one config.
 
@@ -152,18 +167,24 @@ class QuantizeKernel:
         block_words: 32-bit registers that hold a block.
         units: blocks that a thread holds.
         threads: threads of a CTA, at most.
+        min_ctas: CTAs that a multiprocessor should have registers for.
         hardware: Blackwell's conversion to e2m1 exists.
     """
 
-    def __init__(self, config: QuantizeConfig, min_ctas: int = 0):
-        self.min_ctas = min_ctas
-        self.kind = config.kind
+    def __init__(self, config: QuantizeConfig, shape: Shape | None = None):
+        if shape is None:
+            units = config.elements_per_thread // ops.BLOCK
+            min_ctas = MIN_CTAS[config.kind, config.x_dtype == "float32"]
+            shape = Shape(units, config.threads, min_ctas)
+            if config.kind == "rows":
+                self.few = QuantizeKernel(config, FEW_ROWS)
+                self.wide = QuantizeKernel(config, WIDE_ROWS)
+        self.config = config
         self.dtype = config.x_dtype
         self.item = 4 if config.x_dtype == "float32" else 2
         self.block_words = ops.BLOCK * self.item // 4
-        self.units = config.elements_per_thread // ops.BLOCK
-        self.threads = config.threads
         self.hardware = not config.arch.startswith("sm_90")
+        self.units, self.threads, self.min_ctas = shape.units, shape.threads, shape.min_ctas
 
     # One block
 
@@ -668,49 +689,120 @@ class QuantizeKernel:
         """Launches the kernel of this config's kind."""
         m, _, blocks, _, _ = sizes
         units = m * blocks
-        limits = {
-            "max_number_threads": [self.threads, 1, 1],
-            "min_blocks_per_mp": self.min_ctas,
-            "preferred_smem_carveout": 0,
-            "stream": stream,
-        }
-        if const_expr(self.kind == "flat"):
+        limits = self.limits() | {"stream": stream}
+        if const_expr(self.config.kind == "flat"):
             divisor = cute.FastDivmodDivisorV2(blocks)
             ctas = ceil_div(units, self.threads * self.units) + ceil_div(pad_items, self.threads)
             self.flat_kernel(
                 pointers, sizes, divisor, mode == Mode.ROWS_GIVEN, vector, values
             ).launch(grid=[cutlass.max(ctas, 1), 1, 1], block=[self.threads, 1, 1], **limits)
-        elif const_expr(self.kind == "rows"):
-            row_threads = ceil_div(ceil_div(blocks, self.units), WARP) * WARP
-            row_threads = cutlass.min(row_threads, self.threads)
-            rows = cutlass.max(ROWS_THREADS // row_threads, 1)
-            row_ctas = ceil_div(m, rows)
-            ctas = row_ctas + ceil_div(pad_items, row_threads * rows)
-            self.rows_kernel(pointers, sizes, row_ctas, vector, values).launch(
-                grid=[cutlass.max(ctas, 1), 1, 1], block=[row_threads, rows, 1], **limits
-            )
+        elif const_expr(self.config.kind == "rows"):
+            # Element by element, the loads are what takes the time.
+            if const_expr(vector):
+                if (m <= num_sms) & (blocks <= self.few.threads):
+                    self.few.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                elif const_expr(self.item == 2):
+                    if blocks > self.threads * self.units:
+                        self.wide.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                    else:
+                        self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                else:
+                    self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+            else:
+                self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
         else:
             divisor = cute.FastDivmodDivisorV2(blocks)
-            if (units <= CLUSTER * self.threads * self.units) & (num_sms >= CLUSTER):
-                threads = self.grid_threads(units, CLUSTER)
-                self.grid_kernel(pointers, sizes, divisor, True, vector, values).launch(
-                    grid=[CLUSTER, 1, 1],
-                    block=[threads, 1, 1],
-                    cluster=[CLUSTER, 1, 1],
-                    **limits,
-                )
+            if const_expr(vector):
+                # A device, or a part of one, may be too small for a cluster.
+                if (units <= CLUSTER * self.threads * self.units) & (num_sms >= CLUSTER):
+                    threads = self.grid_threads(units, CLUSTER)
+                    self.grid_kernel(pointers, sizes, divisor, True, vector, values).launch(
+                        grid=[CLUSTER, 1, 1],
+                        block=[threads, 1, 1],
+                        cluster=[CLUSTER, 1, 1],
+                        **limits,
+                    )
+                else:
+                    self.launch_grid(pointers, sizes, divisor, num_sms, stream, vector, values)
             else:
-                sms = cutlass.min(num_sms, MAX_CTAS)
-                threads = self.grid_threads(units, sms)
-                ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
-                self.grid_kernel(pointers, sizes, divisor, False, vector, values).launch(
-                    grid=[ctas, 1, 1], block=[threads, 1, 1], cooperative=True, **limits
-                )
+                self.launch_grid(pointers, sizes, divisor, num_sms, stream, vector, values)
+
+    @cute.jit
+    def launch_grid(
+        self,
+        pointers,
+        sizes,
+        divisor: cute.FastDivmodDivisorV2,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+        vector: cutlass.Constexpr,
+        values: cutlass.Constexpr,
+    ):
+        """Launches a "grid" kernel whose CTAs exchange their amax through scratch memory."""
+        m, _, blocks, _, _ = sizes
+        units = m * blocks
+        sms = cutlass.min(num_sms, MAX_CTAS)
+        threads = self.grid_threads(units, sms)
+        ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
+        self.grid_kernel(pointers, sizes, divisor, False, vector, values).launch(
+            grid=[cutlass.max(ctas, 1), 1, 1],
+            block=[threads, 1, 1],
+            cooperative=True,
+            stream=stream,
+            **self.limits(),
+        )
+
+    @cute.jit
+    def launch_rows(
+        self,
+        pointers,
+        sizes,
+        pad_items: Int32,
+        stream: cuda.CUstream,
+        vector: cutlass.Constexpr,
+        values: cutlass.Constexpr,
+    ):
+        """Launches a "rows" kernel."""
+        m, _, blocks, _, _ = sizes
+        row_threads = ceil_div(ceil_div(blocks, self.units), WARP) * WARP
+        row_threads = cutlass.min(row_threads, self.threads)
+        rows = cutlass.max(ROWS_THREADS // row_threads, 1)
+        row_ctas = ceil_div(m, rows)
+        ctas = row_ctas + ceil_div(pad_items, row_threads * rows)
+        self.rows_kernel(pointers, sizes, row_ctas, vector, values).launch(
+            grid=[cutlass.max(ctas, 1), 1, 1],
+            block=[row_threads, rows, 1],
+            stream=stream,
+            **self.limits(),
+        )
+
+    def limits(self) -> dict:
+        """Launch arguments that bound the registers; the L1 cache takes all of its memory."""
+        return {
+            "max_number_threads": [self.threads, 1, 1],
+            "min_blocks_per_mp": self.min_ctas,
+            "preferred_smem_carveout": 0,
+        }
 
     def grid_threads(self, units, ctas):
         """Threads of a CTA, enough to hold the tensor if that is possible."""
         threads = ceil_div(ceil_div(units, ctas * self.units), WARP) * WARP
         return cutlass.min(cutlass.max(threads, MIN_THREADS), self.threads)
+
+
+# CTAs that a multiprocessor should have registers for, by kind and whether x is float32.
+MIN_CTAS = {
+    ("flat", False): 6,
+    ("flat", True): 4,
+    ("rows", False): 2,
+    ("rows", True): 2,
+    ("grid", False): 1,
+    ("grid", True): 1,
+}
+FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1)
+"""For rows no more than multiprocessors: a thread for each block, since latency is all."""
+WIDE_ROWS = Shape(units=4, threads=512, min_ctas=2)
+"""For 16-bit rows that are too long for two blocks a thread."""
 
 
 def ceil_div(a, b):
