@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import core, lax
+
+# A primitive on more than one device asks for them while it is lowered. JAX keeps who does so in
+# its internals; its own custom_partitioning is on the same list.
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_nvfp4.ops._partition import Partitioning, is_partitioned, partitioned
 
 
 def define(
@@ -20,6 +26,7 @@ def define(
     reference: Callable[..., Any],
     batch: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
+    partitioning: Partitioning | None = None,
 ) -> Primitive:
     """Makes a primitive with several results.
 
@@ -29,6 +36,7 @@ def define(
         reference: the pure-JAX implementation; lowered on every platform but those below.
         batch: the batching rule.
         cuda: the implementation to lower on NVIDIA GPUs.
+        partitioning: how to divide it over devices; None: as XLA does with the implementation.
 
     Returns:
         The primitive; eager calls run it compiled.
@@ -37,11 +45,11 @@ def define(
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True))
+    mlir.register_lowering(primitive, _lowering(primitive, reference, partitioning))
     if cuda is not None:
-        mlir.register_lowering(
-            primitive, mlir.lower_fun(cuda, multiple_results=True), platform="cuda"
-        )
+        mlir.register_lowering(primitive, _lowering(primitive, cuda, partitioning), platform="cuda")
+    if partitioning is not None:
+        prim_requires_devices_during_lowering.add(primitive)
 
     @functools.cache
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -53,6 +61,25 @@ def define(
 
     primitive.def_impl(run)
     return primitive
+
+
+def _lowering(
+    primitive: Primitive, function: Callable[..., Any], partitioning: Partitioning | None
+) -> Callable[..., Any]:
+    """The lowering of a primitive to an implementation, divided over the devices if asked."""
+    whole = mlir.lower_fun(function, multiple_results=True)
+    if partitioning is None:
+        return whole
+
+    def divided(*operands: Any, **params: Any) -> Any:
+        return partitioned(primitive.bind, partitioning, operands, params)
+
+    def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        if is_partitioned(context, context.avals_in):
+            return mlir.lower_fun(divided, multiple_results=True)(context, *operands, **params)
+        return whole(context, *operands, **params)
+
+    return lower
 
 
 def _varying(operand: Any) -> frozenset[Any]:

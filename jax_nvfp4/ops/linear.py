@@ -7,6 +7,7 @@ rows of both. Its derivative is straight-through: that of `x @ dequantize(weight
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from jax import lax
 from jax.interpreters import ad
 
 from jax_nvfp4 import ffi, numerics
-from jax_nvfp4.config import GemmProblem, select
+from jax_nvfp4.config import REFERENCE, GemmProblem, select
 from jax_nvfp4.config.quantize import OutFormat
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import K_MULTIPLE, pack_weight, unpack_weight
-from jax_nvfp4.ops import _primitive, backend
+from jax_nvfp4.ops import _partition, _primitive, backend
 from jax_nvfp4.ops import quantize as quantize_op
 
 
@@ -66,9 +67,16 @@ def linear(
     Returns:
         (M, N) of `spec.out_dtype`.
     """
-    operands = [x, *weight, *(a for a in (bias, given) if a is not None)]
+    operands = _joined(x, weight, bias, () if given is None else (given,))
     (y,) = _primitive.bind(linear_p, *operands, spec=spec)
     return y
+
+
+def _joined(
+    x: Any, weight: tuple[Any, Any, Any], bias: Any | None, given: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The operands of the primitive, in order; the inverse of `_split`."""
+    return (x, *weight, *(() if bias is None else (bias,)), *given)
 
 
 def _split(
@@ -202,6 +210,91 @@ def _cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     return [y]
 
 
+# ---- Partitioning -------------------------------------------------------------------------------
+
+
+def _factors(*operands: Any, spec: LinearSpec) -> _partition.Factors:
+    """Rows of x and of the weight may be divided; K where each device's part is whole blocks.
+
+    The order of a repacked weight mixes the rows of a tile and the columns: it is divided by whole
+    tiles along the rows, and not along K. Sums over devices would come in an order that may depend
+    on the number of rows, and are not for `batch_invariant`.
+    """
+    x, (data, block_scale, w_scale), bias, given = _split(operands, spec)
+    in_order = spec.arch in (None, REFERENCE)
+    sizes = {"m": x.shape[0]}
+    divisible = ["m"]
+    rows: Any = "n"
+    if in_order:
+        sizes["n"] = spec.n
+        divisible.append("n")
+        of_data, of_scales = [rows], [rows]
+    elif spec.n % swizzle.ROWS == 0:
+        sizes |= {"n": spec.n // swizzle.ROWS, "rows_of_tile": swizzle.ROWS}
+        divisible.append("n")
+        rows = ("n", "rows_of_tile")
+        of_data, of_scales = [rows], ["n" if block_scale.ndim == 3 else rows]
+    else:  # the last tile holds rows that the result does not have
+        sizes |= {"n": spec.n, "padded_n": data.shape[0], "scale_n": block_scale.shape[0]}
+        of_data, of_scales = ["padded_n"], ["scale_n"]
+
+    columns: Any = "k"
+    if in_order and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
+        sizes |= {"blocks": spec.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
+        divisible.append("blocks")
+        columns = ("blocks", "elements")
+        of_data.append(("blocks", "codes"))
+        of_scales.append("blocks")
+    else:
+        sizes |= {"k": spec.k, "packed_k": data.shape[1]}
+        of_data.append("packed_k")
+        for axis, size in enumerate(block_scale.shape[1:]):
+            of_scales.append(f"scale_k{axis}")
+            sizes[of_scales[-1]] = size
+    return _partition.Factors(
+        operands=(
+            ("m", columns),
+            tuple(of_data),
+            tuple(of_scales),
+            (rows,) if w_scale.ndim else (),
+            *([(rows,)] if bias is not None else []),
+            *(("m",) if g.ndim else () for g in given),
+        ),
+        results=(("m", rows),),
+        sizes=sizes,
+        divisible=tuple(divisible),
+    )
+
+
+def _part(
+    operands: tuple[jax.Array, ...],
+    *,
+    axes: _partition.Axes,
+    parts: Mapping[str, int],
+    spec: LinearSpec,
+) -> list[jax.Array]:
+    """A device's part of y. Partial sums along K are float32; the bias is added to their sum."""
+    x, weight, bias, given = _split(operands, spec)
+    over_k = axes.get("blocks", ())
+    mode = spec.activation
+    if mode is not None:
+        given, mode = quantize_op.of_part(x, given, mode, axes["m"], over_k)
+    part = dataclasses.replace(
+        spec,
+        n=spec.n // parts.get("n", 1),
+        k=spec.k // parts.get("blocks", 1),
+        activation=mode,
+    )
+    if not over_k:
+        return linear_p.bind(*_joined(x, weight, bias, given), spec=part)
+    part = dataclasses.replace(part, has_bias=False, out_dtype="float32")
+    (partial,) = linear_p.bind(*_joined(x, weight, None, given), spec=part)
+    y = lax.psum(partial, over_k)
+    if bias is not None:
+        y = numerics.rounded(y) + bias.astype(jnp.float32)
+    return [y.astype(spec.out_dtype)]
+
+
 # ---- Transformations ----------------------------------------------------------------------------
 
 
@@ -292,7 +385,12 @@ def _ste_transpose(
 
 
 linear_p = _primitive.define(
-    "nvfp4_linear", abstract=_abstract, reference=_reference, batch=_batch, cuda=_cuda
+    "nvfp4_linear",
+    abstract=_abstract,
+    reference=_reference,
+    batch=_batch,
+    cuda=_cuda,
+    partitioning=_partition.Partitioning(_factors, _part),
 )
 ad.primitive_jvps[linear_p] = _jvp
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantize primitive: rows of 16-element blocks, with one of four sources of global scale."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import ad
 
 from jax_nvfp4 import ffi, numerics
 from jax_nvfp4.config.quantize import Mode as KernelMode
 from jax_nvfp4.config.quantize import OutFormat, select_quantize
-from jax_nvfp4.ops import _primitive, backend
+from jax_nvfp4.ops import _partition, _primitive, backend
 
 Mode = Literal["tensor", "token", "static", "amax"]
 """Where the global scale comes from: the amax of all of x, the amax of each row, a given global
@@ -89,6 +91,65 @@ def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
 
 
+def _factors(x: Any, *given: Any, mode: Mode) -> _partition.Factors:
+    """Rows may be divided, and columns where shards hold whole blocks."""
+    m, k = x.shape
+    blocks = -(-k // numerics.BLOCK)
+    per_row = given[0].shape if given else mode == "token"
+    scale: tuple[Any, ...] = ("m",) if per_row else ()
+    sizes = {"m": m, "blocks": blocks, "codes": 8}
+    columns: Any = "k"
+    if k % numerics.BLOCK == 0:
+        columns, sizes["elements"] = ("blocks", "elements"), numerics.BLOCK
+    else:
+        sizes["k"] = k
+    return _partition.Factors(
+        operands=(("m", columns), *(scale for _ in given)),
+        results=(("m", ("blocks", "codes")), ("m", "blocks"), scale),
+        sizes=sizes,
+        divisible=("m", "blocks") if k % numerics.BLOCK == 0 else ("m",),
+    )
+
+
+def of_part(
+    x: jax.Array,
+    given: tuple[jax.Array, ...],
+    mode: Mode,
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
+) -> tuple[tuple[jax.Array, ...], Mode]:
+    """The scale with which a device quantizes its part of x to the bits of the whole.
+
+    Args:
+        x: the part.
+        given: the scale of the whole, or of the part's rows, if any.
+        mode: of the quantization of the whole.
+        rows: mesh axes over which the rows of x are divided.
+        columns: mesh axes over which its columns are divided.
+
+    Returns:
+        `given` and `mode` for the part: an amax that is not that of the part alone is given.
+    """
+    shared = (*rows, *columns) if mode == "tensor" else columns if mode == "token" else ()
+    if not shared:
+        return given, mode
+    largest = numerics.amax(x, axis=-1 if mode == "token" else None)
+    return (lax.pmax(largest, shared),), "amax"
+
+
+def _part(
+    operands: tuple[jax.Array, ...],
+    *,
+    axes: _partition.Axes,
+    parts: Mapping[str, int],
+    mode: Mode,
+) -> list[jax.Array]:
+    del parts
+    x, *given = operands
+    used, mode = of_part(x, tuple(given), mode, axes["m"], axes.get("blocks", ()))
+    return quantize_p.bind(x, *used, mode=mode)
+
+
 def fold_rows(
     args: tuple[Any, ...], dims: tuple[int | None, ...], mode: Mode
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Mode]:
@@ -143,6 +204,11 @@ def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, mode: Mode) -> 
 
 
 quantize_p = _primitive.define(
-    "nvfp4_quantize", abstract=_abstract, reference=_reference, batch=_batch, cuda=_cuda
+    "nvfp4_quantize",
+    abstract=_abstract,
+    reference=_reference,
+    batch=_batch,
+    cuda=_cuda,
+    partitioning=_partition.Partitioning(_factors, _part),
 )
 ad.primitive_jvps[quantize_p] = _jvp
