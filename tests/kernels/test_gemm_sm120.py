@@ -14,6 +14,7 @@ from ptx_machine.host import record_launches, run_object
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, scratch_bytes, select, serves, sm120
+from jax_nvfp4.config.quantize import X_DTYPES, Mode, OutFormat, select_quantize
 
 F32 = np.float32
 DTYPES = (F32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
@@ -116,6 +117,7 @@ class Problem:
         if case.bias >= 0:
             self.bias = rng.standard_normal(case.n).astype(DTYPES[case.bias])
             bias = self.bias.astype(np.float64)
+        self.w_values = w_exact
         self.exact, self.magnitude = oracle.linear(x_exact, w_exact, bias)
 
     def run(self, config, schedule_seed=0):
@@ -218,6 +220,30 @@ def test_matches_the_oracle(config, case):
     for seed in (1, 2):
         again = problem.run(config, schedule_seed=seed)
         assert np.array_equal(first.view(np.uint8), again.view(np.uint8)), f"schedule seed {seed}"
+
+
+@pytest.mark.parametrize("config", KINDS[:3])
+def test_from_the_quantize_kernel_to_y(config):
+    """x goes through the quantize kernel of this arch, whose bytes the GEMM takes as they are."""
+    case = Case(40, 72, 400, bias=OUT_F32, x_stride=1)
+    problem = Problem(case)
+    x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(ml_dtypes.bfloat16)
+    quantize = select_quantize("sm_120f", "bfloat16", Mode.TOKEN)
+    data = np.full_like(problem.x, 0xCD)
+    scales = np.full_like(problem.sfx, 0xCD)
+    g = np.full(case.m, np.nan, np.float32)
+    given = np.full(1, np.nan, np.float32)
+    run_object(
+        kernel_objects.folder() / f"{quantize.name}.o",
+        (kernel_objects.folder() / f"{quantize.name}.ptx").read_text(),
+        [x, given, data, scales, g, None, case.m, case.k, X_DTYPES.index("bfloat16"), Mode.TOKEN,
+         OutFormat.OPERAND, 4],
+    )  # fmt: skip
+    problem.x, problem.sfx, problem.x_scale = data, scales, g
+    values = oracle.dequantize(*oracle.quantize(x, "token"), k=case.k)
+    w = problem.w_values
+    problem.exact, problem.magnitude = oracle.linear(values, w, problem.bias)
+    problem.check(config)
 
 
 @pytest.mark.parametrize("config", KINDS)
