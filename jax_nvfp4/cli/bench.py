@@ -181,7 +181,7 @@ def _measure(
     rotate = args.rotate_mb * _MIB
     print(f"\nlinear, us a call\n{_LINEAR_HEAD}", flush=True)
     for n, k in shapes:
-        for linear_row in measurements.measure_linear(n, k, rows, rotate, report.arch):
+        for linear_row in measurements.measure_linear(n, k, rows, rotate):
             report.linear.append(linear_row)
             print(_linear_line(linear_row, report.read_ceiling), flush=True)
         save()

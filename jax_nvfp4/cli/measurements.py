@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 import jax_nvfp4
 from jax_nvfp4.cli import timing
-from jax_nvfp4.config import REFERENCE, GemmProblem, configs, select
+from jax_nvfp4.config import REFERENCE, GemmProblem, select, serves
 from jax_nvfp4.ops.backend import local_arch, num_sms
 
 BYTES_PER_WEIGHT = 0.5625  # four bits, and one eight-bit scale for sixteen weights
+CHAIN = 100
+"""Calls in the chain that the cost of one is measured with."""
 
 
 class WrongResultError(Exception):
@@ -88,19 +90,34 @@ class QuantizeRow:
 # ---- Linear -------------------------------------------------------------------------------------
 
 
-def _weight_only_kernels(arch: str) -> bool:
-    """Whether 16-bit activations have kernels; the pure-JAX path serves them in any case."""
-    return arch == REFERENCE or any(c.x_dtype != "e2m1" for c in configs(arch))
+def _problem(m: int, n: int, k: int, arch: str, x_dtype: str, invariant: bool) -> GemmProblem:
+    return GemmProblem(m, n, -(-k // 64) * 64, arch, x_dtype, invariant)
 
 
-def _same_kernel(m: int, n: int, k: int, arch: str) -> bool:
-    """Whether `batch_invariant=True` would run the very same kernel, split alike."""
+def _weight_only(m: int, n: int, k: int, invariant: bool = False) -> bool:
+    """Whether 16-bit activations are served, by a kernel or, without any kernels, as all else."""
+    arch = local_arch()
     if arch == REFERENCE:
+        return True
+    return serves(_problem(m, n, k, arch, "bfloat16", invariant), num_sms(arch))
+
+
+def _activation(m: int, n: int, k: int, invariant: bool = False) -> Any:
+    """How to treat activations such that `linear` is one GEMM, where it can be."""
+    return None if _weight_only(m, n, k, invariant) else "token"
+
+
+def _same_kernel(m: int, n: int, k: int) -> bool:
+    """Whether `batch_invariant=True` would run the very same kernel, split alike."""
+    arch = local_arch()
+    if arch == REFERENCE or _weight_only(m, n, k) != _weight_only(m, n, k, invariant=True):
         return False
-    x_dtype = "bfloat16" if _weight_only_kernels(arch) else "e2m1"
-    problem = GemmProblem(m, n, -(-k // 64) * 64, arch, x_dtype)
-    invariant = dataclasses.replace(problem, batch_invariant=True)
-    return select(problem, num_sms(arch)) == select(invariant, num_sms(arch))
+    x_dtype = "bfloat16" if _weight_only(m, n, k) else "e2m1"
+    chosen = [
+        select(_problem(m, n, k, arch, x_dtype, invariant), num_sms(arch))
+        for invariant in (False, True)
+    ]
+    return chosen[0] == chosen[1]
 
 
 def _weights(n: int, k: int, count: int) -> tuple[list[jax.Array], list[Any]]:
@@ -115,38 +132,35 @@ def _weights(n: int, k: int, count: int) -> tuple[list[jax.Array], list[Any]]:
     return [w for w, _ in pairs], [packed for _, packed in pairs]
 
 
-def measure_linear(
-    n: int, k: int, rows: Sequence[int], rotate: int, arch: str
-) -> Iterator[LinearRow]:
+def measure_linear(n: int, k: int, rows: Sequence[int], rotate: int) -> Iterator[LinearRow]:
     """Times one weight shape for each number of rows."""
     count = min(64, max(3, math.ceil(rotate / (n * k * BYTES_PER_WEIGHT))))
     plain, packed = _weights(n, k, count)
     first = packed[0].dequantize(jnp.bfloat16)
     for m in rows:
-        # Short programs would be bound by their launch: several inputs for each weight.
-        passes = max(1, min(4, 64 // count, 2048 // m))
-        keys = jax.random.split(jax.random.key(m), passes)
+        # Short programs would be bound by their launch: the weights take several turns.
+        turns = max(1, min(4, 64 // count, 2048 // m))
+        keys = jax.random.split(jax.random.key(m), turns * count)
         xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in keys]
 
         def seconds(
             function: Callable[[Any, Any], Any], ws: list[Any], xs: list[Any] = xs
         ) -> float:
-            call = functools.partial(timing.each_with_each, function)
-            program = timing.compile_program(call, xs, ws)
-            return timing.measure(program, (xs, ws), len(xs) * len(ws)).median
+            program = timing.compile_program(functools.partial(timing.in_turn, function), xs, ws)
+            return timing.measure(program, (xs, ws), len(xs)).median
 
         def linear(activation: Any, **options: Any) -> Callable[[Any, Any], Any]:
             return lambda x, w: jax_nvfp4.linear(x, w, activation_scale=activation, **options)
 
-        weight_only = _weight_only_kernels(arch)
-        main = linear(None if weight_only else "token")
+        weight_only = _weight_only(m, n, k)
+        main = linear(_activation(m, n, k))
         _check_result(jax.jit(main)(xs[0], packed[0]), xs[0], first, weight_only)
         w4a16 = seconds(linear(None), packed) if weight_only else None
         w4a4 = seconds(linear("token"), packed)
         default = w4a16 if w4a16 is not None else w4a4
         invariant = default
-        if not _same_kernel(m, n, k, arch):
-            activation = None if weight_only else "token"
+        if not _same_kernel(m, n, k):
+            activation = _activation(m, n, k, invariant=True)
             invariant = seconds(linear(activation, batch_invariant=True), packed)
         bf16 = seconds(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))), plain)
         yield LinearRow(n, k, m, w4a16, w4a4, invariant, bf16)
@@ -175,45 +189,46 @@ def measure_quantize(m: int, k: int, rotate: int) -> QuantizeRow:
     scale = jnp.float32(0.002)
 
     def seconds(function: Callable[[Any, Any], Any]) -> float:
-        call = functools.partial(timing.each_with_each, function)
-        program = timing.compile_program(call, [scale], xs)
-        return timing.measure(program, ([scale], xs), len(xs)).median
+        call = functools.partial(timing.in_turn, function)
+        program = timing.compile_program(call, xs, [scale])
+        return timing.measure(program, (xs, [scale]), len(xs)).median
 
     return QuantizeRow(
         m,
         k,
-        static=seconds(lambda g, x: jax_nvfp4.quantize(x, global_scale=g)),
-        token=seconds(lambda _, x: jax_nvfp4.quantize(x, scaling="token")),
-        tensor=seconds(lambda _, x: jax_nvfp4.quantize(x)),
+        static=seconds(lambda x, g: jax_nvfp4.quantize(x, global_scale=g)),
+        token=seconds(lambda x, _: jax_nvfp4.quantize(x, scaling="token")),
+        tensor=seconds(lambda x, _: jax_nvfp4.quantize(x)),
     )
 
 
 # ---- One call -----------------------------------------------------------------------------------
 
 
-def measure_call(length: int = 100) -> dict[str, float]:
+def measure_call() -> dict[str, float]:
     """Seconds of a call that has next to nothing to do, in a chain and by itself."""
     size = 128
+    activation = _activation(1, size, size)
     w = jax_nvfp4.repack(jax_nvfp4.quantize(jax.random.normal(jax.random.key(0), (size, size))))
     x = jnp.ones((1, size), jnp.bfloat16)
 
     def chain(x: jax.Array, w: Any) -> jax.Array:
-        for _ in range(length):
+        for _ in range(CHAIN):
             # Each result is the next one's input.
-            x = jax_nvfp4.linear(x, w, activation_scale=_smallest_activation())
+            x = jax_nvfp4.linear(x, w, activation_scale=activation)
         return x
 
     def once(x: jax.Array, w: Any) -> jax.Array:
-        return jax_nvfp4.linear(x, w, activation_scale=_smallest_activation())
+        return jax_nvfp4.linear(x, w, activation_scale=activation)
 
     def plain(x: jax.Array, w: Any) -> jax.Array:
         return x + w.global_scale.astype(x.dtype)
 
     figures = {}
-    ways = {"in a chain of 100": True, "in a chain of 100, without a CUDA graph": False}
+    ways = {f"in a chain of {CHAIN}": True, f"in a chain of {CHAIN}, without a CUDA graph": False}
     for name, graph in ways.items():
         program = timing.compile_program(chain, x, w, graph=graph)
-        figures[name] = timing.measure(program, (x, w), length).median
+        figures[name] = timing.measure(program, (x, w), CHAIN).median
     for name, function in (
         ("a jit of one call, waited for", once),
         ("a jit of one addition, waited for", plain),
@@ -221,11 +236,6 @@ def measure_call(length: int = 100) -> dict[str, float]:
         program = timing.compile_program(function, x, w)
         figures[name] = _waited_for(program, (x, w))
     return figures
-
-
-def _smallest_activation() -> Any:
-    """How to treat activations such that `linear` is one custom call, where it can be."""
-    return None if _weight_only_kernels(local_arch()) else "token"
 
 
 def _waited_for(program: Callable[..., Any], args: Sequence[Any], runs: int = 200) -> float:
@@ -282,7 +292,7 @@ def measure_stack(layers: int, width: int, qkv: int, feed_forward: int) -> dict[
         "bf16": (lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))), plain),
         "W4A4": (nvfp4("token"), packed),
     }
-    if _weight_only_kernels(local_arch()):
+    if all(_weight_only(1, n, k) for n, k in shapes):
         ways["W4A16"] = (nvfp4(None), packed)
     weights = sum(n * k for n, k in shapes) * layers
     figures: dict[str, Any] = {

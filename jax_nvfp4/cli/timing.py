@@ -82,20 +82,18 @@ def measure(program: Callable[..., Any], args: Sequence[Any], calls: int) -> Tim
     return Timing(median=statistics.median(seconds), best=min(seconds))
 
 
-def each_with_each(
-    function: Callable[[Any, Any], Any], xs: Sequence[Any], ws: Sequence[Any]
-) -> jax.Array:
-    """Calls `function(x, w)` for every pair, the ws in turn: no w is met again while cached.
+def in_turn(function: Callable[[Any, Any], Any], xs: Sequence[Any], ws: Sequence[Any]) -> jax.Array:
+    """Calls `function(x, w)` once for each x, the ws in turn: none is met again while cached.
 
     Args:
         function: returns an array, or a tree of them.
-        xs: inputs, each different: equal calls would be merged into one.
+        xs: inputs, each different: the compiler merges equal calls.
         ws: weights, together larger than the cache.
 
     Returns:
         A scalar that depends on every result, so that none is dropped.
     """
-    results = [function(x, w) for x in xs for w in ws]
+    results = [function(x, ws[i % len(ws)]) for i, x in enumerate(xs)]
     # The barrier keeps the compiler from computing only the elements that are looked at.
     results = lax.optimization_barrier(results)
     firsts = [leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(results)]
