@@ -10,7 +10,7 @@ import pytest
 from jax_nvfp4 import cli
 from jax_nvfp4.cli import bench, measurements, timing
 
-SMALL = ["bench", "--shape", "64x128", "--rows", "1,5", "--quantize-shape", "8x64"]
+SMALL = ["bench", "--shape", "512x1024", "--rows", "1,5", "--quantize-shape", "128x1024"]
 SMALL += ["--layers", "1", "--layer-width", "64,96,128", "--rotate-mb", "1"]
 
 
@@ -21,8 +21,8 @@ def test_tables_json_and_picture_agree(
     figures, picture = tmp_path / "bench.json", tmp_path / "roofline.png"
     assert cli.main([*SMALL, "--json", str(figures), "--plot", str(picture)]) == 0
     report = json.loads(figures.read_text())
-    assert [(r["n"], r["k"], r["m"]) for r in report["linear"]] == [(64, 128, 1), (64, 128, 5)]
-    assert [(r["m"], r["k"]) for r in report["quantize"]] == [(8, 64)]
+    assert [(r["n"], r["k"], r["m"]) for r in report["linear"]] == [(512, 1024, 1), (512, 1024, 5)]
+    assert [(r["m"], r["k"]) for r in report["quantize"]] == [(128, 1024)]
     assert report["stack"]["layers"] == 1
     times = [r[key] for r in report["linear"] for key in ("bf16", "w4a4")]
     times += [r[key] for r in report["quantize"] for key in ("static", "token", "tensor")]
