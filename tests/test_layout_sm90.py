@@ -44,7 +44,7 @@ def _decode_fragment(packed, scales, n, k, dtype):
     step = k % 64 // 16
     lane = row * 4 + k % 8 // 2
     register = half + 2 * (k % 16 // 8)
-    at = tile * 8192 + (k % 128 // 64) * 4096 + block * 2048 + (warp * 32 + lane) * 16
+    at = tile * 8192 + block * 4096 + (k % 128 // 64) * 2048 + (warp * 32 + lane) * 16
     words = packed.reshape(-1)[at : at + 16].view("<u4")
     even, odd = words[step // 2 * 2], words[step // 2 * 2 + 1]
     if register < 3:

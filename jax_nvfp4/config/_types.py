@@ -72,6 +72,7 @@ class GemmConfig:
         swap_ab: the weight is the MMA's M-side operand.
         split_k: largest number of ways in which K may be split (1: never).
         warpgroups: warpgroups of a CTA that run MMAs.
+        k_groups: into how many groups they divide to take turns along K.
         ctas_per_sm: CTAs that a multiprocessor holds at a time.
     """
 
@@ -88,6 +89,7 @@ class GemmConfig:
     swap_ab: bool = False
     split_k: int = 1
     warpgroups: int = 1
+    k_groups: int = 1
     ctas_per_sm: int = 1
 
 

@@ -42,18 +42,20 @@ from jax_nvfp4.layout import sm90 as layout
 
 WARPGROUP = 128
 TILE_K = layout.TILE_K
-CODE_BYTES = layout.TILE_N * TILE_K // 2
-SCALE_BYTES = layout.TILE_N * TILE_K // layout.BLOCK
+# A block is what a `wgmma` takes of a tile of the weight: half of its 128 rows.
+BLOCK_N = 64
+CODE_BYTES = BLOCK_N * TILE_K // 2
+SCALE_BYTES = BLOCK_N * TILE_K // layout.BLOCK
 STEPS = TILE_K // 16
 # Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
 # reads at a time then fits the L2 cache.
 RASTER_TILES = 8
 # Splits of K that have a launch of their own (a cluster's size is fixed when it is compiled).
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4, 6, 8)
 # Registers of a producer's and of a consumer's thread once the one warpgroup of producers has handed
-# over to the two of consumers, by CTAs per multiprocessor.
-REGISTERS = {1: (40, 232), 2: (24, 104)}
-SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024}
+# over to those of consumers, by CTAs of a multiprocessor and warpgroups of consumers in one.
+REGISTERS = {(1, 2): (40, 232), (2, 2): (24, 104), (1, 4): (24, 112)}
+SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
 """Shared memory of a CTA when a multiprocessor holds this many."""
 
 
@@ -69,28 +71,44 @@ class GemmSm90:
         self.dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
         self.warpgroups = config.warpgroups
-        self.weight_tiles = config.tile_n // layout.TILE_N
-        # Blocks of 64 rows of the weight that a warpgroup works on.
-        self.blocks = config.tile_n // 64 // config.warpgroups
+        self.k_groups = config.k_groups
+        self.row_groups = config.warpgroups // config.k_groups
+        # Blocks of 64 rows of the weight in a tile, in one copy, and those a warpgroup works on.
+        self.tile_blocks = config.tile_n // BLOCK_N
+        self.copy_blocks = min(self.tile_blocks, 2)
+        self.blocks = self.tile_blocks // self.row_groups
         # Steps of 16 columns between waits: two where that is work enough to hide a decode.
         self.group_steps = 2 if self.tile_m >= 64 else 4
         # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
         # over most of its own.
         self.moves_registers = self.blocks * self.tile_m >= 64
+        self.registers = REGISTERS.get((config.ctas_per_sm, config.warpgroups))
         self.producers = WARPGROUP if self.moves_registers else 32
-        self.threads = self.warpgroups * WARPGROUP + self.producers
+        self.consumers = config.warpgroups * WARPGROUP
+        self.threads = self.consumers + self.producers
         self.x_bytes = self.tile_m * TILE_K * 2
-        self.stage_bytes = self.x_bytes + self.weight_tiles * (CODE_BYTES + SCALE_BYTES)
+        self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
         self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16)
         self._check()
 
+    def reduces(self, split: int) -> bool:
+        """Whether a tile's sums meet in shared memory before they are stored."""
+        return split * self.k_groups > 1
+
     def _check(self) -> None:
         c = self.config
-        if c.tile_k != TILE_K or c.tile_n % layout.TILE_N or c.tile_m % 8 or self.blocks < 1:
+        if c.tile_k != TILE_K or c.tile_n % BLOCK_N or c.tile_m % 8:
             raise ValueError(f"{c.name}: tiles of {c.tile_m} x {c.tile_n} x {c.tile_k}")
+        if c.warpgroups % c.k_groups or self.tile_blocks % self.row_groups:
+            raise ValueError(f"{c.name}: {c.warpgroups} warpgroups in {c.k_groups} groups")
+        if self.consumers % c.tile_n and self.reduces(c.split_k):
+            raise ValueError(f"{c.name}: {self.consumers} threads for {c.tile_n} columns")
+        if c.stages % c.k_groups:
+            raise ValueError(f"{c.name}: {c.stages} stages for {c.k_groups} groups")
         if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
             raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
-        if c.split_k > 1 and self.tile_m * (self.tile_n + 1) * 4 > self.stages * self.stage_bytes:
+        sums = self.k_groups * self.tile_m * (self.tile_n + 1) * 4
+        if self.reduces(c.split_k) and sums > self.stages * self.stage_bytes:
             raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
 
     def _tiled_mma(self):
@@ -150,7 +168,7 @@ class GemmSm90:
             cute.slice_(self._x_layout(), (None, None, 0)),
             (self.tile_m, TILE_K),
         )
-        tiles = cute.ceil_div(m, self.tile_m) * cute.ceil_div(n, self.tile_n)
+        tiles = cute.ceil_div(m, self.tile_m) * self._n_tiles(n)
         arguments = (
             tma_atom,
             tma_tensor,
@@ -173,7 +191,7 @@ class GemmSm90:
                 if const_expr(split in SPLITS):
                     if split_k == split:
                         ctas = tiles * split
-                        if const_expr(split == 1):
+                        if const_expr(not self.reduces(split)):
                             ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
                         self.kernel(*arguments, split).launch(
                             grid=[ctas, 1, 1],
@@ -213,7 +231,7 @@ class GemmSm90:
         rank = block % split
         tile_step = grid // split
         m_tiles = cute.ceil_div(m, self.tile_m)
-        tiles = m_tiles * cute.ceil_div(n, self.tile_n)
+        tiles = m_tiles * self._n_tiles(n)
         k_tiles = cute.ceil_div(k, TILE_K)
         k_begin = k_tiles * rank // split
         k_count = k_tiles * (rank + 1) // split - k_begin
@@ -225,7 +243,7 @@ class GemmSm90:
         if thread == 0:
             for stage in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(full + stage, 1)
-                cute.arch.mbarrier_init(empty + stage, self.warpgroups * 4)
+                cute.arch.mbarrier_init(empty + stage, self.row_groups * 4)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -233,31 +251,36 @@ class GemmSm90:
             cute.recast_ptr(buffers, self._x_layout().inner, dtype=self.dtype),
             self._x_layout().outer,
         )
-        if warp >= self.warpgroups * 4:
+        if warp >= self.consumers // 32:
             if const_expr(self.moves_registers):
-                cute.arch.setmaxregister_decrease(REGISTERS[self.config.ctas_per_sm][0])
-            if warp == self.warpgroups * 4:
+                cute.arch.setmaxregister_decrease(self.registers[0])
+            if warp == self.consumers // 32:
                 self._produce(
                     tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
                     m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
                 )  # fmt: skip
         else:
             if const_expr(self.moves_registers):
-                cute.arch.setmaxregister_increase(REGISTERS[self.config.ctas_per_sm][1])
+                cute.arch.setmaxregister_increase(self.registers[1])
             self._consume(
                 x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
                 m_tiles, tiles, m, n, k_count, first_tile, tile_step,
                 x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
             )  # fmt: skip
-        if const_expr(split > 1):
+        if const_expr(self.reduces(split)):
             self._reduce(
                 buffers, x_scale, w_scale, bias, y, m_tiles, m, n, first_tile, rank, thread,
                 x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
             )  # fmt: skip
 
+    def _n_tiles(self, n):
+        """Tiles along N. A tile of 64 rows is one of two that share 128, a few rows in turn."""
+        whole = self.copy_blocks * BLOCK_N
+        return cute.ceil_div(n, max(self.tile_n, layout.TILE_N)) * (layout.TILE_N // whole)
+
     def _tile_coordinates(self, tile, m_tiles, n):
         """(tile along M, tile along N) of a tile's number, in the raster's order."""
-        per_group = RASTER_TILES * cute.ceil_div(n, self.tile_n)
+        per_group = RASTER_TILES * self._n_tiles(n)
         group = tile // per_group
         inside = tile % per_group
         rows = cutlass.min(m_tiles - group * RASTER_TILES, RASTER_TILES)
@@ -272,7 +295,7 @@ class GemmSm90:
         return self.stages * self.x_bytes
 
     def _scale_offset(self):
-        return self._code_offset() + self.stages * self.weight_tiles * CODE_BYTES
+        return self._code_offset() + self.stages * self.tile_blocks * CODE_BYTES
 
     @cute.jit
     def _produce(
@@ -294,7 +317,7 @@ class GemmSm90:
             policy = Int64(ops.EVICT_FIRST)
         base = ops.shared_address(buffers)
         # The last tile along N may reach past the weight's tiles of 128 rows.
-        weight_tiles = cute.ceil_div(n, layout.TILE_N)
+        last_row = cute.ceil_div(n, layout.TILE_N) - 1
         stage = Int32(0)
         phase = Int32(1)
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
@@ -305,21 +328,22 @@ class GemmSm90:
                 barrier = ops.shared_address(full + stage)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
-                    for part in cutlass.range_constexpr(self.weight_tiles):
-                        slot = stage * self.weight_tiles + part
-                        row = cutlass.min(tile_w * self.weight_tiles + part, weight_tiles - 1)
-                        at = Int64(row) * Int64(k_tiles) + Int64(k_tile)
+                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                        slot = stage * self.tile_blocks + part * self.copy_blocks
+                        block = tile_w * self.tile_blocks + part * self.copy_blocks
+                        at = Int64(cutlass.min(block // 2, last_row)) * Int64(k_tiles)
+                        at = (at + Int64(k_tile)) * 2 + Int64(block % 2)
                         ops.bulk_load(
                             base + self._code_offset() + slot * CODE_BYTES,
                             ops.element_address(w, at, CODE_BYTES),
-                            Int32(CODE_BYTES),
+                            Int32(self.copy_blocks * CODE_BYTES),
                             barrier,
                             policy,
                         )
                         ops.bulk_load(
                             base + self._scale_offset() + slot * SCALE_BYTES,
                             ops.element_address(sfw, at, SCALE_BYTES),
-                            Int32(SCALE_BYTES),
+                            Int32(self.copy_blocks * SCALE_BYTES),
                             barrier,
                             policy,
                         )
@@ -352,35 +376,32 @@ class GemmSm90:
         )
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         exponent = ops.scale_exponent(n)
-        stage = Int32(0)
+        k_group, row_group = group // self.row_groups, group % self.row_groups
+        k_count = (k_count - k_group + self.k_groups - 1) // self.k_groups
+        stage = k_group
         phase = Int32(0)
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
             tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
             sums.fill(0.0)
             stage, phase = self._multiply(
-                tiled_mma, sums, x_fragments, buffers, full, empty, thread, group,
-                k_count, stage, phase, exponent,
+                tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
+                k_count, stage, phase, k_group, exponent,
             )  # fmt: skip
-            if const_expr(split == 1):
+            first_block = tile_w * self.tile_blocks + row_group * self.blocks
+            if const_expr(not self.reduces(split)):
                 self._store(
-                    sums, x_scale, w_scale, bias, y, tile_x, tile_w, m, n, thread, group,
+                    sums, x_scale, w_scale, bias, y, tile_x, first_block, m, n, thread,
                     x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
                 )  # fmt: skip
             else:
-                # Both warpgroups are done with the ring that the sums go to.
-                cute.arch.barrier(barrier_id=1, number_of_threads=self.warpgroups * WARPGROUP)
-                self._leave(sums, buffers, thread, group)
-
-    def _block(self, group, i):
-        """(tile of 128 rows, block of 64 in it) of a warpgroup's block i."""
-        if self.blocks == 1:
-            return group // 2, group % 2
-        return group * (self.blocks // 2) + i // 2, i % 2
+                # All warpgroups are done with the ring that the sums go to.
+                cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+                self._leave(sums, buffers, thread, row_group, k_group)
 
     @cute.jit
     def _multiply(
-        self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, group,
-        k_count, stage, phase, exponent,
+        self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
+        k_count, stage, phase, k_group, exponent,
     ):  # fmt: skip
         """Adds a tile's products to `sums`; returns the ring's state."""
         bf16 = self.dtype is BFloat16
@@ -396,26 +417,21 @@ class GemmSm90:
         lane_row = (thread // 32) * 8 + (thread % 32) // 4
         is_first_lane = Int32(thread % 32 == 0)
         releases = Int32(0)
-        code_at = []
-        scale_at = []
-        for i in cutlass.range_constexpr(self.blocks):
-            part, block = self._block(group, i)
-            code_at.append(
-                base + self._code_offset() + part * CODE_BYTES + block * 2048 + thread * 16
-            )
-            scale_at.append(
-                base + self._scale_offset() + part * SCALE_BYTES + block * 512 + lane_row * 16
-            )
+        first = row_group * self.blocks
+        code_at = base + self._code_offset() + first * CODE_BYTES + thread * 16
+        scale_at = base + self._scale_offset() + first * SCALE_BYTES + lane_row * 16
         last = stage
         for i in cutlass.range(k_count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             codes = []
             scales = []
             for b in cutlass.range_constexpr(self.blocks):
-                at = code_at[b] + stage * (self.weight_tiles * CODE_BYTES)
-                codes.append([*ops.load_shared_x4(at), *ops.load_shared_x4(at + 4096)])
-                at = scale_at[b] + stage * (self.weight_tiles * SCALE_BYTES)
-                scales.append(ops.load_shared_x4(at))
+                slot = stage * self.tile_blocks + b
+                at = code_at + slot * CODE_BYTES
+                codes.append(
+                    [*ops.load_shared_x4(at), *ops.load_shared_x4(at + CODE_BYTES // 2)]
+                )
+                scales.append(ops.load_shared_x4(scale_at + slot * SCALE_BYTES))
             for part in cutlass.range_constexpr(STEPS // self.group_steps):
                 # The group before the last is done: it was the reader of this set of registers.
                 warpgroup.wait_group(1)
@@ -444,9 +460,9 @@ class GemmSm90:
                     )
                 warpgroup.commit_group()
             last = stage
-            stage += 1
-            if stage == self.stages:
-                stage = Int32(0)
+            stage += self.k_groups
+            if stage >= self.stages:
+                stage = k_group
                 phase ^= 1
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
@@ -487,7 +503,7 @@ class GemmSm90:
 
     @cute.jit
     def _store(
-        self, sums, x_scale, w_scale, bias, y, tile_x, tile_w, m, n, thread, group,
+        self, sums, x_scale, w_scale, bias, y, tile_x, first_block, m, n, thread,
         x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
     ):  # fmt: skip
         """Scales a tile and stores it, from registers.
@@ -499,17 +515,16 @@ class GemmSm90:
         lane = thread % 32
         g, t = lane // 4, lane % 4
         flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
-        part, first_block = self._block(group, 0)
-        warp_n = (tile_w * self.weight_tiles + part) * layout.TILE_N + (thread // 32) * 32
+        warp_n = (first_block // 2) * layout.TILE_N + (thread // 32) * 32 + (first_block % 2) * 4
         scales = []
         biases = []
         for b in cutlass.range_constexpr(self.blocks):
             for half in cutlass.range_constexpr(2):
-                at = warp_n + (g // 2) * 8 + (first_block + b) * 4 + half * 2 + g % 2
+                at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
                 at = cutlass.min(at, n - 1)
                 scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
                 biases.append(self._bias(bias, bias_dtype, at))
-        column = warp_n + t * 8 + first_block * 4
+        column = warp_n + t * 8
         for j in cutlass.range_constexpr(self.tile_m // 8):
             first_row = tile_x * self.tile_m + 8 * j
             row_scale = [
@@ -583,17 +598,21 @@ class GemmSm90:
                         ops.store_half(ops.element_address(y, at + i, 2), word)
 
     @cute.jit
-    def _leave(self, sums, buffers, thread, group):
-        """Leaves the sums in shared memory, a row of it for each row of x.
+    def _leave(self, sums, buffers, thread, row_group, k_group):
+        """Leaves the sums in shared memory, a row of them for each row of x.
 
-        Rows are tile_n + 1 apart, so that a warp's 32 stores go to 32 banks.
+        Rows are tile_n + 1 apart, so that a warp's 32 stores go to as many banks. A tile of 64 rows
+        of the weight has every other four of 128: here they are neighbors.
         """
         lane = thread % 32
         g, t = lane // 4, lane % 4
         flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
-        part, first_block = self._block(group, 0)
-        row_n = part * layout.TILE_N + (thread // 32) * 32 + (g // 2) * 8 + first_block * 4 + g % 2
-        base = ops.shared_address(buffers) + (2 * t * (self.tile_n + 1) + row_n) * 4
+        spread = self.copy_blocks
+        first = row_group * self.blocks
+        at = (first // 2) * layout.TILE_N + (first % 2) * 4
+        at += ((thread // 32) * 16 + (g // 2) * 4) * spread + g % 2
+        at += (k_group * self.tile_m + 2 * t) * (self.tile_n + 1)
+        base = ops.shared_address(buffers) + at * 4
         for j in cutlass.range_constexpr(self.tile_m // 8):
             for b in cutlass.range_constexpr(self.blocks):
                 for half in cutlass.range_constexpr(2):
@@ -601,28 +620,46 @@ class GemmSm90:
                         offset = (8 * j + e) * (self.tile_n + 1) + 4 * b + 2 * half
                         ops.store_shared(base + 4 * offset, flat[self._flat(j, b, half, e)])
 
+    def _column(self, tile_w, inside):
+        """The column of y of a place in a row of sums."""
+        if self.copy_blocks == 2:
+            return tile_w * self.tile_n + inside
+        tile = tile_w // 2 * layout.TILE_N
+        return tile + tile_w % 2 * 4 + inside // 4 * 8 + inside % 4
+
     @cute.jit
     def _reduce(
         self, buffers, x_scale, w_scale, bias, y, m_tiles, m, n, tile, rank, thread,
         x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
     ):  # fmt: skip
-        """Adds up this CTA's slice of the cluster's tile, in the order of the ranks; stores it."""
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        """Adds up this CTA's share of a tile, in the order of ranks and groups; stores it."""
+        if const_expr(split > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
         tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
-        width = self.tile_n // split
-        consumers = self.warpgroups * WARPGROUP
-        inside = rank * width + thread % width
-        column = tile_w * self.tile_n + inside
+        # Consumers are a multiple of tile_n: a thread stays in its column.
+        place = rank * self.consumers + thread
+        inside = place % self.tile_n
+        column = self._column(tile_w, inside)
         first_row = tile_x * self.tile_m
         rows = cutlass.min(m - first_row, self.tile_m)
-        if thread < consumers and column < n:
+        if thread < self.consumers and column < n:
             scale = ops.load_element(w_scale, Float32, column * w_scale_stride)
             offset = self._bias(bias, bias_dtype, column)
             base = ops.shared_address(buffers) + inside * 4
-            for i in cutlass.range(thread // width, rows, consumers // width, unroll=1):
+            step = split * self.consumers // self.tile_n
+            for i in cutlass.range(place // self.tile_n, rows, step, unroll=1):
                 address = base + i * (4 * (self.tile_n + 1))
-                parts = [ops.load_cluster(address, Int32(r)) for r in range(split)]
+                parts = []
+                for r in cutlass.range_constexpr(split):
+                    for group in cutlass.range_constexpr(self.k_groups):
+                        at = address + group * (self.tile_m * (self.tile_n + 1) * 4)
+                        if const_expr(split > 1):
+                            parts.append(ops.load_cluster(at, Int32(r)))
+                        else:
+                            parts.append(ops.load_shared(at))
                 total = parts[0]
                 for part in parts[1:]:
                     total = total + part
@@ -631,9 +668,10 @@ class GemmSm90:
                 value = ops.fma(alpha, total * Float32(ops.ACCUMULATOR_SCALE), offset)
                 index = Int64(row) * Int64(n) + Int64(column)
                 self._store_element(y, out_dtype, index, value)
-        # No CTA leaves while another reads its shared memory.
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        if const_expr(split > 1):
+            # No CTA leaves while another reads its shared memory.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
 
 def _arguments(config: GemmConfig) -> tuple:

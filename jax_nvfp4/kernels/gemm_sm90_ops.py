@@ -191,6 +191,12 @@ def store_shared(address, value, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_shared(address, *, loc=None, ip=None):
+    """The Float32 at a shared-memory address."""
+    return _asm([Float32], [address], "ld.shared.f32 $0, [$1];", "=f,r", True, loc, ip)
+
+
+@dsl_user_op
 def load_cluster(address, rank, *, loc=None, ip=None):
     """The Float32 at a shared-memory address of the cluster's CTA `rank`."""
     text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"

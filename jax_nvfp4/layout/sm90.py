@@ -4,7 +4,7 @@
 A tile is 128 rows by 128 columns of the weight: 8192 contiguous bytes of codes and 1024 of scales.
 Tiles follow one another along K, then along N, so that what a CTA reads is one contiguous run.
 
-Codes. In a tile, `[half of K][block of 64 rows][thread of a warpgroup][16 bytes]`. A thread's 16
+Codes. In a tile, `[block of 64 rows][half of K][thread of a warpgroup][16 bytes]`. A thread's 16
 bytes are four 32-bit words, one for each `wgmma` step of 16 columns; a word holds the eight codes
 of the thread's A fragment in that step (PTX ISA, "Register Fragments for wgmma.mma_async.m64k16"):
 four registers, each of two neighboring columns. The bits of a word are split so that a rotation
@@ -134,8 +134,8 @@ def _pack_codes(data: Any) -> Any:
     #                     0  1  2  3  4  5  6            7  8   9  10  11
     #                     N  w  r2 b  h  r1 K            kh kp  ks c   t
     split = data.reshape(n // TILE_N, 4, 4, 2, 2, 2, packed * 2 // TILE_K, 2, 2, 2, 2, 4)
-    # To N, K, half of K, block, warp, r (8), t (4), pair of steps, step, columns 0/8, half (r + 8).
-    split = split.transpose(0, 6, 7, 3, 1, 2, 5, 11, 8, 9, 10, 4)
+    # To N, K, block, half of K, warp, r (8), t (4), pair of steps, step, columns 0/8, half (r + 8).
+    split = split.transpose(0, 6, 3, 7, 1, 2, 5, 11, 8, 9, 10, 4)
     registers = _registers(split.reshape(*split.shape[:10], 4))
     merged = sum(
         _rotate_left(registers[..., step, 3], 32 - MERGED_ROTATIONS[step]) for step in range(2)
@@ -163,7 +163,7 @@ def _unpack_codes(packed: Any) -> Any:
     ]
     registers = xp.stack([xp.stack(step, axis=-1) for step in steps], axis=-2)
     split = _register_bytes(registers).reshape(*registers.shape[:-1], 2, 2)
-    return split.transpose(0, 4, 5, 3, 11, 6, 1, 2, 8, 9, 10, 7).reshape(n, size)
+    return split.transpose(0, 4, 5, 2, 11, 6, 1, 3, 8, 9, 10, 7).reshape(n, size)
 
 
 def _pack_scales(scale_bits: Any) -> Any:
