@@ -12,6 +12,8 @@ the shared memory a queue of weight tiles in flight. Bound by memory.
 `weight_only`: stream for 16-bit x; the weight's codes are expanded in registers.
 """
 
+from collections.abc import Callable
+
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
 SHARED_BYTES = 99 * 1024
@@ -84,7 +86,7 @@ def tiles(config: GemmConfig, problem: GemmProblem) -> int:
     return _ceil_div(problem.m, config.tile_m) * _ceil_div(rows_n, config.tile_n)
 
 
-def _fill(config: GemmConfig, want: int, min_k_tiles: int):
+def _fill(config: GemmConfig, want: int, min_k_tiles: int) -> Callable[[GemmProblem, int], int]:
     """Splits of K that bring the tiles to `want` CTAs, each with `min_k_tiles` stages at least."""
 
     def split_k(problem: GemmProblem, num_sms: int) -> int:
@@ -99,7 +101,7 @@ def _whole(problem: GemmProblem, num_sms: int) -> int:
     return 1
 
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Rule(
         when=lambda p, num_sms: p.batch_invariant,
         config=PINGPONG,

@@ -16,7 +16,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from jax_nvfp4 import ffi, numerics
-from jax_nvfp4.config import REFERENCE, GemmProblem, select
+from jax_nvfp4.config import REFERENCE, GemmProblem, select, serves
 from jax_nvfp4.config.quantize import OutFormat
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import K_MULTIPLE, pack_weight, unpack_weight
@@ -179,20 +179,33 @@ def _operand(
     return (x, None, x_scale, "bfloat16") if hopper else (x, scales, x_scale, "e2m1")
 
 
+def _problem(x: jax.Array, x_dtype: str, spec: LinearSpec, arch: str) -> GemmProblem:
+    padded_k = -(-spec.k // K_MULTIPLE) * K_MULTIPLE
+    return GemmProblem(x.shape[0], spec.n, padded_k, arch, x_dtype, spec.batch_invariant)
+
+
+def _weight_only_by_xla(x: jax.Array, spec: LinearSpec, arch: str) -> bool:
+    """Whether 16-bit x goes through XLA's dot of the dequantized weight.
+
+    Blackwell's tensor cores multiply 4-bit by 4-bit operands; its kernels for 16-bit x, where there
+    are any, are for few rows.
+    """
+    if spec.activation is not None or arch == "sm_90a":
+        return False
+    x_dtype = "float16" if x.dtype == jnp.float16 else "bfloat16"
+    return not serves(_problem(x, x_dtype, spec, arch), backend.num_sms(arch))
+
+
 def _cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     x, (data, block_scale, w_scale), bias, given = _split(operands, spec)
     arch = backend.kernel_arch(spec.arch)
-    # Blackwell multiplies 4-bit by 4-bit operands; 16-bit activations go through XLA's dot there.
-    weight_only_by_xla = spec.activation is None and arch != "sm_90a"
-    if arch is None or weight_only_by_xla or 0 in (*x.shape, spec.n):
+    if arch is None or 0 in (*x.shape, spec.n) or _weight_only_by_xla(x, spec, arch):
         return _reference(*operands, spec=spec)
     if spec.arch is None:
         data, block_scale = pack_weight(arch, data, block_scale)
     sms = backend.num_sms(arch)
     x, scales, x_scale, x_dtype = _operand(x, given, spec, arch)
-    padded_k = -(-spec.k // K_MULTIPLE) * K_MULTIPLE
-    problem = GemmProblem(x.shape[0], spec.n, padded_k, arch, x_dtype, spec.batch_invariant)
-    config, split_k = select(problem, sms)
+    config, split_k = select(_problem(x, x_dtype, spec, arch), sms)
     y = ffi.gemm_call(
         x,
         scales,
