@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blackwell data-center GPUs (sm_100, sm_103): GEMM configs and which one serves which problem.
 
-Two designs of one kernel (`kind`). "swap": the weight is the MMA's M side (128 rows for each CTA)
-and the tokens a narrow N side; a cluster of up to eight CTAs may split K. "pair": tcgen05.mma over
-two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many as shared memory holds.
-The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
+Two designs of one kernel for e2m1 activations (`kind`). "swap": the weight is the MMA's M side
+(128 rows for each CTA) and the tokens a narrow N side; a cluster of up to eight CTAs may split K.
+"pair": tcgen05.mma over two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many
+as shared memory holds. The performance model behind the table is in `kernels/NOTES.md`; no row has
+been measured.
+
+"weight_only", for few rows of 16-bit activations, is sm_120's kernel: mma.sync is on every arch.
 """
 
+import dataclasses
 from collections.abc import Callable
 
+from jax_nvfp4.config import sm120
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
 MAX_SPLIT_K = 8
@@ -44,7 +49,17 @@ PAIR_128 = _config("pair_t256x128", "pair", 256, 128, 6, cluster_m=2)
 PAIR_256 = _config("pair_t256x256", "pair", 256, 256, 5, cluster_m=2)
 PAIR_256_C4 = _config("pair_t256x256_c2x2", "pair", 256, 256, 5, cluster_m=2, cluster_n=2)
 
-CONFIGS = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4)
+W4A4 = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4)
+
+WEIGHT_ONLY = tuple(
+    dataclasses.replace(
+        config, name=config.name.replace("sm120f", "sm100f"), arch="sm_100f", ctas_per_sm=2
+    )
+    for config in sm120.WEIGHT_ONLY
+)
+"""sm_120's kernels for 16-bit x, two CTAs on each multiprocessor."""
+
+CONFIGS = (*W4A4, *WEIGHT_ONLY)
 
 
 def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
@@ -75,11 +90,17 @@ def _split_invariant(problem: GemmProblem, num_sms: int) -> int:
     return _split(-(-problem.n // SWAP_128.tile_n), problem.k, _REFERENCE_SMS)
 
 
+def _split_weight_only(problem: GemmProblem, num_sms: int) -> int:
+    """Splits of K that give each multiprocessor its two CTAs, with eight stages of K at least."""
+    tiles = sm120.tiles(WEIGHT_ONLY[0], problem)
+    return max(1, min(MAX_SPLIT_K, 2 * num_sms // tiles, -(-problem.k // 256) // 8))
+
+
 def _one(problem: GemmProblem, num_sms: int) -> int:
     return 1
 
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Rule(
         lambda p, sms: p.batch_invariant,
         SWAP_128,
@@ -131,10 +152,27 @@ RULES = (
 )
 
 
-def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
-    """Bytes of scratch memory that a call needs: none.
+RULES += tuple(
+    Rule(
+        lambda p, sms: p.m <= 64 and not p.batch_invariant,
+        config,
+        _split_weight_only,
+        "Reads the weight's 0.56 bytes an element where dequantizing to bf16 first moves 4.56. The "
+        "codes are expanded by instructions, about 2.5 for each weight of the issue slots that 8 "
+        "TB/s leave, so that it may reach a half of the bandwidth. Above 64 rows XLA's dot of the "
+        "dequantized weight, on tcgen05, is the better one; a batch-invariant call is left to it "
+        "for each m.",
+    )
+    for config in WEIGHT_ONLY
+)
 
-    The partial sums of a split K meet in distributed shared memory, so that nothing is left in
-    global memory to be initialized or reset.
+
+def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
+    """Bytes of scratch memory that a call needs.
+
+    With e2m1 activations none: the partial sums of a split K meet in distributed shared memory, so
+    that nothing is left in global memory to be initialized or reset.
     """
+    if config in WEIGHT_ONLY:
+        return sm120.scratch_bytes(config, problem, split_k, num_sms)
     return 0

@@ -54,6 +54,8 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     shape_of,
     tcgen05_fence_after,
 )
+from jax_nvfp4.kernels.gemm_sm120 import example_args as weight_only_args
+from jax_nvfp4.kernels.gemm_sm120 import host_function
 from jax_nvfp4.kernels.variant import KernelVariant
 
 
@@ -608,6 +610,21 @@ class GemmSm100:
                 tcgen05.commit(barrier, None, self.cta_group)
 
 
+def _example_args() -> tuple:
+    """Arguments that give the host function's parameters their types."""
+
+    def pointer(kind: type) -> cute.Pointer:
+        return make_ptr(kind, 1024, cute.AddressSpace.gmem, assumed_align=16)
+
+    return (
+        *(pointer(Uint8) for _ in range(4)),
+        *(pointer(Float32) for _ in range(2)),
+        *(pointer(Uint8) for _ in range(3)),
+        *(Int32(1) for _ in range(9)),
+        cuda.CUstream(0),
+    )
+
+
 def variants(arch: str) -> list[KernelVariant]:
     """The GEMM kernels to compile for `arch`.
 
@@ -619,12 +636,11 @@ def variants(arch: str) -> list[KernelVariant]:
     """
     if arch not in ("sm_100f", "sm_103a"):
         return []
-    pointer = lambda kind: make_ptr(kind, 1024, cute.AddressSpace.gmem, assumed_align=16)  # noqa: E731
-    args = (
-        *(pointer(Uint8) for _ in range(4)),
-        *(pointer(Float32) for _ in range(2)),
-        *(pointer(Uint8) for _ in range(3)),
-        *(Int32(1) for _ in range(9)),
-        cuda.CUstream(0),
-    )
-    return [KernelVariant(c.name, "gemm", arch, c, GemmSm100(c), args) for c in configs(arch)]
+    found = []
+    for config in configs(arch):
+        if config.kind == "weight_only":
+            host, args = host_function(config), weight_only_args()
+        else:
+            host, args = GemmSm100(config), _example_args()
+        found.append(KernelVariant(config.name, "gemm", arch, config, host, args))
+    return found

@@ -25,7 +25,7 @@ from jax_nvfp4.kernels.variant import KernelVariant
 _KINDS = {"pingpong": Pingpong, "stream": Stream, "weight_only": WeightOnly}
 
 
-def _host(config: GemmConfig) -> Callable[..., None]:
+def host_function(config: GemmConfig) -> Callable[..., None]:
     """The host function of a config: launches its kernel, and the reduction after a split."""
     gemm = _KINDS[config.kind](config)
     reduce = Reduce()
@@ -55,14 +55,14 @@ def _host(config: GemmConfig) -> Callable[..., None]:
         operands = (x, sfx, w, sfw)
         scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
         out = (y, scratch, m, n, out_dtype)
-        gemm.launch(operands, scales, out, k, split_k, num_sms, stream)
+        gemm.launch(operands, scales, out, k, split_k, num_sms * config.ctas_per_sm, stream)
         if split_k > 1:
             reduce.launch(scales, out, split_k, stream)
 
     return host
 
 
-def _example_args() -> tuple[Any, ...]:
+def example_args() -> tuple[Any, ...]:
     """Arguments that give the host function's parameters their types."""
 
     def pointer(dtype: Any, alignment: int) -> Any:
@@ -77,7 +77,7 @@ def _example_args() -> tuple[Any, ...]:
 def variants(arch: str) -> list[KernelVariant]:
     """The kernels to build for `arch`: one for each config of it."""
     return [
-        KernelVariant(c.name, "gemm", arch, c, _host(c), _example_args())
+        KernelVariant(c.name, "gemm", arch, c, host_function(c), example_args())
         for c in configs.CONFIGS
         if c.arch == arch and c.kind in _KINDS
     ]

@@ -11,11 +11,11 @@ import pytest
 from ptx_machine.host import run_object
 
 import kernel_objects
-from jax_nvfp4.config import GemmProblem, configs, select, sm100
+from jax_nvfp4.config import GemmProblem, select, serves, sm100
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
 NAN_SCALE = 0x7F
-BY_NAME = {c.name.removeprefix("gemm_sm100f_"): c for c in sm100.CONFIGS}
+BY_NAME = {c.name.removeprefix("gemm_sm100f_"): c for c in sm100.W4A4}
 
 
 @dataclasses.dataclass
@@ -67,7 +67,7 @@ def random_operand(rng, rows, k, stored_rows, padding=0):
 
 
 def gemm(config, x, w, m, n, k, *, x_scale=None, w_scale=1.0, bias=None, out=1, split=1, sms=2,
-         resident=None, seed=0):  # fmt: skip
+         resident=None, scratch=0, seed=0):  # fmt: skip
     """Runs a config's kernel. Scales: None, a number or a vector. Returns y (m, n).
 
     `resident` clusters run at the same time: by default as many as `sms` multiprocessors hold.
@@ -90,7 +90,7 @@ def gemm(config, x, w, m, n, k, *, x_scale=None, w_scale=1.0, bias=None, out=1, 
     run_object(
         base.with_suffix(".o"),
         base.with_suffix(".ptx").read_text(),
-        [*arrays, None, *integers],
+        [*arrays, np.zeros(scratch, np.uint8) if scratch else None, *integers],
         uninitialized=[y],
         schedule_seed=seed,
         num_sms=sms,
@@ -256,11 +256,41 @@ def test_from_the_quantizer_to_y(name):
     oracle.assert_linear_close(y, *oracle.linear(*values), k)
 
 
+@pytest.mark.parametrize(("split", "sms"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize("config", sm100.WEIGHT_ONLY, ids=lambda c: c.x_dtype)
+def test_weight_only(config, split, sms):
+    """16-bit activations, which the kernel of sm_120 multiplies with the same repacked weight."""
+    rng = np.random.default_rng(4)
+    m, n, k = 19, 200, 1344
+    x = rng.standard_normal((m, k)).astype(DTYPES[1] if config.x_dtype == "bfloat16" else DTYPES[2])
+    w = random_operand(rng, n, k, 256, NAN_SCALE)
+    w_scale = rng.uniform(0.1, 0.4, n).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    unused = np.zeros(16, np.uint8)
+    problem = GemmProblem(m, n, k, "sm_100f", config.x_dtype)
+    y = gemm(config, Operand(x, unused, x), w, m, n, k, w_scale=w_scale, bias=bias, split=split,
+             sms=sms, scratch=sm100.scratch_bytes(config, problem, split, sms))  # fmt: skip
+    values = w.values * w_scale.astype(np.float64)[:, None]
+    oracle.assert_linear_close(y, *oracle.linear(x.astype(np.float64), values, bias), k)
+
+
 PROBLEMS = [
     (m, n, k)
     for m in (1, 16, 32, 33, 64, 100, 128, 129, 256, 257, 1000, 4096, 100_000)
     for n, k in [(1, 1), (128, 4096), (4096, 4096), (8192, 28672), (57344, 8192), (24576, 1536)]
 ]
+
+
+def test_selection_of_weight_only():
+    """Few rows of 16-bit activations, and the rest is left to XLA."""
+    for m, n, k in PROBLEMS:
+        for x_dtype in ("bfloat16", "float16"):
+            problem = GemmProblem(m, n, k, "sm_100f", x_dtype)
+            assert serves(problem, 148) == (m <= 64)
+            if m <= 64:
+                config, split = select(problem, 148)
+                assert config in sm100.WEIGHT_ONLY and config.x_dtype == x_dtype
+                assert 1 <= split <= 8 and (split == 1 or -(-k // 256) >= 8 * split)
 
 
 @pytest.mark.parametrize("num_sms", [148, 160, 20])
@@ -276,7 +306,7 @@ def test_selection(num_sms):
         assert config is not sm100.SWAP_32 or m <= 32
         assert sm100.scratch_bytes(config, problem, split, num_sms) == 0
     if num_sms == 148:
-        assert chosen == set(configs("sm_100f"))
+        assert chosen == set(sm100.W4A4)
 
 
 def test_batch_invariant_selection_depends_on_the_weight_alone():
