@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sm_120 and sm_121 (RTX 5090, RTX PRO 6000, DGX Spark): configs, selection table, scratch.
 
-Two designs, `kernels/NOTES.md` has the arithmetic behind the choice:
+Three designs, `kernels/NOTES.md` has the arithmetic behind the choice:
 
 `pingpong`: 128x128 output tiles, two groups of four warps that take turns, one multiplying while
 the other writes its tile out. Bound by the tensor cores.
