@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functional API: checks what the user gave, once, and calls the operations."""
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_nvfp4 import numerics, ops
 from jax_nvfp4.config import ARCHES, REFERENCE
 from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.ops import explicit
 from jax_nvfp4.ops.backend import local_arch
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -87,14 +89,20 @@ def quantize(
                 f"global_scale must be a scalar or have the rows of x, {rows}; "
                 f"got shape {given.shape}"
             )
-        given = given.reshape(-1) if given.ndim else given
-    data, block_scale, scale = ops.quantize(x.reshape(math.prod(rows), k), given, mode=mode)
-    return Nvfp4Tensor(
-        data.reshape(*rows, data.shape[-1]),
-        block_scale.reshape(*rows, block_scale.shape[-1]),
-        scale.reshape(rows) if scale.ndim else scale,
-        k=k,
+
+    def flat(x: jax.Array, given: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        given = given.reshape(-1) if given is not None and given.ndim else given
+        data, block_scale, scale = ops.quantize(x.reshape(math.prod(rows), k), given, mode=mode)
+        return (
+            data.reshape(*rows, data.shape[-1]),
+            block_scale.reshape(*rows, block_scale.shape[-1]),
+            scale.reshape(rows) if scale.ndim else scale,
+        )
+
+    parts = explicit.call(
+        flat, (x, given), lambda: explicit.quantized(x, given, scaling == "token")
     )
+    return Nvfp4Tensor(*parts, k=k)
 
 
 def global_scale(x: ArrayLike, scaling: Scaling = "tensor") -> jax.Array:
@@ -149,7 +157,11 @@ def repack(weight: Any, arch: str | None = None) -> Any:
         if node.ndim < 2:
             raise ValueError(f"a weight must have shape (..., N, K); got {node.shape}")
         n, k = node.shape[-2:]
-        data, block_scale = pack_weight(arch, node.data, node.block_scale)
+        data, block_scale = explicit.call(
+            functools.partial(pack_weight, arch),
+            (node.data, node.block_scale),
+            lambda: explicit.repacked(node.data, node.block_scale, arch),
+        )
         return RepackedWeight(data, block_scale, node.global_scale, arch, n, k)
 
     return jax.tree.map(one, weight, is_leaf=_is_tensor)
@@ -259,5 +271,14 @@ def linear(
         batch_invariant=bool(batch_invariant),
     )
     leaves = (weight.data, weight.block_scale, weight.global_scale)
-    y = ops.linear(x.reshape(math.prod(rows), k), leaves, bias, given, spec)
-    return y.reshape(*rows, n)
+
+    def flat(
+        x: jax.Array, leaves: Any, bias: jax.Array | None, given: jax.Array | None
+    ) -> tuple[jax.Array]:
+        y = ops.linear(x.reshape(math.prod(rows), k), leaves, bias, given, spec)
+        return (y.reshape(*rows, n),)
+
+    (y,) = explicit.call(
+        flat, (x, leaves, bias, given), lambda: explicit.multiplied(x, weight.data, n)
+    )
+    return y

@@ -8,22 +8,25 @@ compiler. It is the same on every platform, whatever implementation the part is 
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 Axes = Mapping[str, tuple[str, ...]]
 """The mesh axes, major first, over which each factor is divided."""
+
+_Spec = tuple[tuple[str, ...], ...]
+"""The mesh axes, major first, over which each axis of an array is divided."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,12 @@ class Factors:
         names = dict.fromkeys(
             f for axis in axes for f in ([axis] if isinstance(axis, str) else axis)
         )
+        in_products: Any = {f: self.sizes[f] for f in names if f not in axes}
         return SdyShardingRule(
             tuple(map(mapping, self.operands)),
             tuple(map(mapping, self.results)),
             need_replication_factors=tuple(f for f in names if f not in self.divisible),
-            **{f: self.sizes[f] for f in names if f not in axes},
+            **in_products,
         )
 
     def shardings(self, mesh: Mesh, axes: Axes, arrays: tuple[Any, ...]) -> list[NamedSharding]:
@@ -71,19 +75,19 @@ class Factors:
             for array in arrays
         ]
 
-    def divide(self, mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]) -> Axes:
+    def divide(self, mesh: Mesh, operands: Sequence[_Spec], results: Sequence[_Spec]) -> Axes:
         """Chooses how to divide the work, from what the compiler would like for each array.
 
         Args:
             mesh: the devices.
-            operands: shapes with shardings, of each operand.
+            operands: the mesh axes of each axis of each operand.
             results: likewise.
 
         Returns:
             The mesh axes for each factor; they divide the factor without a remainder.
         """
-        wished_in = [_axes_of(a, names) for a, names in zip(operands, self.operands, strict=True)]
-        wished_out = [_axes_of(a, names) for a, names in zip(results, self.results, strict=True)]
+        wished_in = list(map(_by_factor, operands, self.operands))
+        wished_out = list(map(_by_factor, results, self.results))
         kept = {_major(f) for array in self.results for f in array}
         taken: set[str] = set()
         axes: dict[str, tuple[str, ...]] = dict.fromkeys(self.divisible, ())
@@ -122,14 +126,85 @@ def _major(factor: Any) -> str:
     return factor if isinstance(factor, str) else factor[0]
 
 
-def _axes_of(array: Any, names: tuple[Any, ...]) -> Axes:
-    """The mesh axes of each factor in the sharding of an array."""
-    spec = () if array.sharding is None else array.sharding.spec
-    found = {_major(f): () for f in names}
-    for factor, entry in zip(names, spec, strict=False):
-        if entry is not None:
-            found[_major(factor)] = entry if isinstance(entry, tuple) else (entry,)
-    return found
+def _by_factor(spec: _Spec, names: tuple[Any, ...]) -> Axes:
+    """The mesh axes of each factor of an array."""
+    return {_major(factor): axes for factor, axes in zip(names, spec, strict=True)}
+
+
+def _orders(factors: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The distinct orders of some numbers."""
+    if not factors:
+        yield ()
+    for first in sorted(set(factors)):
+        rest = list(factors)
+        rest.remove(first)
+        yield from ((first, *order) for order in _orders(rest))
+
+
+def _primes(number: int) -> list[int]:
+    """The prime factors of a number."""
+    for prime in range(2, math.isqrt(number) + 1):
+        if number % prime == 0:
+            return [prime, *_primes(number // prime)]
+    return [number] if number > 1 else []
+
+
+def _spec_on(sharding: Sharding | None, ndim: int, sizes: tuple[int, ...]) -> _Spec | None:
+    """The axes of a mesh of these sizes over which each axis of an array is divided.
+
+    Args:
+        sharding: of the array; None: whole on every device.
+        ndim: of the array.
+        sizes: of the mesh; its axes are called by their numbers.
+
+    Returns:
+        Axes for each axis of the array, major first; None if the mesh does not express it.
+    """
+    if sharding is None or sharding.is_fully_replicated:
+        return ((),) * ndim
+    # Where in an array of as many elements a side as there are devices is each one's part?
+    count = math.prod(sizes)
+    parts = sharding.devices_indices_map((count,) * ndim)
+    starts = np.array([[s.start or 0 for s in index] for index in parts.values()])
+    spec = []
+    for start in starts.reshape(*sizes, ndim).transpose(-1, *range(len(sizes))):
+        # An axis over which the array is divided moves the start by a stride of its own.
+        one = np.eye(len(sizes), dtype=int)
+        strides = [int(start[tuple(step)]) for step in one]
+        if (start != sum(s * i for s, i in zip(strides, np.indices(sizes), strict=True))).any():
+            return None
+        axes = sorted((a for a, s in enumerate(strides) if s), key=lambda a: -strides[a])
+        spec.append(tuple(str(a) for a in axes))
+    return tuple(spec)
+
+
+def _mesh_of(devices: Sequence[jax.Device], arrays: Sequence[Any]) -> tuple[Mesh, list[_Spec]]:
+    """A mesh that expresses the shardings of arrays, and what they are on it.
+
+    The compiler speaks of devices, not of the axes of the user's mesh, and may divide by a part of
+    an axis. The axes here are as small as can be: of prime sizes.
+
+    Args:
+        devices: in the program's order.
+        arrays: shapes with shardings.
+
+    Returns:
+        The mesh, and for each array the mesh axes of each of its axes. An array with a sharding
+        that no mesh expresses counts as whole on every device.
+    """
+    best: tuple[int, tuple[int, ...], list[_Spec | None]] | None = None
+    for sizes in _orders(_primes(len(devices))):
+        specs = [_spec_on(a.sharding, len(a.shape), sizes) for a in arrays]
+        missed = sum(spec is None for spec in specs)
+        if best is None or missed < best[0]:
+            best = missed, sizes, specs
+        if not missed:
+            break
+    assert best is not None
+    _, sizes, specs = best
+    names = tuple(map(str, range(len(sizes))))
+    mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes))
+    return mesh, [spec or ((),) * len(a.shape) for a, spec in zip(arrays, specs, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +213,7 @@ class Partitioning:
 
     Attributes:
         factors: avals of the operands and params to `Factors`.
-        part: what a device does: `part(operands, axes, sizes, **params)` with its shards of the
+        part: what a device does: `part(operands, axes=, parts=, **params)` with its shards of the
             operands, the mesh axes of each factor, and in how many parts each factor is divided,
             gives its shards of the results. Collectives over those axes are at hand.
     """
@@ -148,13 +223,18 @@ class Partitioning:
 
 
 def partitioned(
-    bind: Callable[..., Any], partitioning: Partitioning, operands: Sequence[Any], params: Any
+    bind: Callable[..., Any],
+    partitioning: Partitioning,
+    devices: tuple[jax.Device, ...],
+    operands: Sequence[Any],
+    params: Mapping[str, Any],
 ) -> Any:
-    """Calls a primitive such that the compiler divides it over the mesh.
+    """Calls a primitive such that the compiler divides it over devices.
 
     Args:
         bind: the primitive's bind.
         partitioning: of the primitive.
+        devices: as many as the program is for.
         operands: of the primitive.
         params: of the primitive.
 
@@ -167,40 +247,50 @@ def partitioned(
     def whole(*operands: Any) -> Any:
         return bind(*operands, **params)
 
-    def partition(mesh: Mesh, in_shapes: Any, out_shapes: Any) -> Any:
-        axes = factors.divide(mesh, in_shapes, out_shapes)
+    def partition(_: Mesh, in_shapes: Any, out_shapes: Any) -> Any:
+        mesh, specs = _mesh_of(devices, (*in_shapes, *out_shapes))
+        axes = factors.divide(mesh, specs[: len(in_shapes)], specs[len(in_shapes) :])
         parts = {f: math.prod(mesh.shape[a] for a in names) for f, names in axes.items()}
-        part = functools.partial(partitioning.part, axes=axes, parts=parts, **params)
         return (
             mesh,
-            lambda *shards: part(shards),
+            lambda *shards: partitioning.part(shards, axes=axes, parts=parts, **params),
             factors.shardings(mesh, axes, factors.results),
             tuple(factors.shardings(mesh, axes, factors.operands)),
         )
 
-    whole.def_partition(partition, sharding_rule=factors.rule())
+    whole.def_partition(partition, decode_shardings=False, sharding_rule=factors.rule())
     return whole(*operands)
 
 
-def is_partitioned(context: Any, avals: Sequence[Any]) -> bool:
-    """Whether to leave the division of a primitive to `partitioned`.
+def context_to_partition(context: Any) -> Any | None:
+    """The context in which to lower a primitive by `partitioned`, if it is to be divided.
+
+    JAX names the devices in the context only to primitives on a list of its own, and refuses to
+    lower those for an abstract mesh or for several meshes. To `partitioned`, it does not matter
+    which devices they are.
 
     Args:
         context: that of the lowering.
-        avals: of the operands.
 
     Returns:
-        False where nothing is to be divided: on one device, on a device's part (`shard_map`), of
-        empty operands; and where the compiler cannot call back: for `jax.export`, whose programs
-        are compiled by others, for devices that are no mesh, and for the GSPMD partitioner.
+        The context with devices. None where nothing is to be divided: on one device, on a device's
+        part (in `shard_map`), of empty operands; and where the compiler cannot call back: for
+        `jax.export`, whose programs others compile, for devices that are not at hand, and for
+        the GSPMD partitioner.
     """
     module = context.module_context
-    devices = getattr(module.axis_context, "device_assignment", None)
-    return (
-        devices is not None
-        and len(devices) > 1
-        and getattr(module.axis_context, "abstract_mesh", None) is not None
-        and not module.lowering_parameters.for_export
-        and getattr(jax.config, "jax_use_shardy_partitioner", True)
-        and all(aval.size for aval in avals)
+    count = getattr(module.axis_context, "num_devices", 1)
+    if (
+        count == 1
+        or not all(aval.size for aval in context.avals_in)
+        or module.lowering_parameters.for_export
+        or not getattr(jax.config, "jax_use_shardy_partitioner", True)
+        or module.backend is None
+        or len(module.backend.devices()) < count
+    ):
+        return None
+    devices = tuple(module.backend.devices()[:count])
+    axis_context = dataclasses.replace(
+        module.axis_context, device_assignment=devices, abstract_mesh=None
     )
+    return context.replace(module_context=module.replace(axis_context=axis_context))

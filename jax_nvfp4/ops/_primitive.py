@@ -8,15 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import core, lax
-
-# A primitive on more than one device asks for them while it is lowered. JAX keeps who does so in
-# its internals; its own custom_partitioning is on the same list.
-from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_nvfp4.ops._partition import Partitioning, is_partitioned, partitioned
+from jax_nvfp4.ops._partition import Partitioning, context_to_partition, partitioned
 
 
 def define(
@@ -48,8 +44,6 @@ def define(
     mlir.register_lowering(primitive, _lowering(primitive, reference, partitioning))
     if cuda is not None:
         mlir.register_lowering(primitive, _lowering(primitive, cuda, partitioning), platform="cuda")
-    if partitioning is not None:
-        prim_requires_devices_during_lowering.add(primitive)
 
     @functools.cache
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -71,13 +65,16 @@ def _lowering(
     if partitioning is None:
         return whole
 
-    def divided(*operands: Any, **params: Any) -> Any:
-        return partitioned(primitive.bind, partitioning, operands, params)
-
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        if is_partitioned(context, context.avals_in):
-            return mlir.lower_fun(divided, multiple_results=True)(context, *operands, **params)
-        return whole(context, *operands, **params)
+        dividing = context_to_partition(context)
+        if dividing is None:
+            return whole(context, *operands, **params)
+        devices = dividing.module_context.axis_context.device_assignment
+
+        def divided(*operands: Any) -> Any:
+            return partitioned(primitive.bind, partitioning, devices, operands, params)
+
+        return mlir.lower_fun(divided, multiple_results=True)(dividing, *operands)
 
     return lower
 
