@@ -31,14 +31,15 @@ def run_mma(opcode, a, b, c, *, scales="", extra=()):
     tail = scales.format(*[r[1:-1] for r in registers[3:]]) if scales else ""
     body = "mov.u32 %r1, %tid.x;\n" + "\n".join(loads)
     body += f"\n{opcode} {{{', '.join(results)}}}, {registers[0]}, {registers[1]}, {registers[2]}"
-    body += f"{tail};\nld.param.u64 %rd1, [p{len(params)}]; mad.wide.u32 %rd2, %r1, {4 * count}, %rd1;\n"
+    body += f"{tail};\nld.param.u64 %rd1, [p{len(params)}];\n"
+    body += f"mad.wide.u32 %rd2, %r1, {4 * count}, %rd1;\n"
     body += "\n".join(f"st.global.b32 [%rd2+{4 * j}], {n};" for j, n in enumerate(results))
     run(kernel(body, ["u64"] * (len(params) + 1), target="sm_120a"), [*params, out])
     return out
 
 
 def accumulator(matrix):
-    """Registers of a 16 x 8 f32 matrix: c0, c1 in row g, c2, c3 in row g + 8, columns 2t, 2t + 1."""
+    """Registers of a 16 x 8 f32 matrix: c0, c1 in row g, c2, c3 in g + 8, columns 2t, 2t + 1."""
     out = np.zeros((32, 4), np.float32)
     for lane in range(32):
         g, t = divmod(lane, 4)

@@ -10,7 +10,9 @@ from ptx_machine.testing import SEEDS, kernel, run
 U32 = np.uint32
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E2M1 = np.concatenate([E2M1, -E2M1])
-SHARED = ".shared .align 1024 .b8 tiles[65536];\n.shared .align 8 .b64 bar;\n.shared .align 4 .b32 taddr;"
+SHARED = """.shared .align 1024 .b8 tiles[65536];
+.shared .align 8 .b64 bar;
+.shared .align 4 .b32 taddr;"""
 ALLOC = """
 mov.u32 %r1, %tid.x; mov.u32 %r2, %warpid; setp.eq.u32 %p1, %r2, 0; setp.eq.u32 %p2, %r1, 0;
 @%p1 tcgen05.alloc.cta_group::{g}.sync.aligned.shared::cta.b32 [taddr], {columns};
@@ -162,7 +164,8 @@ mov.u32 %r10, tiles; mov.b32 %r11, %r1;
 COPY: setp.ge.u32 %p3, %r11, 4096; @%p3 bra STAGED;
 ld.param.u64 %rd1, [p0]; mad.wide.u32 %rd2, %r11, 16, %rd1; mad.lo.u32 %r12, %r11, 16, %r10;
 {rank}
-ld.global.v4.u32 {%r13, %r14, %r15, %r16}, [%rd2]; st.shared.v4.u32 [%r12], {%r13, %r14, %r15, %r16};
+ld.global.v4.u32 {%r13, %r14, %r15, %r16}, [%rd2];
+st.shared.v4.u32 [%r12], {%r13, %r14, %r15, %r16};
 add.u32 %r11, %r11, 128; bra COPY;
 STAGED: fence.proxy.async.shared::cta; bar.sync 0;
 """
@@ -482,13 +485,13 @@ def test_reading_d_before_the_commit_arrives():
         start = body.index("WAIT: mbarrier")
         return body[:start] + body[body.index("GO: tcgen05") + 3 :]
 
-    with pytest.raises(PtxRuntimeError, match="never written|pending"):
+    with pytest.raises(PtxRuntimeError, match=r"never written|pending"):
         for seed in SEEDS:
             nvfp4_variant(change, seed=seed)
 
 
 def test_load_may_happen_as_late_as_its_wait():
-    """A store to the same columns between tcgen05.ld and its wait is a race that some seed shows."""
+    """A store to the columns between tcgen05.ld and its wait is a race that some seed shows."""
     body = (
         fill(ALLOC, g=1, columns=32)
         + tag_memory(1)

@@ -12,6 +12,8 @@ SHARED = (
     ".shared .align 1024 .b8 tile[16384];\n.shared .align 128 .b8 other[4096];\n"
     ".shared .align 8 .b64 bar[2];"
 )
+LOAD = "cp.async.bulk.tensor.{}d.shared::cta.global.tile.mbarrier::complete_tx::bytes"
+MULTICAST = LOAD.format(2).replace("::cta", "::cluster") + ".multicast::cluster"
 HEAD = """
 mov.u32 %r1, %tid.x; mov.u32 %r2, bar; mov.u32 %r3, tile; setp.eq.u32 %p1, %r1, 0;
 @%p1 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
@@ -42,7 +44,7 @@ def load_tile(tensor, coordinates, *, seed=0, wait=WAIT, expect=None):
         HEAD
         + f"""
 mov.b64 %rd5, p0; cvta.param.u64 %rd5, %rd5;
-@%p1 cp.async.bulk.tensor.{rank}d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r3], [%rd5, {{{coordinate}}}], [%r2];
+@%p1 {LOAD.format(rank)} [%r3], [%rd5, {{{coordinate}}}], [%r2];
 """
         + wait
         + DUMP
@@ -71,9 +73,9 @@ def test_plain_tile():
         np.testing.assert_array_equal(out.reshape(8, 32), data[5:13, 16:48])
 
 
-# 16-byte chunk c of row r lies at chunk c ^ pattern(r); the pattern by hand for each mode: a 128-byte
-# line holds 1, 2 or 4 rows of 128, 64 or 32 bytes, and the chunk index is xored with the line number
-# modulo 8, 4 or 2.
+# 16-byte chunk c of row r lies at chunk c ^ pattern(r). The pattern by hand, by mode: a line of
+# 128 bytes holds 1, 2 or 4 rows of 128, 64 or 32 bytes; the chunk index is xored with the number of
+# the line modulo 8, 4 or 2.
 SWIZZLES = [
     ("32B", 32, lambda row: row // 4 % 2),
     ("64B", 64, lambda row: row // 2 % 4),
@@ -142,7 +144,7 @@ def test_padded_fp4():
 
 def test_reading_before_the_wait_is_an_error():
     data = np.zeros((8, 32), np.uint8)
-    with pytest.raises(PtxRuntimeError, match="still being written|exits while"):
+    with pytest.raises(PtxRuntimeError, match=r"still being written|exits while"):
         for seed in SEEDS:
             load_tile(map2(data, (32, 8)), (0, 0), seed=seed, wait="")
 
@@ -163,7 +165,7 @@ def test_multicast_reaches_every_cta_of_the_mask():
 barrier.cluster.arrive; barrier.cluster.wait;
 mov.u32 %r9, %cluster_ctarank; setp.eq.and.u32 %p4, %r9, 0, %p1; mov.b16 %rs1, 3;
 mov.b64 %rd5, p0; cvta.param.u64 %rd5, %rd5;
-@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%r3], [%rd5, {0, 0}], [%r2], %rs1;
+@%p4 TENSOR_LOAD [%r3], [%rd5, {0, 0}], [%r2], %rs1;
 """
         + WAIT
         + """
@@ -173,6 +175,7 @@ add.u32 %r5, %r5, 128; ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd2+128], %r6;
 """
     )
     out = np.zeros((2, 256), np.uint8)
+    body = body.replace("TENSOR_LOAD", MULTICAST)
     text = kernel(fill(body, bytes=256), ["tensormap", "u64"], shared=SHARED)
     for seed in SEEDS:
         run(text, [map2(data, (32, 8)), out], grid=2, cluster=(2, 1, 1), schedule_seed=seed)
@@ -333,8 +336,9 @@ def test_misaligned_shared_address():
         HEAD
         + """
 mov.b64 %rd5, p0; add.u32 %r3, %r3, 64;
-@%p1 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r3], [%rd5, {0, 0}], [%r2];
+@%p1 TENSOR_LOAD [%r3], [%rd5, {0, 0}], [%r2];
 """
     )
+    body = body.replace("TENSOR_LOAD", LOAD.format(2))
     with pytest.raises(PtxRuntimeError, match="128-byte aligned"):
         run(kernel(fill(body, bytes=256), ["tensormap"], shared=SHARED), [map2(data, (32, 8))])

@@ -236,7 +236,7 @@ def test_mistakes(core, message):
 def test_missing_proxy_fence():
     _, _, a_image, b_image = operands()
     core = zero(4) + "wgmma.fence.sync.aligned;\n" + mma("m64n8k16", 4) + END
-    with pytest.raises(PtxRuntimeError, match="no fence.proxy.async"):
+    with pytest.raises(PtxRuntimeError, match=r"no fence.proxy.async"):
         run_wgmma(
             a_image, b_image, descriptor(BASE_A, "128B", 1024, 16),
             descriptor(BASE_B, "128B", 1024, 16), core, 4, fence="",

@@ -413,6 +413,11 @@ class Machine:
         # A seed also picks the pace of asynchronous operations, from eager to as late as possible.
         self.op_rate = 0.3 if seed == 0 else self.rng.choice((0.02, 0.1, 0.3, 0.6, 0.9))
         self.quantum = (64, 64) if seed == 0 else self.rng.choice(((1, 16), (8, 64), (64, 512)))
+        # It may favor some kinds of operations and some warps over others, as far as to starve them
+        # while there is something else to do.
+        self.op_bias = 0.0 if seed == 0 else self.rng.choice((0.0, 0.95))
+        self.warp_bias = 0.0 if seed == 0 else self.rng.choice((0.0, 0.0, 0.9))
+        self.ranks: dict[object, float] = {}
         self.ready: list[Warp] = []
         self.queues: list[OpQueue] = []
         self.param_data = np.zeros(0, np.uint8)
@@ -563,14 +568,14 @@ class Machine:
         low, high = self.quantum
         while True:
             if self.queues and (not self.ready or rng.random() < self.op_rate):
-                self.queues[rng.randrange(len(self.queues))].step()
+                self._pick_queue().step()
                 continue
             if not self.ready:
                 if not self.clusters:
                     break
                 self.deadlock()
             ready = self.ready
-            index = rng.randrange(len(ready)) if len(ready) > 1 else 0
+            index = self._pick_warp() if len(ready) > 1 else 0
             warp = ready[index]
             quantum = low if low == high else rng.randint(low, high)
             self.step(warp, quantum)
@@ -582,6 +587,24 @@ class Machine:
                     self.finish(warp)
             if self.instructions_run - self.last_progress > LIVELOCK_INSTRUCTIONS:
                 self.livelock()
+
+    def _rank(self, key: object) -> float:
+        if key not in self.ranks:
+            self.ranks[key] = self.rng.random()
+        return self.ranks[key]
+
+    def _pick_queue(self) -> OpQueue:
+        if len(self.queues) > 1 and self.rng.random() < self.op_bias:
+            return min(self.queues, key=lambda q: self._rank(q.items[0].what))
+        return self.queues[self.rng.randrange(len(self.queues))]
+
+    def _pick_warp(self) -> int:
+        ready = self.ready
+        if self.warp_bias and self.rng.random() < self.warp_bias:
+            return min(
+                range(len(ready)), key=lambda i: self._rank((ready[i].cta.rank, ready[i].index))
+            )
+        return self.rng.randrange(len(ready))
 
     def step(self, w: Warp, quantum: int) -> None:
         """Runs up to ``quantum`` instructions of a warp."""

@@ -450,7 +450,7 @@ def _tensor(ctx: Context, ins: Instruction) -> Closure:
                     signal.add_tx(-count)
 
             complete.smem_owner = targets[0]
-            w.machine.async_op(complete, "tensor copy", line)
+            w.machine.async_op(complete, "tensor load", line)
 
     return run
 
@@ -509,7 +509,7 @@ def _tensor_store(ctx: Context, ins: Instruction, rank: int) -> Closure:
             def write(values: np.ndarray, tensor=tensor, where=where, combine=combine) -> None:
                 tensor.write_box(memory, where, values, combine)
 
-            _store_transfer(w, line, "tensor copy", read, write)
+            _store_transfer(w, line, "tensor store", read, write)
 
     return run
 
