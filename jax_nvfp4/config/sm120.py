@@ -14,8 +14,6 @@ the shared memory a queue of weight tiles in flight. Bound by memory.
 
 from collections.abc import Callable
 
-from collections.abc import Callable
-
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
 SHARED_BYTES = 99 * 1024
