@@ -12,6 +12,13 @@ from ptx_machine.host import run_object
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, select, serves, sm100
+from jax_nvfp4.config.quantize import (
+    X_DTYPES,
+    Mode,
+    OutFormat,
+    quantize_scratch_bytes,
+    select_quantize,
+)
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
 NAN_SCALE = 0x7F
@@ -253,6 +260,40 @@ def test_from_the_quantizer_to_y(name):
         oracle.dequantize(x_codes, x_bits, x_scale),
         oracle.dequantize(w_codes, w_bits, w_scale),
     )
+    oracle.assert_linear_close(y, *oracle.linear(*values), k)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_from_the_quantize_kernel_to_y(name):
+    """The bytes of both operands are those that this arch's quantize kernels write."""
+    rng = np.random.default_rng(11)
+    m, n, k = 40, 130, 400
+
+    def quantize(values, mode, stored_rows):
+        rows = len(values)
+        config = select_quantize("sm_100f", "bfloat16", mode)
+        data = np.full((stored_rows, 224), 0xCD, np.uint8)
+        scales = np.full(-(-rows // 128) * 128 * 28, 0xCD, np.uint8)
+        g = np.full(rows if mode == Mode.TOKEN else 1, np.nan, np.float32)
+        given = np.ones(1, np.float32)
+        scratch = np.full(max(quantize_scratch_bytes(config, rows, k, 4), 16), 0xCD, np.uint8)
+        base = kernel_objects.folder() / config.name
+        run_object(
+            base.with_suffix(".o"),
+            base.with_suffix(".ptx").read_text(),
+            [values, given, data[:rows], scales, g, scratch, rows, k,
+             X_DTYPES.index("bfloat16"), mode, OutFormat.OPERAND, 4],
+        )  # fmt: skip
+        data[rows:] = 0  # the weight's padding rows, which repack writes
+        return data, scales, g
+
+    x = (rng.standard_normal((m, k)) * np.exp2(rng.integers(-6, 6, (m, 1)))).astype(DTYPES[1])
+    w = rng.standard_normal((n, k)).astype(DTYPES[1])
+    x_data, x_scales, x_g = quantize(x, Mode.TOKEN, m)
+    w_data, w_scales, w_g = quantize(w, Mode.TENSOR, 256)
+    y = gemm(BY_NAME[name], Operand(x_data, x_scales, x), Operand(w_data, w_scales, w), m, n, k,
+             x_scale=x_g, w_scale=w_g)  # fmt: skip
+    values = [oracle.dequantize(*oracle.quantize(v, s)) for v, s in ((x, "token"), (w, "tensor"))]
     oracle.assert_linear_close(y, *oracle.linear(*values), k)
 
 
