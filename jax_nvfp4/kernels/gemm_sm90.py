@@ -50,8 +50,10 @@ STEPS = TILE_K // 16
 # Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
 # reads at a time then fits the L2 cache.
 RASTER_TILES = 8
+# Rows of sums that a thread loads at a time when it adds up.
+REDUCE_ROWS = 8
 # Splits of K that have a launch of their own (a cluster's size is fixed when it is compiled).
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 6)
 # Registers of a producer's and of a consumer's thread once the one warpgroup of producers has handed
 # over to those of consumers, by CTAs of a multiprocessor and warpgroups of consumers in one.
 REGISTERS = {(1, 2): (40, 232), (2, 2): (24, 104), (1, 4): (24, 112)}
@@ -66,7 +68,7 @@ class GemmSm90:
         config: the config.
     """
 
-    def __init__(self, config: GemmConfig):
+    def __init__(self, config: GemmConfig, group_steps: int = 0):
         self.config = config
         self.dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
@@ -78,7 +80,7 @@ class GemmSm90:
         self.copy_blocks = min(self.tile_blocks, 2)
         self.blocks = self.tile_blocks // self.row_groups
         # Steps of 16 columns between waits: two where that is work enough to hide a decode.
-        self.group_steps = 2 if self.tile_m >= 64 else 4
+        self.group_steps = group_steps or (2 if self.tile_m >= 64 else 4)
         # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
         # over most of its own.
         self.moves_registers = self.blocks * self.tile_m >= 64
@@ -240,6 +242,8 @@ class GemmSm90:
         buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
         barriers = smem.allocate_array(cutlass.Int64, self.stages * 2)
         full, empty = barriers, barriers + self.stages
+        if warp == self.consumers // 32:
+            cpasync.prefetch_descriptor(tma_atom)
         if thread == 0:
             for stage in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(full + stage, 1)
@@ -259,32 +263,62 @@ class GemmSm90:
                     tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
                     m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
                 )  # fmt: skip
+            if const_expr(self.reduces(split)):
+                # The consumers' barriers below, which all threads take part in.
+                self._barrier(split)
+                if const_expr(split > 1):
+                    self._barrier(split)
         else:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_increase(self.registers[1])
+            if const_expr(self.reduces(split)):
+                tile_x, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
+                share = self._share(
+                    x_scale, w_scale, bias, tile_x, tile_w, m, n, rank, thread,
+                    x_scale_stride, w_scale_stride, bias_dtype, split,
+                )  # fmt: skip
             self._consume(
                 x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
                 m_tiles, tiles, m, n, k_count, first_tile, tile_step,
                 x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
             )  # fmt: skip
-        if const_expr(self.reduces(split)):
-            self._reduce(
-                buffers, x_scale, w_scale, bias, y, m_tiles, m, n, first_tile, rank, thread,
-                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
-            )  # fmt: skip
+            if const_expr(self.reduces(split)):
+                self._barrier(split)
+                self._reduce(
+                    buffers, x_scale, w_scale, y, tile_x, m, n, share,
+                    x_scale_stride, w_scale_stride, out_dtype, split,
+                )  # fmt: skip
+                if const_expr(split > 1):
+                    # No CTA leaves while another reads its shared memory.
+                    self._barrier(split)
+
+    @cute.jit
+    def _barrier(self, split: cutlass.Constexpr[int]):
+        """A barrier of all threads of the CTAs that share a tile."""
+        if const_expr(split > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier(barrier_id=2, number_of_threads=self.threads)
 
     def _n_tiles(self, n):
         """Tiles along N. A tile of 64 rows is one of two that share 128, a few rows in turn."""
         whole = self.copy_blocks * BLOCK_N
         return cute.ceil_div(n, max(self.tile_n, layout.TILE_N)) * (layout.TILE_N // whole)
 
+    @cute.jit
     def _tile_coordinates(self, tile, m_tiles, n):
         """(tile along M, tile along N) of a tile's number, in the raster's order."""
-        per_group = RASTER_TILES * self._n_tiles(n)
-        group = tile // per_group
-        inside = tile % per_group
-        rows = cutlass.min(m_tiles - group * RASTER_TILES, RASTER_TILES)
-        return group * RASTER_TILES + inside % rows, inside // rows
+        tile_x = Int32(0)
+        tile_w = tile
+        if m_tiles > 1:
+            per_group = RASTER_TILES * self._n_tiles(n)
+            group = tile // per_group
+            inside = tile % per_group
+            rows = cutlass.min(m_tiles - group * RASTER_TILES, RASTER_TILES)
+            tile_x = group * RASTER_TILES + inside % rows
+            tile_w = inside // rows
+        return tile_x, tile_w
 
     def _flat(self, j, b, half, e):
         """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is."""
@@ -382,16 +416,26 @@ class GemmSm90:
         phase = Int32(0)
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
             tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+            first_block = tile_w * self.tile_blocks + row_group * self.blocks
+            # Small tiles have registers to load these before the multiplication, not after.
+            early = const_expr(not self.reduces(split) and self.blocks * self.tile_m < 128)
+            if const_expr(early):
+                constants = self._constants(
+                    w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype
+                )
             sums.fill(0.0)
             stage, phase = self._multiply(
                 tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
                 k_count, stage, phase, k_group, exponent,
             )  # fmt: skip
-            first_block = tile_w * self.tile_blocks + row_group * self.blocks
             if const_expr(not self.reduces(split)):
+                if const_expr(not early):
+                    constants = self._constants(
+                        w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype
+                    )
                 self._store(
-                    sums, x_scale, w_scale, bias, y, tile_x, first_block, m, n, thread,
-                    x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
+                    sums, x_scale, w_scale, y, tile_x, first_block, m, n, thread, constants,
+                    x_scale_stride, out_dtype,
                 )  # fmt: skip
             else:
                 # All warpgroups are done with the ring that the sums go to.
@@ -469,13 +513,10 @@ class GemmSm90:
         ops.arrive_if(releases, ops.shared_address(empty + last))
         return stage, phase
 
-    @cute.jit
-    def _x_scale(self, x_scale, stride, row, m):
+    def _x_scale(self, x_scale, w_scale, stride, row, m):
         """The scale of a row of x; rows past the last get the last's."""
-        value = Float32(1.0)
-        if stride >= 0:
-            value = ops.load_element(x_scale, Float32, cutlass.min(row, m - 1) * stride)
-        return value
+        index = cutlass.min(row, m - 1) * stride
+        return ops.load_float_or_one(x_scale, w_scale, stride >= 0, index)
 
     @cute.jit
     def _bias(self, bias, dtype, index):
@@ -501,10 +542,31 @@ class GemmSm90:
         else:
             ops.store_half(ops.element_address(y, index, 2), ops.round_pair(value, value, "f16x2"))
 
+    def _warp_column(self, first_block, thread):
+        """The first of the columns of y that a warp stores."""
+        tile = (first_block // 2) * layout.TILE_N
+        return tile + (thread // 32) * 32 + (first_block % 2) * 4
+
+    @cute.jit
+    def _constants(self, w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype):
+        """The scales and the biases of the rows of the weight that a thread sums."""
+        lane = thread % 32
+        g = lane // 4
+        warp_n = self._warp_column(first_block, thread)
+        scales = []
+        biases = []
+        for b in cutlass.range_constexpr(self.blocks):
+            for half in cutlass.range_constexpr(2):
+                at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
+                at = cutlass.min(at, n - 1)
+                scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
+                biases.append(self._bias(bias, bias_dtype, at))
+        return scales, biases
+
     @cute.jit
     def _store(
-        self, sums, x_scale, w_scale, bias, y, tile_x, first_block, m, n, thread,
-        x_scale_stride, w_scale_stride, bias_dtype, out_dtype,
+        self, sums, x_scale, w_scale, y, tile_x, first_block, m, n, thread, constants,
+        x_scale_stride, out_dtype,
     ):  # fmt: skip
         """Scales a tile and stores it, from registers.
 
@@ -515,20 +577,13 @@ class GemmSm90:
         lane = thread % 32
         g, t = lane // 4, lane % 4
         flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
-        warp_n = (first_block // 2) * layout.TILE_N + (thread // 32) * 32 + (first_block % 2) * 4
-        scales = []
-        biases = []
-        for b in cutlass.range_constexpr(self.blocks):
-            for half in cutlass.range_constexpr(2):
-                at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
-                at = cutlass.min(at, n - 1)
-                scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
-                biases.append(self._bias(bias, bias_dtype, at))
+        warp_n = self._warp_column(first_block, thread)
+        scales, biases = constants
         column = warp_n + t * 8
         for j in cutlass.range_constexpr(self.tile_m // 8):
             first_row = tile_x * self.tile_m + 8 * j
             row_scale = [
-                self._x_scale(x_scale, x_scale_stride, first_row + 2 * t + e, m) for e in range(2)
+                self._x_scale(x_scale, w_scale, x_scale_stride, first_row + 2 * t + e, m) for e in range(2)
             ]
             pairs = []
             for b in cutlass.range_constexpr(self.blocks):
@@ -628,50 +683,68 @@ class GemmSm90:
         return tile + tile_w % 2 * 4 + inside // 4 * 8 + inside % 4
 
     @cute.jit
-    def _reduce(
-        self, buffers, x_scale, w_scale, bias, y, m_tiles, m, n, tile, rank, thread,
-        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
+    def _share(
+        self, x_scale, w_scale, bias, tile_x, tile_w, m, n, rank, thread,
+        x_scale_stride, w_scale_stride, bias_dtype, split: cutlass.Constexpr[int],
     ):  # fmt: skip
-        """Adds up this CTA's share of a tile, in the order of ranks and groups; stores it."""
-        if const_expr(split > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
-        tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+        """What a thread adds up in `_reduce`: (place in a row, first row, column, scales, bias).
+
+        Called before the multiplication, so that its loads are long done after it.
+        """
         # Consumers are a multiple of tile_n: a thread stays in its column.
         place = rank * self.consumers + thread
         inside = place % self.tile_n
         column = self._column(tile_w, inside)
-        first_row = tile_x * self.tile_m
-        rows = cutlass.min(m - first_row, self.tile_m)
-        if thread < self.consumers and column < n:
-            scale = ops.load_element(w_scale, Float32, column * w_scale_stride)
-            offset = self._bias(bias, bias_dtype, column)
-            base = ops.shared_address(buffers) + inside * 4
-            step = split * self.consumers // self.tile_n
-            for i in cutlass.range(place // self.tile_n, rows, step, unroll=1):
-                address = base + i * (4 * (self.tile_n + 1))
+        first_row = place // self.tile_n
+        last = cutlass.min(column, n - 1)
+        scale = ops.load_element(w_scale, Float32, last * w_scale_stride)
+        scale *= self._x_scale(x_scale, w_scale, x_scale_stride, tile_x * self.tile_m + first_row, m)
+        return inside, first_row, column, scale, self._bias(bias, bias_dtype, last)
+
+    @cute.jit
+    def _reduce(
+        self, buffers, x_scale, w_scale, y, tile_x, m, n, share,
+        x_scale_stride, w_scale_stride, out_dtype, split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """Adds up a thread's share of a tile, in the order of ranks and groups; stores it."""
+        inside, first_row, column, first_scale, offset = share
+        row_bytes = 4 * (self.tile_n + 1)
+        step = split * self.consumers // self.tile_n
+        base = ops.shared_address(buffers) + inside * 4
+        tile_row = tile_x * self.tile_m
+        if column < n:
+            for first in cutlass.range_constexpr(0, self.tile_m, step * REDUCE_ROWS):
+                # All loads of some rows, then their sums: one latency for all.
+                count = min(REDUCE_ROWS, -(-(self.tile_m - first) // step))
                 parts = []
-                for r in cutlass.range_constexpr(split):
-                    for group in cutlass.range_constexpr(self.k_groups):
-                        at = address + group * (self.tile_m * (self.tile_n + 1) * 4)
-                        if const_expr(split > 1):
-                            parts.append(ops.load_cluster(at, Int32(r)))
-                        else:
-                            parts.append(ops.load_shared(at))
-                total = parts[0]
-                for part in parts[1:]:
-                    total = total + part
-                row = first_row + i
-                alpha = self._x_scale(x_scale, x_scale_stride, row, m) * scale
-                value = ops.fma(alpha, total * Float32(ops.ACCUMULATOR_SCALE), offset)
-                index = Int64(row) * Int64(n) + Int64(column)
-                self._store_element(y, out_dtype, index, value)
-        if const_expr(split > 1):
-            # No CTA leaves while another reads its shared memory.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+                for i in cutlass.range_constexpr(count):
+                    tile_place = cutlass.min(first_row + first + i * step, self.tile_m - 1)
+                    at = base + tile_place * row_bytes
+                    row_parts = []
+                    for r in cutlass.range_constexpr(split):
+                        for group in cutlass.range_constexpr(self.k_groups):
+                            group_at = at + group * (self.tile_m * row_bytes)
+                            if const_expr(split > 1):
+                                row_parts.append(ops.load_cluster(group_at, Int32(r)))
+                            else:
+                                row_parts.append(ops.load_shared(group_at))
+                    parts.append(row_parts)
+                for i in cutlass.range_constexpr(count):
+                    total = parts[i][0]
+                    for p in cutlass.range_constexpr(1, len(parts[i])):
+                        total = total + parts[i][p]
+                    tile_place = first_row + first + i * step
+                    row = tile_row + tile_place
+                    if tile_place < self.tile_m and row < m:
+                        alpha = first_scale
+                        if const_expr(first + i > 0):
+                            alpha = self._x_scale(x_scale, w_scale, x_scale_stride, row, m)
+                            alpha *= ops.load_element(
+                                w_scale, Float32, column * w_scale_stride
+                            )
+                        value = ops.fma(alpha, total * Float32(ops.ACCUMULATOR_SCALE), offset)
+                        index = Int64(row) * Int64(n) + Int64(column)
+                        self._store_element(y, out_dtype, index, value)
 
 
 def _arguments(config: GemmConfig) -> tuple:

@@ -300,6 +300,29 @@ def element_address(pointer, index, size):
     return Int64(pointer.toint()) + Int64(index) * Int64(size)
 
 
+@dsl_user_op
+def _load_float(address, *, loc=None, ip=None):
+    return _asm([Float32], [address], "ld.global.nc.f32 $0, [$1];", "=f,l", False, loc, ip)
+
+
+@dsl_user_op
+def select(condition, yes, no, *, loc=None, ip=None):
+    """`yes` where the Boolean `condition` holds, else `no`, without a branch."""
+    values = (v.ir_value(loc=loc, ip=ip) for v in (condition, yes, no))
+    return type(yes)(llvm.select(*values, loc=loc, ip=ip))
+
+
+def load_float_or_one(pointer, fallback, present, index):
+    """Element `index` of a global array of Float32, or 1 where the Boolean `present` is false.
+
+    Loads without a branch, from `fallback`'s first element then, so that loads overlap.
+    """
+    zero = Int64(0)
+    address = select(present, Int64(pointer.toint()), Int64(fallback.toint()))
+    value = _load_float(address + select(present, Int64(index), zero) * 4)
+    return select(present, value, Float32(1.0))
+
+
 def load_element(pointer, dtype, index):
     """Element `index` of a global array of `dtype`, as Float32."""
     typed = cute.recast_ptr(pointer, dtype=dtype)
