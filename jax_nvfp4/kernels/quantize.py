@@ -43,8 +43,9 @@ from jax_nvfp4.kernels import quantize_ops as ops
 from jax_nvfp4.kernels.variant import KernelVariant
 
 WARP = 32
-MIN_THREADS = 256  # of a CTA of a "grid" kernel; no less than MAX_CTAS, a thread for each peer
+MIN_THREADS = 128  # of a CTA of a "grid" kernel that exchanges messages
 CLUSTER = 8  # CTAs of a "grid" kernel's launch for a small tensor: the largest portable cluster
+CLUSTER_THREADS = (64, 256)  # of its CTAs, at least and at most
 ROWS_THREADS = 256  # short rows share a CTA up to this many threads
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns
 E4M3_MAX = 448.0
@@ -702,7 +703,7 @@ class QuantizeKernel:
                 if (m <= num_sms) & (blocks <= self.few.threads):
                     self.few.launch_rows(pointers, sizes, pad_items, stream, vector, values)
                 elif const_expr(self.item == 2):
-                    if blocks > self.threads * self.units:
+                    if blocks > ROWS_THREADS * self.units:
                         self.wide.launch_rows(pointers, sizes, pad_items, stream, vector, values)
                     else:
                         self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
@@ -714,8 +715,9 @@ class QuantizeKernel:
             divisor = cute.FastDivmodDivisorV2(blocks)
             if const_expr(vector):
                 # A device, or a part of one, may be too small for a cluster.
-                if (units <= CLUSTER * self.threads * self.units) & (num_sms >= CLUSTER):
-                    threads = self.grid_threads(units, CLUSTER)
+                least, most = CLUSTER_THREADS
+                if (units <= CLUSTER * most * self.units) & (num_sms >= CLUSTER):
+                    threads = self.grid_threads(units, CLUSTER, least)
                     self.grid_kernel(pointers, sizes, divisor, True, vector, values).launch(
                         grid=[CLUSTER, 1, 1],
                         block=[threads, 1, 1],
@@ -741,9 +743,10 @@ class QuantizeKernel:
         """Launches a "grid" kernel whose CTAs exchange their amax through scratch memory."""
         m, _, blocks, _, _ = sizes
         units = m * blocks
-        sms = cutlass.min(num_sms, MAX_CTAS)
-        threads = self.grid_threads(units, sms)
-        ctas = cutlass.min(ceil_div(units, threads * self.units), sms)
+        most = cutlass.min(num_sms * self.min_ctas, MAX_CTAS)
+        threads = self.grid_threads(units, most, MIN_THREADS)
+        # A CTA has a thread for each other CTA.
+        ctas = cutlass.min(ceil_div(units, threads * self.units), cutlass.min(most, threads))
         self.grid_kernel(pointers, sizes, divisor, False, vector, values).launch(
             grid=[cutlass.max(ctas, 1), 1, 1],
             block=[threads, 1, 1],
@@ -784,10 +787,10 @@ class QuantizeKernel:
             "preferred_smem_carveout": 0,
         }
 
-    def grid_threads(self, units, ctas):
+    def grid_threads(self, units, ctas, least: int):
         """Threads of a CTA, enough to hold the tensor if that is possible."""
         threads = ceil_div(ceil_div(units, ctas * self.units), WARP) * WARP
-        return cutlass.min(cutlass.max(threads, MIN_THREADS), self.threads)
+        return cutlass.min(cutlass.max(threads, least), self.threads)
 
 
 # CTAs that a multiprocessor should have registers for, by kind and whether x is float32.
@@ -801,8 +804,8 @@ MIN_CTAS = {
 }
 FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1)
 """For rows no more than multiprocessors: a thread for each block, since latency is all."""
-WIDE_ROWS = Shape(units=4, threads=512, min_ctas=2)
-"""For 16-bit rows that are too long for two blocks a thread."""
+WIDE_ROWS = Shape(units=4, threads=448, min_ctas=2)
+"""For 16-bit rows that are too long for two blocks a thread in a small CTA."""
 
 
 def ceil_div(a, b):

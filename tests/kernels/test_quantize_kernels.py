@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every quantize kernel on the PTX machine, against the oracle, bit for bit.
+
+The host code of the compiled object picks the kernel and its launch, and the PTX machine runs it.
+Outputs start poisoned, have to be written whole, and nothing past them; scratch memory starts with
+arbitrary contents.
+"""
+
+import functools
+import re
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+import quantize_cases as cases
+from ptx_machine import Pointer
+from ptx_machine.host import run_object
+
+import kernel_objects
+from jax_nvfp4.config.quantize import (
+    QUANTIZE_CONFIGS,
+    X_DTYPES,
+    Mode,
+    OutFormat,
+    quantize_configs,
+    quantize_scratch_bytes,
+    select_quantize,
+)
+
+GUARD = 64
+POISON = 0xCD
+FEW_SMS = 5  # no room for a cluster: a "grid" kernel's CTAs meet in scratch memory
+MODES = {
+    "flat": (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN),
+    "rows": (Mode.TOKEN,),
+    "grid": (Mode.TENSOR,),
+}
+NOT_ARITHMETIC = {"mov", "ld", "st", "cvt", "setp", "selp"}
+GIVEN = (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN)
+
+
+@functools.cache
+def ptx_of(name):
+    return (kernel_objects.folder() / f"{name}.ptx").read_text()
+
+
+def swizzled(bits):
+    """Block scales (m, 4t) in the 128x4 order, rows padded to 128 with zeros."""
+    m, columns = bits.shape
+    out = np.zeros(-(-m // 128) * 128 * columns, np.uint8)
+    n, k = np.meshgrid(np.arange(m), np.arange(columns), indexing="ij")
+    tile = (n // 128) * (columns // 4) + k // 4
+    out[tile * 512 + (n % 32) * 16 + (n % 128) // 32 * 4 + k % 4] = bits
+    return out
+
+
+def expected(x, mode, out_format, g):
+    """(data, block_scale, global_scale): flat arrays of uint8, or uint16 for bfloat16 values."""
+    if mode in GIVEN:
+        given = g[0] if mode == Mode.SCALAR_GIVEN else g
+        codes, bits, reported = oracle.quantize(x, global_scale=given)
+    else:
+        scaling = "token" if mode == Mode.TOKEN else "tensor"
+        codes, bits, reported = oracle.quantize(x, scaling=scaling)
+    reported = np.asarray(reported, np.float32).reshape(-1)
+    if out_format == OutFormat.LINEAR:
+        return oracle.pack(codes).reshape(-1), bits.reshape(-1), reported
+    codes = np.pad(codes, [(0, 0), (0, -codes.shape[1] % 64)])
+    bits = np.pad(bits, [(0, 0), (0, codes.shape[1] // 16 - bits.shape[1])])
+    if out_format == OutFormat.OPERAND:
+        return oracle.pack(codes).reshape(-1), swizzled(bits), reported
+    values = oracle.block_values(codes, bits).astype(ml_dtypes.bfloat16).reshape(-1)
+    return one_nan(values.view(np.uint16)), np.zeros(0, np.uint8), reported
+
+
+def one_nan(values):
+    """The bits of bfloat16 values, all NaNs alike."""
+    return np.where(np.isnan(values.view(ml_dtypes.bfloat16)), np.uint16(0x7FC0), values)
+
+
+def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
+    """Quantizes on the PTX machine and compares all outputs with the oracle's.
+
+    Args:
+        config: the kernel.
+        x: (m, k) of the config's dtype.
+        mode: a Mode.
+        out_format: an OutFormat.
+        g: the given global scales, float32.
+        offset: elements by which x is away from a 16-byte aligned address.
+        seed: of the schedule and of the scratch memory's contents.
+        sms: multiprocessors that the kernel is told of.
+    """
+    m, k = x.shape
+    want = expected(x, mode, out_format, g)
+    elements = np.concatenate([np.zeros(offset, x.dtype), x.reshape(-1)])
+    given = np.asarray([np.nan] if g is None else g, np.float32)
+    outputs = [np.full(w.nbytes + GUARD, POISON, np.uint8) for w in want]
+    scratch_bytes = quantize_scratch_bytes(config, m, k, sms)
+    scratch = np.random.default_rng(seed).integers(0, 256, scratch_bytes + 8, dtype=np.uint8)
+    if seed % 2:
+        scratch[:] = seed >> 1  # the tags that the CTAs find are all alike
+    run_object(
+        kernel_objects.folder() / f"{config.name}.o",
+        ptx_of(config.name),
+        [
+            Pointer(elements, offset * x.itemsize),
+            None if g is None else given,
+            *outputs,
+            scratch if scratch_bytes else None,
+            m,
+            k,
+            X_DTYPES.index(config.x_dtype),
+            int(mode),
+            int(out_format),
+            sms,
+        ],
+        uninitialized=outputs,
+        schedule_seed=seed,
+        num_sms=sms,
+        resident_clusters=256,  # a cooperative launch: all of the grid
+    )
+    where = f"{config.name} {mode!r} {out_format!r} {x.shape} offset {offset} seed {seed}"
+    for name, got, right in zip(("data", "scale", "global scale"), outputs, want, strict=True):
+        assert (got[right.nbytes :] == POISON).all(), f"{where}: {name} written past its end"
+        got = got[: right.nbytes].view(right.dtype)
+        if right.dtype == np.uint16:
+            got = one_nan(got)
+        got, right = got.view(np.uint8), right.view(np.uint8)
+        wrong = np.flatnonzero(got != right)
+        assert not len(wrong), (
+            f"{where}: {len(wrong)} of {len(right)} bytes of {name} differ, at {wrong[:8]}: "
+            f"{got[wrong[:8]]} instead of {right[wrong[:8]]}"
+        )
+
+
+def given_scales(rng, config, mode, m, bad):
+    """Given global scales for a mode, unusable ones among them if `bad`; None where dynamic."""
+    if mode not in GIVEN:
+        return None
+    pool = np.array(cases.GLOBAL_SCALES + (cases.BAD_GLOBAL_SCALES if bad else ()), np.float32)
+    return rng.choice(pool, 1 if mode == Mode.SCALAR_GIVEN else m)
+
+
+KERNELS = [pytest.param(config, id=config.name) for config in QUANTIZE_CONFIGS]
+NUMERIC = ("all_codes", "ties", "scale_ties", "outlier", "tiny", "nan", "inf", "uniform_bits")
+
+
+@pytest.mark.parametrize("config", KERNELS)
+def test_corners_of_the_formats(config):
+    rng = np.random.default_rng(1)
+    for i, case in enumerate(NUMERIC):
+        x = cases.make(case, config.x_dtype)
+        x = x[rng.permutation(len(x))[:24]]
+        for mode in MODES[config.kind]:
+            g = given_scales(rng, config, mode, len(x), bad=i % 2)
+            check(config, x, mode, OutFormat((i + int(mode)) % 3), g, seed=i)
+
+
+# Rows that start off 16-byte boundaries (k = 17, 100 of float32 is on them), rows shorter than a
+# block, more than one scale tile, padded and exact multiples of 16, 64 and 128.
+SHAPES = ((1, 1), (2, 7), (3, 17), (5, 64), (4, 100), (129, 24), (33, 129), (6, 520))
+
+
+@pytest.mark.parametrize("config", KERNELS)
+def test_shapes(config):
+    rng = np.random.default_rng(2)
+    for i, (m, k) in enumerate(SHAPES):
+        x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
+        for out_format in (OutFormat.OPERAND, (OutFormat.LINEAR, OutFormat.VALUES)[i // 2 % 2]):
+            for mode in MODES[config.kind]:
+                g = given_scales(rng, config, mode, m, bad=False)
+                sms = (132, 2)[i % 2]
+                check(config, x, mode, out_format, g, offset=i % 2, seed=i, sms=sms)
+
+
+# (m, k, multiprocessors): every shape of threads, one and several chunks.
+ROWS = (
+    (9, 200, 4),  # several rows of a CTA
+    (2, 8704, 1),  # one row of a CTA
+    (1, 8712, 8),  # few rows
+    (2, 16640, 1),  # long rows of the 16-bit dtypes
+    (1, 32776, 1),  # a row that is longer than the registers
+    (1, 16387, 1),  # the same, element by element
+)
+
+
+@pytest.mark.parametrize("config", [c for c in KERNELS if c.values[0].kind == "rows"])
+def test_long_rows(config):
+    rng = np.random.default_rng(3)
+    for seed, (m, k, sms) in enumerate(ROWS):
+        x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
+        x[-1, k // 2] = 37.5
+        check(config, x, Mode.TOKEN, OutFormat.OPERAND, seed=seed, sms=sms)
+
+
+# (m, k, multiprocessors, seeds): CTAs that meet in scratch memory, one to several chunks each.
+GRIDS = (
+    (40, 520, 3, 6),
+    (12, 2049, FEW_SMS, 2),
+    (1, 70000, 2, 1),
+    (6, 6600, 1, 1),  # one CTA
+    (70, 900, 132, 2),  # a cluster
+)
+
+
+@pytest.mark.parametrize("config", [c for c in KERNELS if c.values[0].kind == "grid"])
+def test_grids(config):
+    rng = np.random.default_rng(4)
+    for m, k, sms, seeds in GRIDS:
+        x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
+        for seed in range(seeds):
+            x[rng.integers(m), rng.integers(k)] = 9 + seed
+            check(config, x, Mode.TENSOR, OutFormat(seed % 3), seed=seed, sms=sms)
+
+
+@pytest.mark.parametrize("config", [c for c in KERNELS if "sm90a_grid_bf16" in c.id])
+def test_stale_messages(config):
+    """Scratch memory as an earlier launch left it, whatever the tags were."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((40, 520)).astype(cases.DTYPES[config.x_dtype])
+    for tag in (0, 1, 2, 3, 254, 255):
+        check(config, x, Mode.TENSOR, OutFormat.LINEAR, seed=2 * tag + 1, sms=4)
+
+
+@pytest.mark.parametrize("config", KERNELS)
+def test_every_rounding_is_spelled_out(config):
+    """No approximation, no flushing, nothing that ptxas may contract."""
+    allowed = {
+        "mul.rn.f32",
+        "fma.rn.f32",
+        "rcp.rn.f32",
+        "div.rn.f32",
+        "mul.rn.bf16x2",
+        "min.f32",
+        "max.f32",
+        "abs.f32",
+        "max.NaN.xorsign.abs.f32",
+        "max.NaN.xorsign.abs.f16x2",
+        "max.NaN.xorsign.abs.bf16x2",
+    }
+    text = ptx_of(config.name)
+    used = set(re.findall(r"(?<![\w.%])([a-z]+\.[\w.]*(?:f32|f16x2|bf16x2))(?=\s)", text))
+    arithmetic = {op for op in used if op.split(".")[0] not in NOT_ARITHMETIC}
+    assert arithmetic <= allowed, sorted(arithmetic - allowed)
+    assert ("cvt.rn.satfinite.e2m1x2.f32" in text) == (config.arch != "sm_90a")
+    assert "cvt.rn.satfinite.e4m3x2.f32" in text
+    assert "ld.global.nc.v4.b32" in text
+
+
+@pytest.mark.parametrize("config", KERNELS)
+def test_nothing_spills(config):
+    (entry,) = (k for k in kernel_objects.manifest()["kernels"] if k["name"] == config.name)
+    assert entry["local_bytes"] == entry["stack_bytes"] == 0
+    assert entry["registers"] * config.threads <= 65536
+
+
+def test_selection():
+    for arch in ("sm_90a", "sm_100f", "sm_120f"):
+        assert len({c.name for c in quantize_configs(arch)}) == 9
+        for x_dtype in X_DTYPES:
+            for mode in Mode:
+                config = select_quantize(arch, x_dtype, mode)
+                assert (config.arch, config.x_dtype) == (arch, x_dtype)
+                assert mode in MODES[config.kind]
+    assert select_quantize("sm_103a", "float32", 0).arch == "sm_100f"
+    with pytest.raises(ValueError, match=r"sm_80.*float32"):
+        select_quantize("sm_80", "float32", 0)
+
+
+def test_scratch():
+    for config in QUANTIZE_CONFIGS:
+        size = quantize_scratch_bytes(config, 16, 64, 132)
+        assert size == (132 * 132 * 8 if config.kind == "grid" else 0)
