@@ -110,24 +110,33 @@ def check_linear(mesh, arch, activation, x_spec, w_spec, y_spec, *, invariant, o
     return moved
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("invariant", [False, True])
-@pytest.mark.parametrize(
-    "x_spec,w_spec,y_spec",
-    [
-        (P("x"), P(), P("x")),
-        (P(("x", "y")), P(), P(("x", "y"))),
-        (P(), P("y"), P(None, "y")),
-        (P(), P(("x", "y")), P(None, ("x", "y"))),
-        (P("x"), P("y"), P("x", "y")),
-        (P("y"), P("x"), P("y", "x")),
-    ],
-)
-def test_rows_stay_where_they_are(mesh, arch, activation, invariant, x_spec, w_spec, y_spec):
-    moved = check_linear(mesh, arch, activation, x_spec, w_spec, y_spec, invariant=invariant)
-    amax = activation == "tensor" and x_spec != P()
+ROWS = [
+    (P("x"), P(), P("x")),
+    (P(("x", "y")), P(), P(("x", "y"))),
+    (P(), P("y"), P(None, "y")),
+    (P(), P(("x", "y")), P(None, ("x", "y"))),
+    (P("x"), P("y"), P("x", "y")),
+    (P("y"), P("x"), P("y", "x")),
+]
+
+
+def check_rows(mesh, arch, activation, specs, invariant):
+    moved = check_linear(mesh, arch, activation, *specs, invariant=invariant)
+    amax = activation == "tensor" and specs[0] != P()
     assert moved == ([("all-reduce", "f32[]")] if amax else [])
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("specs", ROWS)
+def test_rows_stay_where_they_are(mesh, arch, specs):
+    check_rows(mesh, arch, "token", specs, invariant=False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("specs", ROWS[1::3])
+@pytest.mark.parametrize("arch", ["canonical", ARCHES[-1]])
+def test_rows_have_the_same_bits(mesh, arch, activation, specs):
+    check_rows(mesh, arch, activation, specs, invariant=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -147,3 +156,264 @@ def test_columns_are_summed(mesh, activation, x_spec, w_spec, y_spec):
     amax = {"token": [f"f32[{rows}]"], "tensor": ["f32[]"]}.get(activation, [])
     expected = [("all-reduce", shape) for shape in (*amax, f"f32[{rows},{columns}]")]
     assert moved == sorted(expected)
+
+
+def test_columns_are_gathered_where_the_order_of_the_sum_is_promised(mesh):
+    specs = (P(None, "x"), P(None, "x"), P())
+    moved = check_linear(mesh, "canonical", "token", *specs, invariant=True)
+    assert {name for name, _ in moved} == {"all-gather"}
+
+
+@pytest.mark.parametrize("arch", ARCHES[2:])
+def test_columns_of_repacked_weights_are_gathered(mesh, arch):
+    moved = check_linear(mesh, arch, "token", P(None, "x"), P("y"), P(None, "y"), invariant=False)
+    assert moved == [("all-gather", f"f32[{M},{K}]")]
+
+
+def test_a_row_parallel_layer_keeps_its_weight_when_its_output_is_divided_by_rows(mesh):
+    moved = check_linear(
+        mesh,
+        "canonical",
+        0.002,
+        P(None, "y"),
+        P(None, "y"),
+        P("y"),
+        invariant=False,
+        out=NamedSharding(mesh, P("y")),
+    )
+    assert "all-gather" not in {name for name, _ in moved}
+
+
+@pytest.mark.parametrize("w_spec", [P("x"), P(None, "x")])
+def test_a_weight_divided_like_the_batch_is_gathered(mesh, w_spec):
+    moved = check_linear(
+        mesh, "canonical", "token", P("x"), w_spec, P("x"), invariant=False,
+        out=NamedSharding(mesh, P("x")),
+    )  # fmt: skip
+    assert ("all-gather", f"u8[{N},{K // 2}]") in moved
+    assert not any(shape.startswith("f32[16,") for _, shape in moved)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("n,k", [(200, 256), (384, 240), (64, 250)])
+def test_shapes_that_do_not_divide(mesh, arch, n, k):
+    w = weight(arch, KERNEL[:n, :k], scaling="token")
+    x, bias = X[:12, :k], BIAS[:n]
+    expected = nvfp4.linear(x, w, bias)
+    for axis in ("x", "y"):
+        size = mesh.shape[axis]
+        placed = jax.tree.map(
+            lambda a, axis=axis, size=size: put(mesh, a, P() if a.shape[0] % size else P(axis)), w
+        )
+        for spec in (P("x"), P("y"), P(None, "x")):
+            y, _ = run(nvfp4.linear, put(mesh, x, spec), placed, bias)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+# ---- Meshes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[:11],
+        lambda x: x.reshape(4, 4, K)[:2].reshape(8, K),
+        lambda x: jnp.swapaxes(x.reshape(4, 4, K), 0, 1).reshape(M, K),
+        lambda x: x.reshape(4, 4, K)[:, 0],
+        lambda x: x.reshape(4, 4 * K),
+    ],
+)
+@pytest.mark.parametrize("scaling", ["tensor", "token"])
+def test_parts_that_are_none_of_an_axis(mesh, function, scaling):
+    line = jax.sharding.Mesh(mesh.devices.reshape(8), ("z",))
+    f = lambda x: nvfp4.quantize(function(x), scaling=scaling)  # noqa: E731
+    t, _ = run(f, put(line, X, P("z")))
+    assert_same(t, f(X))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (6, 1)])
+def test_meshes_of_other_sizes(mesh, sizes):
+    devices = jax.sharding.Mesh(mesh.devices.reshape(-1)[:6].reshape(sizes), ("x", "y"))
+    w = weight("canonical", KERNEL[:960])
+    x = X[:12]
+    f = functools.partial(nvfp4.linear, batch_invariant=True)
+    for x_spec, w_spec in ((P("x"), P("y")), (P("y"), P("x")), (P(("y", "x")), P())):
+        y, moved = run(f, put(devices, x, x_spec), put(devices, w, w_spec))
+        assert_same(y, f(x, w))
+        assert moved == []
+
+
+def test_several_meshes_in_a_program(mesh):
+    line = jax.sharding.Mesh(mesh.devices.reshape(8), ("z",))
+    w = weight("canonical")
+    y, _ = run(nvfp4.linear, put(mesh, X, P("x")), put(line, w, P(None, "z")))
+    np.testing.assert_allclose(y, nvfp4.linear(X, w), rtol=1e-5, atol=1e-4)
+
+
+def test_abstract_mesh():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh, P("x")))
+    w = weight("canonical")
+    lowered = jax.jit(lambda x: nvfp4.linear(x, w)).trace(x).lower(lowering_platforms=("cpu",))
+    assert lowered.out_info.shape == (M, N)
+
+
+def test_who_divides(mesh):
+    def calls(function, *args):
+        return jax.jit(function).lower(*args).as_text().count("@CustomSPMDPartitioning")
+
+    w = weight("canonical")
+    x = put(mesh, X, P("x"))
+    assert calls(nvfp4.linear, x, put(mesh, w, P("y"))) == 1
+    assert calls(nvfp4.quantize, x) == 1
+    assert calls(nvfp4.linear, X, w) == 0
+    assert calls(nvfp4.linear, x[:0], put(mesh, w, P("y"))) == 0
+    part = jax.shard_map(nvfp4.linear, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    assert calls(part, x, w) == 0
+    with jax.set_mesh(mesh):
+        assert calls(nvfp4.quantize, x) == 1
+
+
+def test_export_for_several_devices(mesh):
+    w = put(mesh, weight("canonical"), P("y"))
+    x = put(mesh, X, P("x"))
+    exported = jax.export.export(jax.jit(nvfp4.linear))(x, w)
+    y = jax.jit(jax.export.deserialize(exported.serialize()).call)(x, w)
+    np.testing.assert_allclose(y, nvfp4.linear(X, weight("canonical")), rtol=1e-5, atol=1e-4)
+
+
+def test_partly_manual(mesh):
+    w = weight("canonical")
+    f = jax.shard_map(
+        nvfp4.linear, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"), axis_names={"x"}
+    )
+    y, _ = run(f, put(mesh, X, P("x")), put(mesh, w, P("y")))
+    np.testing.assert_allclose(y, nvfp4.linear(X, w), rtol=1e-5, atol=1e-4)
+
+
+# ---- Transformations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["canonical", *ARCHES[2:]])
+def test_gradient(mesh, arch):
+    def loss(x, w, b):
+        return (nvfp4.linear(x, w, b) ** 2).sum()
+
+    w = weight(arch)
+    args = put(mesh, X, P("x")), put(mesh, w, P("y")), put(mesh, BIAS, P("y"))
+    (dx, db), moved = run(jax.grad(loss, (0, 2)), *args)
+    expected = jax.grad(loss, (0, 2))(X, w, BIAS)
+    np.testing.assert_allclose(dx, expected[0], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(db, expected[1], rtol=1e-3, atol=1e-2)
+    assert moved == [("all-reduce", f"f32[{N // 4}]"), ("all-reduce", f"f32[{M // 2},{K}]")]
+
+
+def test_vmap_and_leading_axes(mesh):
+    x = X.reshape(4, 4, K)
+    w = weight("canonical")
+    for f in (nvfp4.linear, jax.vmap(nvfp4.linear, (0, None))):
+        y, moved = run(f, put(mesh, x, P("x")), put(mesh, w, P("y")))
+        np.testing.assert_allclose(y, nvfp4.linear(x, w), rtol=1e-5, atol=1e-4)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("x", None, "y")), 3)
+        assert moved == []
+
+
+def test_scan_over_layers(mesh):
+    ws = jax.vmap(nvfp4.quantize)(KERNEL.reshape(4, K, K))
+    f = lambda x, ws: jax.lax.scan(lambda x, w: (nvfp4.linear(x, w), None), x, ws)[0]  # noqa: E731
+    placed = jax.tree.map(lambda a: put(mesh, a, P(None, "y") if a.ndim == 3 else P()), ws)
+    y, moved = run(f, put(mesh, X, P("x")), placed)
+    np.testing.assert_allclose(y, f(X, ws), rtol=1e-4, atol=1e-3)
+    assert moved == [("all-gather", f"f32[{M // 2},{K}]")]  # of x, between layers
+
+
+@pytest.mark.parametrize("arch", ARCHES[1:])
+def test_repack(mesh, arch):
+    w = put(mesh, weight("canonical"), P("y"))
+    repacked, moved = run(lambda w: nvfp4.repack(w, arch), w)
+    assert moved == []
+    eager = nvfp4.repack(w, arch)
+    for one in (repacked, eager):
+        assert_same(one, weight(arch))
+        for part in (one.data, one.block_scale):
+            assert part.sharding.is_equivalent_to(NamedSharding(mesh, P("y")), part.ndim)
+
+
+# ---- Meshes with explicit axes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def explicit(mesh):
+    return jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def specs(tree):
+    return [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(tree)]
+
+
+def everyhow(mesh, function, *args):
+    """The results eagerly and under jit, without the mesh in the context and with it."""
+    yield function(*args)
+    yield jax.jit(function)(*args)
+    with jax.set_mesh(mesh):
+        yield function(*args)
+        yield jax.jit(function)(*args)
+
+
+@pytest.mark.parametrize(
+    "how,scale_spec",
+    [
+        ({}, P()),
+        ({"scaling": "token"}, P("x", None)),
+        ({"global_scale": 0.01}, P()),
+    ],
+)
+def test_explicit_quantize(explicit, how, scale_spec):
+    x = X.reshape(4, 4, K)
+    f = functools.partial(nvfp4.quantize, **how)
+    for spec in (P("x", None, None), P("x", None, "y")):
+        for t in everyhow(explicit, f, put(explicit, x, spec)):
+            assert_same(t, f(x))
+            assert specs(t) == [spec, spec, scale_spec]
+
+
+def test_explicit_quantize_where_blocks_do_not_divide(explicit):
+    x = X[:, :240]
+    for t in everyhow(explicit, nvfp4.quantize, put(explicit, x, P("x", "y"))):
+        assert_same(t, nvfp4.quantize(x))
+        assert specs(t) == [P("x", None), P("x", None), P()]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_explicit_linear(explicit, arch):
+    w = weight("canonical")
+    x = X.reshape(4, 4, K)
+    expected = nvfp4.linear(x, w, BIAS)
+    for x_spec, w_spec, y_spec in (
+        (P("x"), P("y"), P("x", None, "y")),
+        (P("x"), P("x"), P("x", None, None)),
+        (P(), P(("x", "y")), P(None, None, ("x", "y"))),
+        (P("x", None, "y"), P(), P("x", None, None)),
+    ):
+        placed = put(explicit, w, w_spec)
+        if arch != "canonical":
+            placed = nvfp4.repack(placed, arch)
+            assert specs(placed)[0][0] == (w_spec[0] if len(w_spec) else None)
+            assert_same(placed, weight(arch))
+        for y in everyhow(explicit, nvfp4.linear, put(explicit, x, x_spec), placed, BIAS):
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+            assert specs(y) == [y_spec]
+
+
+def test_explicit_gradient_and_vmap(explicit):
+    w = weight("canonical")
+    args = put(explicit, X, P("x")), put(explicit, w, P("y"))
+    loss = lambda x, w: (nvfp4.linear(x, w) ** 2).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(*args)
+    np.testing.assert_allclose(gradient, jax.grad(loss)(X, w), rtol=1e-3, atol=1e-2)
+    assert specs(gradient) == [P("x", None)]
+    f = jax.vmap(nvfp4.linear, (0, None))
+    x = X.reshape(4, 4, K)
+    for y in everyhow(explicit, f, put(explicit, x, P("x")), args[1]):
+        np.testing.assert_allclose(y, f(x, w), rtol=1e-5, atol=1e-4)
+        assert specs(y) == [P("x", None, "y")]

@@ -282,8 +282,8 @@ def context_to_partition(context: Any) -> Any | None:
     count = getattr(module.axis_context, "num_devices", 1)
     if (
         count == 1
-        or not all(aval.size for aval in context.avals_in)
         or module.lowering_parameters.for_export
+        or not all(aval.size for aval in context.avals_in)
         or not getattr(jax.config, "jax_use_shardy_partitioner", True)
         or module.backend is None
         or len(module.backend.devices()) < count

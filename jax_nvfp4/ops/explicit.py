@@ -21,7 +21,7 @@ Entry = str | tuple[str, ...] | None
 
 def entries(array: jax.Array) -> tuple[Entry, ...]:
     """What divides each axis of an array, as its type says; None on automatic axes."""
-    spec = tuple(jax.typeof(array).sharding.spec)
+    spec = jax.typeof(array).sharding.spec.partitions
     return (*spec, *[None] * (array.ndim - len(spec)))
 
 
