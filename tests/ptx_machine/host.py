@@ -272,6 +272,7 @@ def run_object(
     num_sms: int = 132,
     resident_clusters: int = 160,
     strict_exit: bool = True,
+    races: bool = True,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.
 
@@ -286,6 +287,7 @@ def run_object(
         num_sms: what the host code sees as the number of SMs.
         resident_clusters: how many clusters run at a time.
         strict_exit: as for ``launch``.
+        races: as for ``launch``.
 
     Returns:
         One machine per launch, in order.
@@ -310,6 +312,7 @@ def run_object(
                 memory=memory,
                 resident_clusters=resident_clusters,
                 strict_exit=strict_exit,
+                races=races,
             )
         )
     return machines

@@ -26,6 +26,7 @@ from .memory import (
     TensorMemory,
 )
 from .parser import Function, Module, Variable, parse
+from .races import NEVER
 from .tensormap import TensorMap
 
 SHARED_LIMIT = {"sm_90": 232448, "sm_100": 232448, "sm_103": 232448, "sm_110": 232448}
@@ -98,7 +99,8 @@ class Warp:
         self.waiting: str | Callable[[], str] = ""  # what a blocked warp waits for
         self.ready = True
         self.queued = True  # in the machine's list of ready warps
-        self.epoch = 0  # the CTA's epoch at this warp's last synchronization
+        # The machine's time at this warp's last synchronization (see races.py).
+        self.epoch = 0 if cta.machine.races else NEVER
         self.spurious = 0
         self.wgmma: object = None
         self.bulk: object = None
@@ -181,6 +183,11 @@ class Warp:
             name = self.program.context.slot_names[slot].split("~")[0]
             raise Fault(f"use of register {name}, which a wgmma in flight still holds")
 
+    def sync(self, time: int) -> None:
+        """The warp has waited for something that happened at a time of the machine's clock."""
+        if time > self.epoch:
+            self.epoch = time
+
     def block(self, reason: str | Callable[[], str]) -> int:
         """The warp stops here until someone wakes it; the reason is for the deadlock report."""
         self.ready = False
@@ -219,12 +226,11 @@ class Cta:
     def __init__(self, machine: Machine, cluster: Cluster, ctaid: tuple, rank: int) -> None:
         self.machine, self.cluster, self.ctaid, self.rank = machine, cluster, ctaid, rank
         self.shared_symbols, size = machine.shared_layout
-        self.shared = SharedMemory(size)
-        self.tensor = TensorMemory()
+        self.shared = SharedMemory(size, machine, rank)
+        self.tensor = TensorMemory(machine)
         self.tensor_queue: list = []  # tcgen05 operations in issue order
         self.barriers: dict[int, dict] = {}
         self.bulk_writes = 0
-        self.epoch = 1
         self.done = False
         self.params_local: dict = {}
         threads = machine.block[0] * machine.block[1] * machine.block[2]
@@ -242,10 +248,10 @@ class Cta:
         return sum(int(w.live.sum()) for w in self.warps if not w.done)
 
     def synchronize(self, warps: Sequence[Warp]) -> None:
-        """Marks that the warps have met: earlier writes of the CTA happen before what follows."""
-        self.epoch += 1
+        """Marks that the warps have met: what came before is ordered before what follows."""
+        time = self.machine.tick()
         for warp in warps:
-            warp.epoch = self.epoch
+            warp.sync(time)
 
     def special(self, name: str, warp: Warp) -> np.ndarray:
         """Value of a special register for a warp's lanes."""
@@ -337,6 +343,7 @@ class Cluster:
         cx, cy, _ = machine.cluster
         self.arrived: set = set()
         self.phase = 0
+        self.phase_time = -1
         self.ctas = []
         for rank in range(machine.cluster_size):
             x, y, z = rank % cx, rank // cx % cy, rank // (cx * cy)
@@ -401,8 +408,10 @@ class Machine:
         seed: int,
         resident_clusters: int,
         strict_exit: bool = True,
+        races: bool = True,
     ) -> None:
-        self.strict_exit = strict_exit
+        self.strict_exit, self.races = strict_exit, races
+        self.time = 1
         self.module, self.program = module, program
         self.grid, self.block, self.cluster = grid, block, cluster
         self.cluster_size = cluster[0] * cluster[1] * cluster[2]
@@ -487,6 +496,11 @@ class Machine:
                 self.module_symbols[variable.name] = allocation.base
 
     # -- services of the instructions --------------------------------------------------------
+    def tick(self) -> int:
+        """Advances the clock of synchronization."""
+        self.time += 1
+        return self.time
+
     def progress(self) -> None:
         """Something happened that a spinning warp may be waiting for."""
         self.last_progress = self.instructions_run
@@ -796,6 +810,7 @@ def launch(
     memory: GlobalMemory | None = None,
     resident_clusters: int = 160,
     strict_exit: bool = True,
+    races: bool = True,
 ) -> Machine:
     """Runs a kernel's PTX on the CPU.
 
@@ -816,6 +831,8 @@ def launch(
         resident_clusters: how many clusters run at the same time, as on a GPU with so many slots.
         strict_exit: whether it is an error that a CTA exits while bulk copies still read its shared
             memory.
+        races: whether accesses to shared and tensor memory that synchronization does not order are
+            errors (see races.py).
 
     Returns:
         The machine after the run, for its counters.
@@ -843,7 +860,7 @@ def launch(
     memory = memory or GlobalMemory()
     machine = Machine(
         module, program, grid3, block3, cluster3, dynamic_smem, memory, schedule_seed,
-        resident_clusters, strict_exit,
+        resident_clusters, strict_exit, races,
     )  # fmt: skip
     machine.param_data, machine.param_maps = pack_params(program, params, memory, uninitialized)
     machine.run()

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from .errors import Fault
+from .races import SharedAccesses, TensorAccesses
 
 POISON_BYTE = 0xCB
 UNWRITTEN, WRITTEN, IN_FLIGHT, BARRIER = 0, 1, 2, 3
@@ -190,14 +191,20 @@ class GlobalMemory:
 
 
 class Mbarrier:
-    """An mbarrier object: phase, pending arrivals and transaction count."""
+    """An mbarrier object: phase, pending arrivals and transaction count.
 
-    __slots__ = ("address", "expected", "line", "pending", "phase", "tx", "waiters")
+    Attributes:
+        clock: the machine, whose time ticks when a phase completes.
+        flip_time: tick of the last completed phase; -1 before the first.
+        init_time, init_agent: when and by whom it was initialized.
+    """
 
-    def __init__(self, address: int, count: int, line: int) -> None:
+    def __init__(self, address: int, count: int, line: int, clock, agent: tuple) -> None:
         self.address, self.expected, self.pending = address, count, count
         self.phase, self.tx, self.line = 0, 0, line
         self.waiters: list = []
+        self.clock, self.flip_time = clock, -1
+        self.init_time, self.init_agent = clock.time, agent
 
     def arrive(self, count: int) -> int:
         """Counts arrivals; returns the phase they belong to."""
@@ -221,6 +228,7 @@ class Mbarrier:
     def settle(self) -> None:
         if self.pending == 0 and self.tx == 0:
             self.phase += 1
+            self.flip_time = self.clock.tick()
             self.pending = self.expected
             for wake in self.waiters:
                 wake()
@@ -236,14 +244,15 @@ class Mbarrier:
 class SharedMemory:
     """Shared memory of one CTA; addresses here are offsets (24 bits, no CTA rank)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, clock, rank: int) -> None:
         size = (size + 15) // 16 * 16
+        self.clock = clock
+        self.accesses = SharedAccesses(size, clock, rank)
         self.size = size
         self.data = np.full(size, POISON_BYTE, np.uint8)
         self.state = np.zeros(size, np.uint8)
-        # Generic-proxy writes not yet fenced: 1 + warp index, and the CTA's epoch at the write.
+        # Generic-proxy writes not yet fenced: 1 + the agent that wrote.
         self.dirty = np.zeros(size, np.uint8)
-        self.dirty_epoch = np.zeros(size // 4, np.int32)  # by 4-byte word
         self.has_dirty = False
         self.barriers: dict[int, Mbarrier] = {}
         self.words = {w: self.data.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
@@ -291,15 +300,16 @@ class SharedMemory:
                 "through the generic proxy, with no fence.proxy.async between"
             )
 
-    def load(self, offsets: np.ndarray, width: int) -> np.ndarray:
-        """Loads one word per lane."""
+    def load(self, offsets: np.ndarray, width: int, w) -> np.ndarray:
+        """Loads one word per lane of a warp."""
         index = offsets // width
         if not (self.word_state[width][index] == self.ALL_WRITTEN[width]).all():
             self.check_readable(offsets[:, None] + np.arange(width), "read")
+        self.accesses.read(offsets, width, w)
         return self.words[width][index]
 
-    def store(self, offsets: np.ndarray, values: np.ndarray, width: int, warp: int, epoch: int):
-        """Stores one word per lane through the generic proxy."""
+    def store(self, offsets: np.ndarray, values: np.ndarray, width: int, w) -> None:
+        """Stores one word per lane of a warp through the generic proxy."""
         index = offsets // width
         states = self.word_state[width][index]
         if not ((states == self.ALL_WRITTEN[width]) | (states == 0)).all():
@@ -308,12 +318,10 @@ class SharedMemory:
                 raise Fault("write over an mbarrier object")
             if (span == IN_FLIGHT).any():
                 raise Fault("write to shared memory that an asynchronous copy is writing")
+        self.accesses.write(offsets, width, w)
         self.words[width][index] = values
         self.word_state[width][index] = self.ALL_WRITTEN[width]
-        self.word_dirty[width][index] = self.ALL_WRITTEN[width] * (warp + 1)
-        self.dirty_epoch[offsets >> 2] = epoch
-        if width == 8:
-            self.dirty_epoch[(offsets >> 2) + 1] = epoch
+        self.word_dirty[width][index] = self.ALL_WRITTEN[width] * (self.accesses.code(w) + 1)
         self.has_dirty = True
 
     def fence(self, warp: int, synced_epoch: int) -> None:
@@ -327,7 +335,7 @@ class SharedMemory:
             return
         index = np.flatnonzero(self.dirty)
         mine = self.dirty[index] == warp + 1
-        older = self.dirty_epoch[index >> 2] < synced_epoch
+        older = self.accesses.write_time[index] < synced_epoch
         self.dirty[index[mine | older]] = 0
         self.has_dirty = bool((~(mine | older)).any())
 
@@ -340,7 +348,7 @@ class SharedMemory:
             raise Fault(f"no mbarrier was initialized at shared memory offset {offset}")
         return found
 
-    def init_barrier(self, offset: int, count: int, line: int) -> None:
+    def init_barrier(self, offset: int, count: int, line: int, agent: tuple) -> None:
         if offset % 8:
             raise Fault(f"mbarrier address {offset:#x} is not 8-byte aligned")
         self.check_range(offset, offset + 8, "mbarrier.init")
@@ -348,7 +356,7 @@ class SharedMemory:
             raise Fault(f"mbarrier.init of a live mbarrier at offset {offset}")
         if not 1 <= count < (1 << 20):
             raise Fault(f"mbarrier.init with count {count}")
-        self.barriers[offset] = Mbarrier(offset, count, line)
+        self.barriers[offset] = Mbarrier(offset, count, line, self.clock, agent)
         self.state[offset : offset + 8] = BARRIER
 
     def invalidate_barrier(self, offset: int) -> None:
@@ -359,7 +367,9 @@ class SharedMemory:
         self.state[offset : offset + 8] = UNWRITTEN
 
     # -- asynchronous writes -----------------------------------------------------------------
-    def begin_write(self, index: object) -> None:
+    def begin_write(self, index: object, span: slice, w) -> None:
+        """A warp issues a copy to bytes ``index``, all within ``span``."""
+        self.accesses.async_write_issued(span, w)
         states = self.state[index]
         if (states == BARRIER).any():
             raise Fault("asynchronous copy over an mbarrier object")
@@ -370,6 +380,7 @@ class SharedMemory:
     def finish_write(self, index: object, values: np.ndarray) -> None:
         self.data[index] = values
         self.state[index] = WRITTEN
+        self.accesses.async_written(index)
         if self.has_dirty:
             self.dirty[index] = 0
 
@@ -379,7 +390,8 @@ class TensorMemory:
 
     LANES, COLUMNS = 128, 512
 
-    def __init__(self) -> None:
+    def __init__(self, clock) -> None:
+        self.accesses = TensorAccesses(clock)
         self.data = np.zeros((0, 0), np.uint32)  # made at the first allocation
         self.written = np.zeros((0, 0), bool)
         self.owner = np.full(self.COLUMNS, -1, np.int32)  # allocation id of a column
@@ -409,6 +421,7 @@ class TensorMemory:
             raise Fault(f"tcgen05.dealloc of {columns} columns at {start}: no such allocation")
         del self.allocations[start]
         self.owner[start : start + columns] = -1
+        self.accesses.freed(slice(start, start + columns))
         self.written[:, start : start + columns] = False
         self.data[:, start : start + columns] = 0xCBCBCBCB
 

@@ -227,7 +227,7 @@ def drop_predicate(text: str) -> Iterator[Mutant]:
     """A guarded global access or copy loses its bounds check."""
     for lines, i, line in _each(text, ("ld.global", "st.global", "cp.async", "red.global")):
         match = re.match(r"^(\s*)@!?%?\w+\s+(.*)$", line)
-        if match:
+        if match and "_group" not in match[2]:
             yield _replace(lines, i, match[1] + match[2], "drop_predicate")
 
 

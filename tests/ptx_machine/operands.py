@@ -144,8 +144,11 @@ def gather(shared: SharedMemory, index: np.ndarray, action: str) -> np.ndarray:
     return raw.reshape(*index.shape[:-1], -1)
 
 
-def check_fenced(shared: SharedMemory, index: np.ndarray, action: str) -> None:
-    """Raises if the operand holds generic-proxy writes with no fence since."""
+def check_operand(shared: SharedMemory, index: np.ndarray, w, action: str) -> None:
+    """Checks, when an operation is issued, that its operand is complete and visible to it."""
+    if not (shared.chunk_state[index] == SharedMemory.ALL_WRITTEN[8]).all():
+        shared.check_readable((index[..., None] * 16 + np.arange(16)).reshape(-1), action)
+    shared.accesses.check_chunks(index, w, action)
     if shared.has_dirty and shared.chunk_dirty[index].any():
         shared.check_fenced((index[..., None] * 16 + np.arange(16)).reshape(-1), action)
 

@@ -20,7 +20,6 @@ from ..parser import TYPE_BYTES, Discard, Instruction, Mem, Reg, Sym, Vec
 from . import floating
 
 U32, U64 = np.uint32, np.uint64
-REMOTE_WARP = 254  # stands for all warps of other CTAs in the marks of unfenced writes
 OFFSET_MASK = (1 << CTA_SHIFT) - 1
 TIMERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
 
@@ -263,7 +262,7 @@ def load_words(w, addresses: np.ndarray, acc: Access) -> np.ndarray:
         out = np.empty(spread.size, UNSIGNED[width])
         for cta, selection, offsets in split_ranks(w, spread, cluster, "read"):
             cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "read")
-            out[selection] = cta.shared.load(offsets, width)
+            out[selection] = cta.shared.load(offsets, width, w)
         return out.reshape(-1, count)
     if space == "local":
         data, written = w.local_memory()
@@ -296,11 +295,9 @@ def store_words(w, addresses: np.ndarray, values: np.ndarray, acc: Access) -> No
         cluster = acc.cluster or space == "generic_shared"
         for cta, selection, offsets in split_ranks(w, spread, cluster, "write"):
             cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "write")
-            owner = w.index
             if cta is not w.cta:
-                owner = REMOTE_WARP
                 w.remote.add(cta)
-            cta.shared.store(offsets, flat[selection], width, owner, cta.epoch)
+            cta.shared.store(offsets, flat[selection], width, w)
         w.machine.progress()
         return
     if space == "local":
@@ -357,6 +354,8 @@ def ld(ctx: Context, ins: Instruction) -> Closure:
     extend = [_extend(acc.kind, k) for k in kinds]
 
     def run(w) -> None:
+        if acc.volatile:  # a flag: what its writer did before is ordered before what follows
+            w.sync(w.machine.tick())
         words = load_words(w, lane_addresses(w, slot, offset), acc)
         m = w.mask
         R = w.R
@@ -489,7 +488,7 @@ def _st_async(ctx: Context, ins: Instruction) -> Closure:
                 raise Fault("st.async: the mbarrier is in another CTA than the destination")
             cta.shared.check_range(at, at + acc.total, "st.async")
             span = slice(at, at + acc.total)
-            cta.shared.begin_write(span)
+            cta.shared.begin_write(span, span, w)
             data = values[lane].view(np.uint8)
 
             def complete(cta=cta, span=span, data=data, bar_at=bar_at) -> None:
@@ -572,6 +571,7 @@ def atom(ctx: Context, ins: Instruction) -> Closure:
         lanes = w.lanes()
         order = list(range(len(lanes)))
         w.machine.rng.shuffle(order)
+        w.sync(w.machine.tick())
         for e, x in enumerate(xs):
             old_values = np.zeros(WARP, word)
             values = w.R[x].astype(word)
@@ -642,6 +642,12 @@ def _matrix_rows(w, slot: int, offset: int, count: int, what: str, align: int = 
     raise Fault(what)
 
 
+def _read_rows(w, rows: np.ndarray) -> np.ndarray:
+    """The 16-byte rows at offsets, (rows, 16) bytes."""
+    offsets = (rows[:, None] + np.array([0, 8])).reshape(-1)
+    return w.cta.shared.load(offsets, 8, w).view(np.uint8).reshape(-1, 16)
+
+
 @op("ldmatrix")
 def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
     parts = ins.parts
@@ -653,11 +659,7 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
     if shape == "m8n8":
 
         def run(w) -> None:
-            rows = _matrix_rows(w, slot, offset, count, "ldmatrix")
-            index = rows[:, None] + np.arange(16)
-            shared = w.cta.shared
-            shared.check_readable(index, "ldmatrix")
-            raw = shared.data[index]  # (8 * count, 16) bytes
+            raw = _read_rows(w, _matrix_rows(w, slot, offset, count, "ldmatrix"))
             for i, dst in enumerate(dsts):
                 matrix = np.ascontiguousarray(raw[8 * i : 8 * i + 8]).view(np.uint16)
                 if trans:
@@ -682,10 +684,7 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
     if shape == "m8n16":
 
         def run8(w) -> None:
-            rows = _matrix_rows(w, slot, offset, count, "ldmatrix")
-            index = rows[:, None] + np.arange(16)
-            w.cta.shared.check_readable(index, "ldmatrix")
-            raw = widen(w.cta.shared.data[index])
+            raw = widen(_read_rows(w, _matrix_rows(w, slot, offset, count, "ldmatrix")))
             for i, dst in enumerate(dsts):
                 w.R[dst] = np.ascontiguousarray(raw[8 * i : 8 * i + 8]).view(U32).reshape(-1)
 
@@ -696,10 +695,7 @@ def ldmatrix(ctx: Context, ins: Instruction) -> Closure:
     element = np.arange(4)
 
     def run16(w) -> None:
-        rows = _matrix_rows(w, slot, offset, 2 * count, "ldmatrix")
-        index = rows[:, None] + np.arange(16)
-        w.cta.shared.check_readable(index, "ldmatrix")
-        raw = widen(w.cta.shared.data[index])
+        raw = widen(_read_rows(w, _matrix_rows(w, slot, offset, 2 * count, "ldmatrix")))
         column = (lane // 4)[:, None] + 8 * (element // 2)[None, :]
         for i, dst in enumerate(dsts):
             matrix, half = divmod(i, 2)
@@ -738,6 +734,6 @@ def stmatrix(ctx: Context, ins: Instruction) -> Closure:
                 words = matrix.view(U64).reshape(8, 2)
             at = rows[8 * i : 8 * i + 8]
             offsets = (at[:, None] + np.array([0, 8])).reshape(-1)
-            w.cta.shared.store(offsets, words.reshape(-1), 8, w.index, w.cta.epoch)
+            w.cta.shared.store(offsets, words.reshape(-1), 8, w)
 
     return run

@@ -160,7 +160,7 @@ def _barrier_cluster(ctx: Context, ins: Instruction) -> Closure:
             raise Fault("barrier.cluster.wait without arrive")
         if cluster.phase > phase:
             w.token["cluster"] = None
-            w.epoch = w.cta.epoch
+            w.sync(cluster.phase_time)
             return None
         cluster.__dict__.setdefault("waiters", []).append(w)
         return w.block("barrier.cluster.wait")
@@ -173,9 +173,8 @@ def _check_cluster(cluster) -> None:
     everyone = [w for cta in cluster.ctas for w in cta.warps if not w.done]
     if cluster.arrived and all(w in cluster.arrived for w in everyone):
         cluster.phase += 1
+        cluster.phase_time = cluster.machine.tick()
         cluster.arrived.clear()
-        for cta in cluster.ctas:
-            cta.epoch += 1
         waiters = cluster.__dict__.get("waiters", [])
         cluster.waiters = []
         for w in waiters:
@@ -196,6 +195,15 @@ def shared_target(w, address: int, cluster_space: bool, what: str) -> tuple:
     if not cluster_space:
         raise Fault(f"{what}: address {address:#x} belongs to CTA rank {rank}, not this CTA")
     return w.cta.cluster.cta(rank), offset
+
+
+def check_initialized(barrier, w) -> None:
+    """Raises if the mbarrier was initialized by a warp this one has not synchronized with."""
+    if barrier.init_time >= w.epoch and barrier.init_agent != (w.cta.rank, w.index):
+        raise Fault(
+            f"mbarrier {barrier.address:#x} is used with no synchronization since warp "
+            f"{barrier.init_agent[1]} of rank {barrier.init_agent[0]} initialized it"
+        )
 
 
 def wake_on(barrier, w) -> None:
@@ -223,7 +231,8 @@ def _init(ctx: Context, ins: Instruction) -> Closure:
     def run(w) -> None:
         for lane in w.lanes():
             cta, where = shared_target(w, int(w.R[slot][lane]) + offset, False, "mbarrier.init")
-            cta.shared.init_barrier(where, int(w.R[count][lane]), line)
+            agent = (w.cta.rank, w.index)
+            cta.shared.init_barrier(where, int(w.R[count][lane]), line, agent)
 
     return run
 
@@ -271,7 +280,7 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
                 # The transactions are expected before the arrival counts.
                 barrier.tx += number
             before = barrier.phase
-            cta.epoch += 1
+            check_initialized(barrier, w)
             barrier.arrive(arrivals)
             if barrier.phase != before:
                 w.machine.progress()
@@ -317,9 +326,12 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         )
         result = np.zeros(WARP, bool)
         barrier = None
+        newest = -1
         for lane in lanes[:1] if uniform else lanes:
             _, where = shared_target(w, int(addresses[lane]) + offset, False, "mbarrier wait")
             barrier = w.cta.shared.barrier(where)
+            check_initialized(barrier, w)
+            newest = max(newest, barrier.flip_time)
             value = int(tokens[lane])
             if parity:
                 if value > 1:
@@ -332,7 +344,8 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
             result[lanes] = result[first]
         if result[first] or not uniform:
             w.spurious = 0
-            w.epoch = w.cta.epoch
+            if result[lanes].all():
+                w.sync(newest)
             put(w, dst, result)
             return None if result[lanes].all() else YIELD
         # try_wait may time out: the schedule decides whether it reports that or keeps waiting.
@@ -368,6 +381,9 @@ def fence(ctx: Context, ins: Instruction) -> Closure:
              "fence.mbarrier_init", "fence.proxy.alias", "fence.proxy.tensormap")  # fmt: skip
     if not text.startswith(known):
         raise ctx.error("unknown fence")
+    if text.startswith(("membar.", "fence.sc", "fence.acq_rel", "fence.acquire")):
+        # Part of a pattern with flags in memory: what the warp has seen is ordered before.
+        return lambda w: w.sync(w.machine.tick())
     return lambda w: None
 
 
@@ -407,7 +423,8 @@ def _try_cancel(ctx: Context, ins: Instruction) -> Closure:
         targets = w.cta.cluster.ctas if multicast else [cta]
         for target in targets:
             target.shared.check_range(where, where + 16, "try_cancel")
-            target.shared.begin_write(slice(where, where + 16))
+            span = slice(where, where + 16)
+            target.shared.begin_write(span, span, w)
 
         def complete() -> None:
             origin = next(machine.next_cluster, None)

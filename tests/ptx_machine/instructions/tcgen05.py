@@ -20,7 +20,7 @@ from ..errors import Fault
 from ..memory import TensorMemory
 from ..operands import (
     MatrixDescriptor,
-    check_fenced,
+    check_operand,
     chunk_index,
     decode_blackwell,
     element_values,
@@ -100,7 +100,7 @@ def _alloc(ctx: Context, ins: Instruction) -> Closure:
     def store(w, address: int) -> None:
         cta, at = shared_target(w, int(w.R[slot][w.first()]) + offset, False, "tcgen05.alloc")
         cta.shared.check_range(at, at + 4, "tcgen05.alloc")
-        cta.shared.store(np.array([at]), np.array([address], U32), 4, w.index, cta.epoch)
+        cta.shared.store(np.array([at]), np.array([address], U32), 4, w)
 
     def run(w) -> int | None:
         if w.mask is not None:
@@ -264,8 +264,9 @@ def _pending(w) -> dict:
 def _finish_loads(w) -> None:
     """Delivers the registers of the warp's tcgen05.ld operations."""
     state = _pending(w)
-    for dsts, early, read in state["ld"]:
+    for dsts, early, read, tensor, used in state["ld"]:
         values = early if early is not None else read()
+        tensor.accesses.load_done(used, w)
         columns = np.ascontiguousarray(values.T)
         for i, d in enumerate(dsts):
             w.R[d] = columns[i]
@@ -292,11 +293,18 @@ def _ld(ctx: Context, ins: Instruction) -> Closure:
                 return low | (high << U32(16))
             return tensor.read(at, where, "tcgen05.ld")
 
+        used = np.unique(where)
+        if packed:
+            used = np.unique(
+                np.concatenate([used.min() + 2 * (used - used.min()) + i for i in (0, 1)])
+            )
+        tensor.check(used, "tcgen05.ld")
+        tensor.accesses.load_issued(used, w)
         # The data may be read at once or as late as the wait.
         early = read() if w.machine.rng.random() < 0.5 else None
         for d in dsts:
             w.R[d] = None
-        _pending(w)["ld"].append((dsts, early, read))
+        _pending(w)["ld"].append((dsts, early, read, tensor, used))
 
     return run
 
@@ -321,10 +329,13 @@ def _st(ctx: Context, ins: Instruction) -> Closure:
                 tensor.write(at, where, values, "tcgen05.st")
 
         tensor.check(where, "tcgen05.st")
+        used = np.unique(where)
+        tensor.accesses.store(used, w)
+        tensor.accesses.stored(used, w)
         if w.machine.rng.random() < 0.5:
             write()
         else:
-            _pending(w)["st"].append(write)
+            _pending(w)["st"].append((write, tensor, used))
 
     return run
 
@@ -339,11 +350,18 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         if kind == "ld":
             _finish_loads(w)
         else:
-            for write in state["st"]:
+            for write, tensor, used in state["st"]:
                 write()
+                tensor.accesses.stored(used, w)
             state["st"] = []
 
     return run
+
+
+def finished(cta, tensor: TensorMemory, used: np.ndarray, written: np.ndarray) -> None:
+    """Notes that an operation of the CTA's queue is done; a later commit makes it visible."""
+    tensor.accesses.operation_done(used, written)
+    cta.__dict__.setdefault("uncommitted", []).append((tensor, used, written))
 
 
 # -- cp and shift ------------------------------------------------------------------------------
@@ -385,21 +403,26 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
         desc = decode_blackwell(int(w.R[desc_slot][lane]))
         index = chunk_index(desc, True, rows, bits // 8, 1)
         ctas = pair_of(cta) if size == 2 else [cta]
+        written = np.arange(column, column + bits // 32)
         for target in ctas:
-            check_fenced(target.shared, index, "tcgen05.cp reads")
-            target.tensor.check(np.arange(column, column + bits // 32), "tcgen05.cp")
+            check_operand(target.shared, index, w, "tcgen05.cp reads")
+            target.shared.accesses.pending[index] += 1
+            target.tensor.check(written, "tcgen05.cp")
+            target.tensor.accesses.operation_issued(written, written, w, "tcgen05.cp")
         if base_lane % 32 and shape != "4x256b":
             raise Fault(f"tcgen05.cp to lane {base_lane}")
 
         def complete() -> None:
             for target in ctas:
                 raw = gather(target.shared, index, "tcgen05.cp reads")
+                target.shared.accesses.async_read_done(index)
                 words = np.ascontiguousarray(raw).view(U32)  # (rows, bits / 32)
                 where = np.arange(column, column + bits // 32)
                 for copy in lanes:
                     target.tensor.write(
                         (copy + base_lane)[:, None], where[None, :], words, "tcgen05.cp"
                     )
+                finished(cta, target.tensor, written, written)
 
         push(cta, complete, "tcgen05.cp", line, ctas)
 
@@ -416,6 +439,9 @@ def _shift(ctx: Context, ins: Instruction) -> Closure:
         if base % 32:
             raise Fault(f"tcgen05.shift at lane {base}")
         ctas = pair_of(w.cta) if size == 2 else [w.cta]
+        columns = np.arange(column, column + 8)
+        for target in ctas:
+            target.tensor.accesses.operation_issued(columns, columns, w, "tcgen05.shift")
 
         def complete() -> None:
             where = np.arange(column, column + 8)[None, :]
@@ -423,6 +449,7 @@ def _shift(ctx: Context, ins: Instruction) -> Closure:
             for target in ctas:
                 values = target.tensor.read(rows + 1, where, "tcgen05.shift")
                 target.tensor.write(rows, where, values, "tcgen05.shift")
+                finished(w.cta, target.tensor, columns, columns)
 
         push(w.cta, complete, "tcgen05.shift", line, ctas)
 
@@ -451,10 +478,11 @@ def _commit(ctx: Context, ins: Instruction) -> Closure:
                 targets = [target]
 
             def complete(targets=targets, at=at) -> None:
+                for tensor, used, written in cta.__dict__.pop("uncommitted", []):
+                    tensor.accesses.committed(used, written)
                 for t in targets:
                     if t.done:
                         raise Fault(f"commit arrives at CTA rank {t.rank}, which has exited")
-                    t.epoch += 1
                     t.shared.barrier(at).arrive(1)
 
             push(cta, complete, "tcgen05.commit", line, targets)
@@ -687,16 +715,22 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
             a_desc = decode_blackwell(a_value)
             a_index = operand_chunks(a_desc, idesc, idesc.a_kind, idesc.transpose_a, m_part)
         b_index = operand_chunks(b_desc, idesc, idesc.b_kind, idesc.transpose_b, n_part)
-        for target in ctas:
-            if a_index is not None:
-                check_fenced(target.shared, a_index, "tcgen05.mma reads A")
-            check_fenced(target.shared, b_index, "tcgen05.mma reads B")
         sf = [int(R[s][lane]) + o for s, o in scales]
         if any(masks):
             raise Fault("tcgen05.mma with disabled output lanes is not modeled")
         places = accumulator_places(idesc.m, idesc.n, size)
         if d_lane and not (idesc.m == 64 and d_lane == 16):
             raise Fault(f"tcgen05.mma with D at lane {d_lane}")
+
+        used, written = _columns_used(idesc, size, d_column, sf, block, a_value if a_tensor else -1)
+        for target in ctas:
+            if a_index is not None:
+                check_operand(target.shared, a_index, w, "tcgen05.mma reads A")
+            check_operand(target.shared, b_index, w, "tcgen05.mma reads B")
+            target.tensor.accesses.operation_issued(used, written, w, "tcgen05.mma")
+            if a_index is not None:
+                target.shared.accesses.pending[a_index] += 1
+            target.shared.accesses.pending[b_index] += 1
 
         def complete() -> None:
             B = np.concatenate(
@@ -751,6 +785,10 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                 else:
                     bits = D.astype(np.float32).view(U32)
                 target.tensor.write(d_at, d_where, bits, "tcgen05.mma writes D")
+                if a_index is not None:
+                    target.shared.accesses.async_read_done(a_index)
+                target.shared.accesses.async_read_done(b_index)
+                finished(cta, target.tensor, used, written)
 
         if scaled:
             ids = {1: (0, 1, 2, 3), 2: (0, 2), 4: (0,), 3: (0, 1, 2, 3), 6: (0, 2)}
@@ -760,6 +798,26 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         push(cta, complete, "tcgen05.mma", line, ctas)
 
     return run
+
+
+def _columns_used(
+    idesc: InstructionDescriptor, size: int, d_column: int, sf: list[int], block: int, a_value: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tensor memory columns that an mma uses, and those it writes."""
+    n = idesc.n // 2 if size == 2 and idesc.m == 128 else idesc.n
+    written = np.arange(d_column, d_column + n)
+    parts = [written]
+    for value, extent in zip(sf, (idesc.m // size, idesc.n), strict=False):
+        column = split_address(value & 0x3FFFFFFF)[1]
+        count = -(-extent // 32) * -(-(idesc.k // block) // 4)
+        parts.append(np.arange(column, column + count))
+    if a_value >= 0:
+        column = split_address(a_value)[1]
+        k_bytes = idesc.k // 2 if idesc.a_kind == "e2m1x2" else idesc.k
+        width = k_bytes if idesc.a_kind == "e2m1x2" else k_bytes * _element_bytes(idesc.a_kind)
+        parts.append(np.arange(column, column + width // 4))
+    used = np.unique(np.concatenate(parts))
+    return used[used < 512], written[written < 512]
 
 
 def _a_from_tensor(

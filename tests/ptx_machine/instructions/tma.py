@@ -22,6 +22,7 @@ class Groups:
     def __init__(self) -> None:
         self.open: list[Transfer] = []
         self.committed: list[list[Transfer]] = []
+        self.time = -1  # when the last operation that a wait covered was complete
 
     def commit(self) -> None:
         self.committed.append(self.open)
@@ -29,26 +30,29 @@ class Groups:
 
     def pending(self, keep: int, read: bool) -> list[Transfer]:
         """Operations that a wait for all but the last ``keep`` groups still waits for."""
-        limit = len(self.committed) - keep
-        waiting = []
-        for group in self.committed[: max(limit, 0)]:
-            waiting += [t for t in group if not (t.read if read else t.done)]
-        self.committed = [
-            g for i, g in enumerate(self.committed) if i >= limit or any(not t.done for t in g)
-        ] if not waiting else self.committed  # fmt: skip
-        return waiting
+        limit = max(len(self.committed) - keep, 0)
+        covered = [t for group in self.committed[:limit] for t in group]
+        waiting = [t for t in covered if not (t.read if read else t.done)]
+        if waiting:
+            return waiting
+        self.time = max([self.time] + [t.time for t in covered])
+        unfinished = [g for g in self.committed[:limit] if any(not t.done for t in g)]
+        self.committed = unfinished + self.committed[limit:]
+        return []
 
 
 class Transfer:
     """One asynchronous copy: ``read`` once its source was read, ``done`` once it is visible."""
 
-    __slots__ = ("done", "read", "waiters")
+    __slots__ = ("done", "read", "time", "waiters")
 
     def __init__(self) -> None:
         self.read = self.done = False
+        self.time = -1
         self.waiters: list = []
 
-    def notify(self) -> None:
+    def notify(self, time: int) -> None:
+        self.time = time
         for wake in self.waiters:
             wake()
         self.waiters.clear()
@@ -101,6 +105,7 @@ def _wait(groups: Callable, keep: int, read: bool, everything: bool = False) -> 
             mine.commit()
         waiting = mine.pending(keep, read)
         if not waiting:
+            w.sync(mine.time)
             return None
         for transfer in waiting:
             transfer.waiters.append(w.wake)
@@ -138,7 +143,9 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
             dst = offsets
         cta.shared.check_range(int(dst.min()), int(dst.max()) + size, "cp.async")
         index = dst[:, None] + np.arange(size)
-        cta.shared.begin_write(index)
+        for i in range(dst.size):
+            row = slice(int(dst[i]), int(dst[i]) + size)
+            cta.shared.begin_write(row, row, w)
         transfer = Transfer()
         async_groups(w).open.append(transfer)
         memory = w.machine.memory
@@ -158,7 +165,7 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
                         values[i, :n] = memory.read_bytes(int(src[i]), int(n))
             cta.shared.finish_write(index, values)
             transfer.read = transfer.done = True
-            transfer.notify()
+            transfer.notify(w.machine.tick())
 
         complete.smem_owner = cta
         w.machine.async_op(complete, "cp.async", line)
@@ -280,18 +287,21 @@ def _bulk(ctx: Context, ins: Instruction) -> Closure:
         for target in targets:
             target.shared.check_range(at, at + count, "cp.async.bulk")
             if combine is None:
-                target.shared.begin_write(span)
+                target.shared.begin_write(span, span, w)
         own = w.cta
-        source_span = slice(0, 0)
+        source_span = source_chunks = slice(0, 0)
         if source.startswith("shared"):
             _, source_at = shared_target(w, origin, False, "cp.async.bulk source")
             own.shared.check_range(source_at, source_at + count, "cp.async.bulk source")
             source_span = slice(source_at, source_at + count)
             own.shared.check_fenced(source_span, "cp.async.bulk reads")
+            source_chunks = slice(source_at >> 4, (source_at + count) >> 4)
+            own.shared.accesses.async_read_issued(source_chunks, w, "cp.async.bulk reads")
 
         def complete() -> None:
             if source.startswith("shared"):
                 own.shared.check_readable(source_span, "cp.async.bulk reads")
+                own.shared.accesses.async_read_done(source_chunks)
                 values = own.shared.data[source_span].copy()
             else:
                 values = own.machine.memory.read_bytes(origin, count)
@@ -339,12 +349,12 @@ def _store_transfer(w, line: int, what: str, read: Callable, write: Callable) ->
     def do_read() -> None:
         box.append(read())
         transfer.read = True
-        transfer.notify()
+        transfer.notify(w.machine.tick())
 
     def do_write() -> None:
         write(box[0])
         transfer.done = True
-        transfer.notify()
+        transfer.notify(w.machine.tick())
 
     do_read.smem_owner = w.cta
     queue = OpQueue(w.machine)
@@ -366,9 +376,12 @@ def _bulk_store(dst_slot, dst_offset, src_slot, src_offset, size, combine, line)
             span = slice(at, at + count)
             shared.check_fenced(span, "cp.async.bulk reads")
             shared.check_readable(span, "cp.async.bulk reads")
+            chunks = slice(at >> 4, (at + count) >> 4)
+            shared.accesses.async_read_issued(chunks, w, "cp.async.bulk reads")
 
-            def read(shared=shared, span=span) -> np.ndarray:
+            def read(shared=shared, span=span, chunks=chunks) -> np.ndarray:
                 shared.check_readable(span, "cp.async.bulk reads")
+                shared.accesses.async_read_done(chunks)
                 return shared.data[span].copy()
 
             def write(values: np.ndarray, address=address, count=count) -> None:
@@ -436,7 +449,7 @@ def _tensor(ctx: Context, ins: Instruction) -> Closure:
                 index = swizzle_offsets(at, count, tensor.swizzle)
             for target in targets:
                 target.shared.check_range(at, at + count, "tensor copy")
-                target.shared.begin_write(index)
+                target.shared.begin_write(index, slice(at, at + count), w)
 
             def complete(
                 tensor=tensor, boxes=boxes, targets=targets, signals=signals, index=index,
@@ -500,10 +513,13 @@ def _tensor_store(ctx: Context, ins: Instruction, rank: int) -> Closure:
                 index = swizzle_offsets(at, count, tensor.swizzle)
             shared.check_fenced(index, "tensor copy reads")
             shared.check_readable(index, "tensor copy reads")
+            chunks = slice(at >> 4, (at + count) >> 4)
+            shared.accesses.async_read_issued(chunks, w, "tensor copy reads")
             combine = combine_for(tensor)
 
-            def read(shared=shared, index=index) -> np.ndarray:
+            def read(shared=shared, index=index, chunks=chunks) -> np.ndarray:
                 shared.check_readable(index, "tensor copy reads")
+                shared.accesses.async_read_done(chunks)
                 return np.array(shared.data[index])
 
             def write(values: np.ndarray, tensor=tensor, where=where, combine=combine) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from .. import formats as fmt
 from ..decode import Closure, Context, op
 from ..errors import Fault
-from ..operands import check_fenced, chunk_index, decode_hopper, element_values, gather
+from ..operands import check_operand, chunk_index, decode_hopper, element_values, gather
 from ..parser import Imm, Instruction, Vec
 from .mma import a_layout, split_elements
 
@@ -25,14 +25,14 @@ KIND_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "
 class Operation:
     """One wgmma of a warpgroup."""
 
-    __slots__ = ("compute", "done", "issued", "line", "results", "waiters")
+    __slots__ = ("done", "issued", "line", "results", "time", "waiters")
 
     def __init__(self, line: int) -> None:
         self.line, self.done = line, False
         self.issued: dict[int, tuple] = {}
         self.results: dict[int, dict[int, np.ndarray]] = {}
         self.waiters: list = []
-        self.compute = None
+        self.time = -1
 
 
 class WarpGroup:
@@ -116,11 +116,10 @@ def _wait(keep: int) -> Closure:
         waiting = [o for g in state.committed[:limit] for o in g if not o.done]
         if waiting:
             for operation in waiting:
-                if len(operation.issued) < 4 and operation.line:
-                    pass  # completes once the other warps of the warpgroup have issued it
                 operation.waiters.append(w.wake)
             return w.block(f"wgmma.wait_group {keep}")
         covered = {id(o) for g in state.committed[:limit] for o in g}
+        w.sync(max([o.time for g in state.committed[:limit] for o in g], default=-1))
         state.committed = state.committed[limit:]
         for register, operation in list(state.holder.items()):
             if id(operation) in covered:
@@ -228,8 +227,8 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         values = (int(R[desc_a][0]) if desc_a >= 0 else 0, int(R[desc_b][0]))
         shared = w.cta.shared
         if desc_a >= 0:
-            check_fenced(shared, operand_index(values[0], trans_a, 64), "wgmma reads A")
-        check_fenced(shared, operand_index(values[1], trans_b, n), "wgmma reads B")
+            check_operand(shared, operand_index(values[0], trans_a, 64), w, "wgmma reads A")
+        check_operand(shared, operand_index(values[1], trans_b, n), w, "wgmma reads B")
         for d in dst:
             state.holder[d] = operation
             R[d] = None
@@ -244,10 +243,15 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         variants = {(v[2], v[3]) for v in operation.issued.values()}
         if len(variants) != 1:
             raise Fault("warps of one warpgroup pass different descriptors or scale-d")
+        (pair, keep) = next(iter(variants))
+        shared = group.cta.shared
+        operands_read = [operand_index(pair[1], trans_b, n)]
+        if desc_a >= 0:
+            operands_read.append(operand_index(pair[0], trans_a, 64))
+        for index in operands_read:
+            shared.accesses.pending[index] += 1
 
         def compute() -> None:
-            (pair, keep) = next(iter(variants))
-            shared = group.cta.shared
             B = element_values(
                 gather(shared, operand_index(pair[1], trans_b, n), "wgmma reads B"),
                 bkind, not trans_b,
@@ -287,7 +291,10 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                     bits_out = acc.astype(np.float32).view(U32)
                 columns = np.ascontiguousarray(bits_out.T)
                 operation.results[index] = {d: columns[i] for i, d in enumerate(dst)}
+            for read in operands_read:
+                shared.accesses.async_read_done(read)
             operation.done = True
+            operation.time = group.cta.machine.tick()
             for wake in operation.waiters:
                 wake()
             operation.waiters.clear()
