@@ -64,6 +64,11 @@ def test_packed_weights_come_back_bit_for_bit(arch, shape):
     np.testing.assert_array_equal(back, data)
     np.testing.assert_array_equal(np.asarray(back_scales).view(np.uint8), scales)
     assert codes.ndim == 2 + len(lead)
+    if not lead:
+        on_host = pack_weight(arch, data, scales)
+        assert all(isinstance(part, np.ndarray) for part in on_host)
+        np.testing.assert_array_equal(on_host[0], codes)
+        np.testing.assert_array_equal(on_host[1], bits)
 
 
 @pytest.mark.parametrize("arch", ["sm_100f", "sm_103a", "sm_120f"])

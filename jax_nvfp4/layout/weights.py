@@ -2,7 +2,8 @@
 """The order in which each architecture's GEMM reads a weight, and the way back.
 
 Pure index maps with zero padding: no arithmetic, so the way back returns the same bits. Leading
-axes (stacked layers) pass through.
+axes (stacked layers) pass through. Single weights may be NumPy arrays: packed on the host, nothing
+is compiled.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
@@ -33,7 +35,8 @@ def _pack_blackwell(data: jax.Array, scale_bits: jax.Array) -> tuple[jax.Array, 
     *_, n, packed = data.shape
     padding = [(0, 0)] * (data.ndim - 2)
     padding += [(0, -n % swizzle.ROWS), (0, -packed % (K_MULTIPLE // 2))]
-    return jnp.pad(data, padding), swizzle.swizzle(scale_bits)
+    xp: Any = np if isinstance(data, np.ndarray) else jnp
+    return xp.pad(data, padding), swizzle.swizzle(scale_bits)
 
 
 def _unpack_blackwell(
@@ -60,7 +63,10 @@ def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax
         (data, block_scale), uint8 both; their shapes depend on the architecture.
     """
     _check(arch)
-    scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
+    if isinstance(block_scale, np.ndarray):
+        scale_bits: Any = block_scale.view(np.uint8)
+    else:
+        scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
     if arch == REFERENCE:
         return data, scale_bits
     if arch == "sm_90a":

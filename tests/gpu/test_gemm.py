@@ -11,6 +11,7 @@ import oracle
 import pytest
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.layout.weights import pack_weight
 from jax_nvfp4.ops import backend
 
 if jax.default_backend() != "gpu":
@@ -56,16 +57,29 @@ def random_problem(rng, largest):
     return x, kernel, bias, scaling, options
 
 
+def quantized_on_the_host(kernel, scaling):
+    """A repacked weight and its float64 values, with nothing compiled for its shape."""
+    n, k = kernel.shape
+    codes, bits, g = oracle.quantize(kernel, scaling=scaling)
+    arch = backend.local_arch()
+    data, scales = pack_weight(arch, oracle.pack(codes), bits)
+    weight = nvfp4.RepackedWeight(*map(jnp.asarray, (data, scales, g)), arch, n, k)
+    return weight, oracle.dequantize(codes, bits, g, k)
+
+
 @pytest.mark.parametrize("seed", range(32))
 def test_random_shapes(seed):
     rng = np.random.default_rng(seed)
     problems = [random_problem(rng, (300, 600, 1200)) for _ in range(64)]
-    weights = [nvfp4.quantize(kernel, scaling=scaling) for _, kernel, _, scaling, _ in problems]
+    weights, values = zip(
+        *(quantized_on_the_host(kernel, scaling) for _, kernel, _, scaling, _ in problems),
+        strict=True,
+    )
 
     @jax.jit
     def run(inputs):
         return [
-            nvfp4.linear(x, nvfp4.repack(w), bias, **options)
+            nvfp4.linear(x, w, bias, **options)
             for (x, w, bias), (*_, options) in zip(inputs, problems, strict=True)
         ]
 
@@ -73,9 +87,8 @@ def test_random_shapes(seed):
     poison()
     results = run(inputs)
     again = run(inputs)
-    for y, z, w, (x, _, bias, _, options) in zip(results, again, weights, problems, strict=True):
-        values = activation_values(x, options["activation_scale"])
-        exact, magnitude = oracle.linear(values, dequantized(w), bias)
+    for y, z, w, (x, _, bias, _, options) in zip(results, again, values, problems, strict=True):
+        exact, magnitude = oracle.linear(activation_values(x, options["activation_scale"]), w, bias)
         oracle.assert_linear_close(np.asarray(y), exact, magnitude, x.shape[1])
         np.testing.assert_array_equal(np.asarray(y), np.asarray(z))
 
