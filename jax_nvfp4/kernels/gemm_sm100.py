@@ -53,6 +53,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     reduce_buffers,
     shape_of,
     tcgen05_fence_after,
+    wait_cluster,
 )
 from jax_nvfp4.kernels.gemm_sm120 import example_args as weight_only_args
 from jax_nvfp4.kernels.gemm_sm120 import host_function
@@ -567,7 +568,7 @@ class GemmSm100:
         while index < tiles.count:
             buffer = count % 2
             barrier = count % s.acc_barriers
-            cute.arch.mbarrier_wait(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
+            wait_cluster(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
             tcgen05_fence_after()
             acc = cute.make_tensor(tmem + buffer * s.acc_stride, acc_fake.layout)
             sfb_mma = sfb

@@ -262,7 +262,7 @@ def ask_for_tile(tiles: Tiles, count, rank):
     if tiles.steal != 0:
         slot = count % ANSWERS
         if rank == 0:
-            cute.arch.mbarrier_wait(tiles.empty + slot, (count // ANSWERS + 1) % 2)
+            wait_cluster(tiles.empty + slot, (count // ANSWERS + 1) % 2)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(tiles.full + slot, 16)
         if rank == 0:

@@ -195,6 +195,15 @@ def test_split_k(name, split, seed):
     check(config, config.tile_m - 3, 210, 64 * 37, split=split, sms=split, seed=seed)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1024, 4096), (50, 640, 2560), (128, 512, 2048), (300, 900, 512)]
+)
+def test_what_the_table_selects(m, n, k):
+    """Config, split and grid as on a B200."""
+    config, split = select(GemmProblem(m, n, k, "sm_100f", "e2m1"), 148)
+    check(config, m, n, k, split=split, sms=148, resident=148)
+
+
 def test_split_k_with_empty_shares():
     """Fewer stages of K than CTAs to share them."""
     check(sm100.SWAP_32, 20, 100, 512, split=8, sms=8)
