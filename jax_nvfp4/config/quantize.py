@@ -111,6 +111,11 @@ def quantize_scratch_bytes(config: QuantizeConfig, m: int, k: int, num_sms: int)
         m: rows of x.
         k: columns of x.
         num_sms: multiprocessors that the kernel may use, the `num_sms` it is called with.
+
+    Raises:
+        ValueError: no multiprocessor.
     """
     del m, k
+    if num_sms < 1:
+        raise ValueError(f"num_sms is {num_sms}, expected at least 1")
     return GRID_MESSAGE_BYTES * min(num_sms, MAX_CTAS) ** 2 if config.kind == "grid" else 0

@@ -163,6 +163,9 @@ class QuantizeKernel:
     """Kernels and host function of one config.
 
     Attributes:
+        config: the config.
+        few: "rows": the same kernels with the shape `FEW_ROWS`.
+        wide: "rows": the same kernels with the shape `WIDE_ROWS`.
         dtype: element type of x.
         item: bytes of an element.
         block_words: 32-bit registers that hold a block.
@@ -653,7 +656,11 @@ class QuantizeKernel:
         num_sms: Int32,
         stream: cuda.CUstream,
     ):
-        """The host function: m >= 0, k >= 1, and m * ceil(k / 64) * 4 < 2**31 - 2**16."""
+        """The host function.
+
+        The caller picks the config by the mode; the kernel of another kind would take no notice of
+        it. m >= 0, k >= 1, and m * ceil(k / 64) * 4 < 2**31 - 2**16.
+        """
         real_blocks = (k + 15) >> 4
         blocks = real_blocks
         if out_format != OutFormat.LINEAR:

@@ -16,7 +16,6 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
 BLOCK = 16
-HINT = ""
 INF_BITS = 0x7F800000
 SMALLEST_BITS = (127 - 100) << 23  # the bits of 2**-100: a smaller magnitude counts as zero
 FLT_MAX = 3.4028234663852886e38
@@ -65,7 +64,7 @@ def load_16_bytes(address, active, *, loc=None, ip=None):
         [Int32] * 4,
         [Int64(address), Boolean(active)],
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        f"@$5 ld.global.nc{HINT}.v4.b32 {{$0, $1, $2, $3}}, [$4];",
+        "@$5 ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
         "=&r,=&r,=&r,=&r,l,b",
         True,
         loc,

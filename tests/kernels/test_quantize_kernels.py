@@ -273,3 +273,5 @@ def test_scratch():
     for config in QUANTIZE_CONFIGS:
         size = quantize_scratch_bytes(config, 16, 64, 132)
         assert size == (132 * 132 * 8 if config.kind == "grid" else 0)
+        with pytest.raises(ValueError, match="num_sms is 0"):
+            quantize_scratch_bytes(config, 16, 64, 0)
