@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NVFP4 x NVFP4 GEMMs of sm_120 and sm_121: host functions and variants to build.
+"""The GEMMs of sm_120 and sm_121 by an NVFP4 weight: host functions and variants to build.
 
 y (m, n) = alpha * (x @ w.T) + bias, rounded once; alpha = x_scale * w_scale, each a scalar or one
-per row. The kernels are in `gemm_sm120_pingpong` and `gemm_sm120_stream`, the choice between them
-in `config.sm120`, the performance model in NOTES.md.
+per row. The kernels are in `gemm_sm120_pingpong`, `gemm_sm120_stream` and
+`gemm_sm120_weight_only`, the choice between them in `config.sm120`, the performance model in
+NOTES.md.
 """
 
 from collections.abc import Callable

@@ -132,12 +132,6 @@ def shared_address(pointer):
     return Int32(pointer.toint())
 
 
-def at(pointer, dtype, index):
-    """The element `index` (any integer) after a global byte pointer, as a one-element tensor."""
-    typed = cute.recast_ptr(pointer, dtype=dtype)
-    return cute.make_tensor(typed + Int64(index), cute.make_layout(1))
-
-
 def global_address(address, dtype, alignment):
     """A global pointer from a 64-bit address."""
     return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=alignment)
@@ -179,49 +173,6 @@ def store_output(address: Int64, value: Float32, out_dtype: Int32):
         store_global(address, [cutlass.BFloat16(value)], cutlass.BFloat16)
     else:
         store_global(address, [cutlass.Float16(value)], cutlass.Float16)
-
-
-def swizzle_for(row_bytes):
-    """TMA's swizzle for rows of 64 or 128 bytes: the 16-byte chunks are permuted by the row."""
-    return cute.make_swizzle({64: 2, 128: 3}[row_bytes], 4, 3)
-
-
-def tma_data(pointer, rows, row_bytes, box_rows, box_bytes):
-    """TMA of a (box_rows, box_bytes) tile of packed codes, out of bounds zero.
-
-    Returns:
-        (copy atom, coordinate tensor (rows, row_bytes), shared-memory layout of a tile).
-    """
-    tensor = cute.make_tensor(pointer, cute.make_layout((rows, row_bytes), stride=(row_bytes, 1)))
-    layout = cute.make_composed_layout(
-        swizzle_for(box_bytes), 0, cute.make_layout((box_rows, box_bytes), stride=(box_bytes, 1))
-    )
-    op = cute.nvgpu.cpasync.CopyBulkTensorTileG2SOp()
-    atom, coordinates = cute.nvgpu.cpasync.make_tiled_tma_atom(
-        op, tensor, layout, (box_rows, box_bytes)
-    )
-    return atom, coordinates, layout
-
-
-def tma_scales(pointer, row_tiles, k_tiles, box_words, box_k_tiles):
-    """TMA of the first `box_words` words of `box_k_tiles` 512-byte scale tiles of one row tile.
-
-    Three modes (words of a tile, tiles along K, tiles along the rows), so that a box that runs
-    over the end of K gets zeros and not the next row tile.
-
-    Returns:
-        (copy atom, coordinate tensor, shared-memory layout of a tile).
-    """
-    tensor = cute.make_tensor(
-        cute.recast_ptr(pointer, dtype=Int32),
-        cute.make_layout((128, k_tiles, row_tiles), stride=(1, 128, Int64(k_tiles) * 128)),
-    )
-    layout = cute.make_layout((box_words, box_k_tiles, 1), stride=(1, box_words, 0))
-    op = cute.nvgpu.cpasync.CopyBulkTensorTileG2SOp()
-    atom, coordinates = cute.nvgpu.cpasync.make_tiled_tma_atom(
-        op, tensor, layout, (box_words, box_k_tiles, 1)
-    )
-    return atom, coordinates, layout
 
 
 def transpose_quad(words, t):

@@ -19,17 +19,16 @@ g - stages of the same barrier too.
 import cutlass
 from cuda.bindings import driver as cuda
 from cutlass import Boolean, Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.config import GemmConfig
-from jax_nvfp4.config.sm120 import SHARED_BYTES
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
+from jax_nvfp4.kernels.gemm_sm120_base import Load, Persistent, scales_load, scales_tma
 
 _GROUP = 128  # threads of a group
 _RASTER = 16  # row tiles that are swept together along n, so that both operands stay in L2
 
 
-class Pingpong:
+class Pingpong(Persistent):
     """The kernel of a pingpong config; see the module."""
 
     threads = 3 * _GROUP  # two consumer groups, one with the producer warp
@@ -37,14 +36,17 @@ class Pingpong:
     def __init__(self, config: GemmConfig) -> None:
         if (config.tile_m, config.tile_n, config.tile_k) != (128, 128, 128):
             raise ValueError(f"{config.name}: the warps' layout is for 128x128x128 tiles")
-        self.stages = config.stages
-        self.data_bytes = 128 * 64
-        self.scale_bytes = 2 * 512
-        self.stage_bytes = 2 * (self.data_bytes + self.scale_bytes)
-        self.barriers = 2 * config.stages + 2
-        self.shared_bytes = self.stages * self.stage_bytes + 8 * self.barriers
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(f"{config.name}: {self.shared_bytes} bytes of shared memory")
+        super().__init__(config, more_barriers=2)
+        self.data_bytes, self.scale_bytes = self.loads[0].bytes, self.loads[2].bytes
+
+    def stage_loads(self) -> tuple[Load, ...]:
+        """What one stage holds: x, w, scales of x, scales of w."""
+        rows = Load((128, 64), (64, 1), cutlass.Uint8, 64)
+        return rows, rows, scales_load(128, 2), scales_load(128, 2)
+
+    def coordinates(self, row, column, k_tile):
+        """Which tile of each of `loads` a stage takes."""
+        return (row, k_tile), (column, k_tile), (0, k_tile, row), (0, k_tile, column)
 
     @cute.jit
     def launch(
@@ -77,12 +79,14 @@ class Pingpong:
         row_tiles_m = cutlass.max(tiles_m, 1)
         row_tiles_n = cutlass.max(tiles_n, 1)
         row_bytes = cute.assume(k_blocks * 32, divby=32)
-        tma_x = ops.tma_data(x, cutlass.max(m, 1), row_bytes, 128, 64)
-        tma_w = ops.tma_data(w, row_tiles_n * 128, row_bytes, 128, 64)
-        tma_sfx = ops.tma_scales(sfx, row_tiles_m, k_blocks, 128, 2)
-        tma_sfw = ops.tma_scales(sfw, row_tiles_n, k_blocks, 128, 2)
+        rows, _, row_scales, _ = self.loads
+        maps = (
+            rows.tma(x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
+            rows.tma(w, (row_tiles_n * 128, row_bytes), (row_bytes, 1)),
+            scales_tma(row_scales, sfx, row_tiles_m, k_blocks),
+            scales_tma(row_scales, sfw, row_tiles_n, k_blocks),
+        )
         total = tiles_m * tiles_n * split_k
-        maps = (tma_x[:2], tma_w[:2], tma_sfx[:2], tma_sfw[:2])
         self.kernel(
             tuple(atom for atom, _ in maps),
             tuple(tensor for _, tensor in maps),
@@ -100,20 +104,8 @@ class Pingpong:
     @cute.kernel
     def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
         """One CTA: grid-stride over (split, tile) items; see the module."""
-        smem = cutlass.utils.SmemAllocator()
-        shared = smem.allocate(self.stages * self.stage_bytes, 1024)
-        barriers = smem.allocate_array(cutlass.Int64, self.barriers)
-        thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // 32)
-        if thread == 0:
-            for s in cutlass.range_constexpr(self.stages):
-                cute.arch.mbarrier_init(barriers + s, 1)
-                cute.arch.mbarrier_init(barriers + self.stages + s, 4)
-            for group in cutlass.range_constexpr(2):
-                cute.arch.mbarrier_init(barriers + 2 * self.stages + group, 4)
-            cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
-
+        shared, barriers = self.prologue(4, 4)
+        warp = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 32)
         tiles = (cute.ceil_div(out[2], 128), cute.ceil_div(out[3], 128))
         if warp >= 8:
             cute.arch.setmaxregister_decrease(40)
@@ -136,64 +128,6 @@ class Pingpong:
         begin = split * k_tiles // split_k
         end = (split + 1) * k_tiles // split_k
         return first + tile % rows, tile // rows, split, begin, end - begin
-
-    @cute.jit
-    def produce(self, atoms, maps, shared, barriers, tiles, k_tiles: Int32, split_k: Int32):
-        """The producer warp: loads the stages of all items in order."""
-        layouts = (
-            cute.make_layout((128, 64, self.stages), stride=(64, 1, self.data_bytes)),
-            cute.make_layout((128, 2, 1, self.stages), stride=(1, 128, 0, self.scale_bytes // 4)),
-        )
-        pieces = []
-        offset = 0
-        for i in cutlass.range_constexpr(4):
-            if cutlass.const_expr(i < 2):
-                pointer = cute.recast_ptr(shared + offset, ops.swizzle_for(64), dtype=cutlass.Uint8)
-                s_tensor = cute.make_tensor(pointer, layouts[0])
-                g_tensor = cute.local_tile(maps[i], (128, 64), (None, None))
-                modes = 2
-                offset += self.stages * self.data_bytes
-            else:
-                pointer = cute.recast_ptr(shared + offset, dtype=Int32)
-                s_tensor = cute.make_tensor(pointer, layouts[1])
-                g_tensor = cute.local_tile(maps[i], (128, 2, 1), (None, None, None))
-                modes = 3
-                offset += self.stages * self.scale_bytes
-            pieces.append(
-                cpasync.tma_partition(
-                    atoms[i],
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(s_tensor, 0, modes),
-                    cute.group_modes(g_tensor, 0, modes),
-                )
-            )
-
-        stage = Int32(0)
-        parity = Int32(1)  # of the phase of `empty` before the one to come: all stages are free
-        index = cute.arch.block_idx()[0]
-        total = tiles[0] * tiles[1] * split_k
-        while index < total:
-            row, column, _, begin, count = self.item(index, tiles, k_tiles, split_k)
-            for i in cutlass.range(count, unroll=1):
-                k_tile = begin + i
-                cute.arch.mbarrier_wait(barriers + self.stages + stage, parity)
-                full = barriers + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
-                sources = (
-                    pieces[0][1][None, row, k_tile],
-                    pieces[1][1][None, column, k_tile],
-                    pieces[2][1][None, 0, k_tile, row],
-                    pieces[3][1][None, 0, k_tile, column],
-                )
-                for j in cutlass.range_constexpr(4):
-                    cute.copy(atoms[j], sources[j], pieces[j][0][None, stage], tma_bar_ptr=full)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity = parity ^ 1
-            index += cute.arch.grid_dim()[0]
 
     @cute.jit
     def consume(self, shared, barriers, tiles, k_tiles: Int32, split_k: Int32, scales, out):

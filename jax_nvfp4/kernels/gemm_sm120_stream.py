@@ -12,69 +12,29 @@ order the scales of these rows are 256 contiguous bytes of each 512, so that onl
 used are read. Warp j takes rows 32*j.
 """
 
-import dataclasses
-import math
-
 import cutlass
 from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.config import GemmConfig
-from jax_nvfp4.config.sm120 import SHARED_BYTES
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
+from jax_nvfp4.kernels.gemm_sm120_base import Load, Persistent, scales_load, scales_tma
 
 _CONSUMERS = 4  # warps
 ROW_BYTES = 128  # of packed codes in a stage: 256 elements
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """One TMA load of a stage, as it lies in shared memory.
-
-    Attributes:
-        shape: extents of the tile.
-        strides: their strides, in elements.
-        dtype: the element type.
-        swizzled: whether 16-byte chunks are permuted in rows of 128 bytes.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: type
-    swizzled: bool
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of a stage."""
-        return math.prod(self.shape) * self.dtype.width // 8
-
-    @property
-    def swizzle(self):
-        """The swizzle of the tile, or None."""
-        return ops.swizzle_for(ROW_BYTES) if self.swizzled else None
+WEIGHT = Load((16, 4, ROW_BYTES), (ROW_BYTES, 16 * ROW_BYTES, 1), cutlass.Uint8, ROW_BYTES)
+WEIGHT_SCALES = scales_load(64, 4)
 
 
-WEIGHT = Load((16, 4, ROW_BYTES), (ROW_BYTES, 16 * ROW_BYTES, 1), cutlass.Uint8, True)
-WEIGHT_SCALES = Load((64, 4, 1), (1, 64, 0), Int32, False)
+def weight_tma(w, row_tiles, row_bytes):
+    """TMA of 16 rows out of each of 4 groups of 32."""
+    stride = (row_bytes, Int64(row_bytes) * 32, 1)
+    return WEIGHT.tma(w, (32, row_tiles * 4, row_bytes), stride)
 
 
-def tma_weight(w, row_tiles, row_bytes):
-    """TMA of 16 rows out of each of 4 groups of 32: (copy atom, coordinate tensor)."""
-    tensor = cute.make_tensor(
-        w,
-        cute.make_layout(
-            (32, row_tiles * 4, row_bytes), stride=(row_bytes, Int64(row_bytes) * 32, 1)
-        ),
-    )
-    layout = cute.make_composed_layout(
-        WEIGHT.swizzle, 0, cute.make_layout(WEIGHT.shape, stride=WEIGHT.strides)
-    )
-    op = cpasync.CopyBulkTensorTileG2SOp()
-    return cpasync.make_tiled_tma_atom(op, tensor, layout, WEIGHT.shape)
-
-
-class Stream:
+class Stream(Persistent):
     """The kernel of a stream config; see the module."""
 
     threads = 32 * (_CONSUMERS + 1)
@@ -82,25 +42,15 @@ class Stream:
     def __init__(self, config: GemmConfig) -> None:
         if config.tile_n != 64 or config.tile_k != 256 or config.tile_m not in (16, 64):
             raise ValueError(f"{config.name}: the warps' layout is for 16 or 64 x 64 x 256 tiles")
-        self.stages = config.stages
         self.tile_m = config.tile_m
         self.blocks = config.tile_m // 8  # column blocks of the MMA
         self.scale_rows = min(config.tile_m, 32)  # rows of 32 of x's scale tiles that are loaded
-        self.loads = self.stage_loads()
-        self.stage_bytes = sum(load.bytes for load in self.loads)
-        self.shared_bytes = self.stages * (self.stage_bytes + 16)
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(f"{config.name}: {self.shared_bytes} bytes of shared memory")
+        super().__init__(config)
 
     def stage_loads(self) -> tuple[Load, ...]:
         """What one stage holds: x, w, scales of x, scales of w."""
-        words = 4 * self.scale_rows
-        return (
-            Load((self.tile_m, ROW_BYTES), (ROW_BYTES, 1), cutlass.Uint8, True),
-            WEIGHT,
-            Load((words, 4, 1), (1, words, 0), Int32, False),
-            WEIGHT_SCALES,
-        )
+        rows = Load((self.tile_m, ROW_BYTES), (ROW_BYTES, 1), cutlass.Uint8, ROW_BYTES)
+        return rows, WEIGHT, scales_load(4 * self.scale_rows, 4), WEIGHT_SCALES
 
     def maps(self, operands, m, n, k_blocks):
         """(copy atom, coordinate tensor) for each of `loads`."""
@@ -108,11 +58,12 @@ class Stream:
         row_bytes = cute.assume(k_blocks * 32, divby=32)
         row_tiles_m = cutlass.max(cute.ceil_div(m, 128), 1)
         row_tiles_n = cutlass.max(cute.ceil_div(n, 128), 1)
+        rows, _, row_scales, w_scales = self.loads
         return (
-            ops.tma_data(x, cutlass.max(m, 1), row_bytes, self.tile_m, ROW_BYTES)[:2],
-            tma_weight(w, row_tiles_n, row_bytes),
-            ops.tma_scales(sfx, row_tiles_m, k_blocks, 4 * self.scale_rows, 4)[:2],
-            ops.tma_scales(sfw, row_tiles_n, k_blocks, 64, 4)[:2],
+            rows.tma(x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
+            weight_tma(w, row_tiles_n, row_bytes),
+            scales_tma(row_scales, sfx, row_tiles_m, k_blocks),
+            scales_tma(w_scales, sfw, row_tiles_n, k_blocks),
         )
 
     def coordinates(self, row, column, k_tile):
@@ -169,18 +120,8 @@ class Stream:
     @cute.kernel
     def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
         """One CTA: grid-stride over (split, tile) items; see the module."""
-        smem = cutlass.utils.SmemAllocator()
-        shared = smem.allocate(self.stages * self.stage_bytes, 1024)
-        barriers = smem.allocate_array(cutlass.Int64, 2 * self.stages)
-        thread = cute.arch.thread_idx()[0]
-        warp = cute.arch.make_warp_uniform(thread // 32)
-        if thread == 0:
-            for s in cutlass.range_constexpr(self.stages):
-                cute.arch.mbarrier_init(barriers + s, 1)
-                cute.arch.mbarrier_init(barriers + self.stages + s, _CONSUMERS)
-            cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
-
+        shared, barriers = self.prologue(_CONSUMERS, 0)
+        warp = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 32)
         tiles = (cute.ceil_div(out[2], self.tile_m), 2 * cute.ceil_div(out[3], 128))
         if warp == _CONSUMERS:
             self.produce(atoms, maps, shared, barriers, tiles, k_tiles, split_k)
@@ -199,55 +140,6 @@ class Stream:
         begin = split * k_tiles // split_k
         end = (split + 1) * k_tiles // split_k
         return index - rest * tiles[0], rest - split * tiles[1], split, begin, end - begin
-
-    @cute.jit
-    def produce(self, atoms, maps, shared, barriers, tiles, k_tiles: Int32, split_k: Int32):
-        """The producer warp: loads the stages of all items in order."""
-        pieces = []
-        offset = 0
-        for load, atom, tensor in zip(self.loads, atoms, maps, strict=True):
-            s_tensor = cute.make_tensor(
-                cute.recast_ptr(shared + offset, load.swizzle, dtype=load.dtype),
-                cute.make_layout(
-                    (*load.shape, self.stages),
-                    stride=(*load.strides, load.bytes * 8 // load.dtype.width),
-                ),
-            )
-            modes = len(load.shape)
-            g_tensor = cute.local_tile(tensor, load.shape, (None,) * modes)
-            pieces.append(
-                cpasync.tma_partition(
-                    atom,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(s_tensor, 0, modes),
-                    cute.group_modes(g_tensor, 0, modes),
-                )
-            )
-            offset += self.stages * load.bytes
-
-        stage = Int32(0)
-        parity = Int32(1)  # of the phase of `empty` before the one to come: all stages are free
-        index = cute.arch.block_idx()[0]
-        total = tiles[0] * tiles[1] * split_k
-        while index < total:
-            row, column, _, begin, count = self.item(index, tiles, k_tiles, split_k)
-            for i in cutlass.range(count, unroll=1):
-                cute.arch.mbarrier_wait(barriers + self.stages + stage, parity)
-                full = barriers + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
-                self.copy(atoms, pieces, self.coordinates(row, column, begin + i), stage, full)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity = parity ^ 1
-            index += cute.arch.grid_dim()[0]
-
-    def copy(self, atoms, pieces, coordinates, stage, full):
-        """Issues the loads of one stage."""
-        for atom, (target, source), coordinate in zip(atoms, pieces, coordinates, strict=True):
-            cute.copy(atom, source[None, *coordinate], target[None, stage], tma_bar_ptr=full)
 
     @cute.jit
     def consume(self, shared, barriers, tiles, k_tiles: Int32, split_k: Int32, scales, out):

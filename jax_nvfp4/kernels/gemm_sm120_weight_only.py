@@ -17,17 +17,16 @@ and x's lane reads its elements 8*t..8*t+7 at once.
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Uint16, cute
-from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
+from jax_nvfp4.kernels.gemm_sm120_base import Load, scales_tma
 from jax_nvfp4.kernels.gemm_sm120_stream import (
     ROW_BYTES,
     WEIGHT,
     WEIGHT_SCALES,
-    Load,
     Stream,
-    tma_weight,
+    weight_tma,
 )
 
 _KINDS = {"bfloat16": "bf16", "float16": "f16"}
@@ -44,29 +43,20 @@ class WeightOnly(Stream):
 
     def stage_loads(self) -> tuple[Load, ...]:
         """What one stage holds: x, 64 elements of its rows after another, w, scales of w."""
-        rows = Load((16, 64, 4), (64, 1, 16 * 64), Uint16, True)
+        rows = Load((16, 64, 4), (64, 1, 16 * 64), Uint16, ROW_BYTES)
         return rows, WEIGHT, WEIGHT_SCALES
 
     def maps(self, operands, m, n, k_blocks):
         """(copy atom, coordinate tensor) for each of `loads`."""
         x, _, w, sfw = operands
         row_tiles = cutlass.max(cute.ceil_div(n, 128), 1)
-        rows = self.loads[0]
-        tensor = cute.make_tensor(
-            cute.recast_ptr(x, dtype=Uint16),
-            cute.make_layout(
-                (cutlass.max(m, 1), 64, k_blocks),
-                stride=(cute.assume(k_blocks * 64, divby=64), 1, 64),
-            ),
-        )
-        layout = cute.make_composed_layout(
-            rows.swizzle, 0, cute.make_layout(rows.shape, stride=rows.strides)
-        )
-        op = cpasync.CopyBulkTensorTileG2SOp()
+        rows, _, w_scales = self.loads
+        shape = (cutlass.max(m, 1), 64, k_blocks)
+        stride = (cute.assume(k_blocks * 64, divby=64), 1, 64)
         return (
-            cpasync.make_tiled_tma_atom(op, tensor, layout, rows.shape),
-            tma_weight(w, row_tiles, cute.assume(k_blocks * 32, divby=32)),
-            ops.tma_scales(sfw, row_tiles, k_blocks, 64, 4)[:2],
+            rows.tma(x, shape, stride),
+            weight_tma(w, row_tiles, cute.assume(k_blocks * 32, divby=32)),
+            scales_tma(w_scales, sfw, row_tiles, k_blocks),
         )
 
     def coordinates(self, row, column, k_tile):
