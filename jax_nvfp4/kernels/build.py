@@ -53,6 +53,9 @@ FORMAT = 2
 # with SIGILL on an older one.
 _COMPILE_OPTIONS = "--host-target 'llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64-v2'"
 
+# More would each import CuTeDSL to compile a kernel or two.
+_MOST_JOBS = 12
+
 # C types of the host functions' parameters, in order. The extension calls each kernel of an op
 # through one signature, so a kernel that strays from it would read the wrong registers.
 _POINTER, _INT, _STREAM = "void *", "int32_t ", "cudaStream_t "
@@ -360,7 +363,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
     parser.add_argument("--keep-ptx", action="store_true", help="write NAME.ptx and NAME.cubin too")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)"
+        "--jobs",
+        type=int,
+        default=min(os.cpu_count() or 1, _MOST_JOBS),
+        help=f"processes (default: one per CPU, {_MOST_JOBS} at most)",
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="kernel name or pattern"
