@@ -7,9 +7,9 @@ import re
 import subprocess
 import textwrap
 
-import kernel_objects
 import pytest
 
+import kernel_objects
 from jax_nvfp4 import config
 from jax_nvfp4.kernels import build, cubin
 
