@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GEMM configs of Hopper (sm_90a) and the table that chooses among them."""
+"""GEMM configs of Hopper (sm_90a) and the table that chooses among them.
+
+Kinds: "stream" and "tile" CTAs work through tiles, one after the other, and store each from
+registers; "turns" CTAs have one tile, whose columns their groups of warpgroups take in turns.
+
+Figures in the reasons were measured on an H100 (132 multiprocessors) with weights that were not in
+the L2 cache.
+"""
+
+from collections.abc import Callable
 
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
 TILE_K = 128
+_SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
-def _config(kind: str, x_dtype: str, tile_m: int, tile_n: int, stages: int, ctas: int) -> GemmConfig:
-    short = {"bfloat16": "bf16", "float16": "f16"}[x_dtype]
+def _config(
+    kind: str, x_dtype: str, tile_m: int, tile_n: int, stages: int, **rest: int
+) -> GemmConfig:
     return GemmConfig(
-        name=f"gemm_sm90a_{kind}_{short}_{tile_m}x{tile_n}",
+        name=f"gemm_sm90a_{kind}_{_SHORT[x_dtype]}_{tile_m}x{tile_n}",
         arch="sm_90a",
         kind=kind,
         x_dtype=x_dtype,
@@ -18,24 +29,192 @@ def _config(kind: str, x_dtype: str, tile_m: int, tile_n: int, stages: int, ctas
         tile_k=TILE_K,
         stages=stages,
         swap_ab=True,
-        split_k=8,
-        warpgroups=2,
-        ctas_per_sm=ctas,
+        **rest,
     )
 
 
-CONFIGS: tuple[GemmConfig, ...] = tuple(
-    config
-    for x_dtype in ("bfloat16", "float16")
-    for config in (
-        _config("stream", x_dtype, 8, 128, 8, 2),
-        _config("stream", x_dtype, 16, 128, 8, 2),
-        _config("stream", x_dtype, 64, 128, 4, 2),
-        _config("tile", x_dtype, 128, 256, 4, 1),
+def _turns(x_dtype: str) -> tuple[GemmConfig, ...]:
+    """Configs whose warpgroups divide K: the fastest for few rows, a sum's order of their own."""
+    return (
+        _config("turns", x_dtype, 8, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
+        _config("turns", x_dtype, 16, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
+        _config("turns", x_dtype, 32, 64, 16, split_k=2, warpgroups=4, k_groups=4),
+        _config("turns", x_dtype, 64, 128, 8, split_k=3, warpgroups=4, k_groups=2),
     )
+
+
+def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
+    """Configs whose warpgroups each sum over all of a CTA's columns, in the same order in all."""
+    return (
+        *(
+            _config("stream", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
+            for rows in smallest
+        ),
+        _config("stream", x_dtype, 64, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
+        _config("tile", x_dtype, 128, 128, 5, split_k=3, warpgroups=2),
+        _config("tile", x_dtype, 128, 256, 4, split_k=2, warpgroups=2),
+    )
+
+
+CONFIGS: tuple[GemmConfig, ...] = (
+    *_turns("bfloat16"),
+    *_whole("bfloat16", (8, 16)),
+    *_whole("float16", (16,)),
 )
 
-RULES: tuple[Rule, ...] = ()
+
+def _named(name: str) -> GemmConfig:
+    return next(c for c in CONFIGS if c.name == f"gemm_sm90a_{name}")
+
+
+def _tiles(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
+    """Tiles of a problem; weights are padded to 128 rows."""
+    rows = -(-problem.n // 128) * 128
+    return -(-problem.m // tile_m) * -(-rows // tile_n)
+
+
+def _split_to_fill(tile_m: int, tile_n: int, most: int) -> Callable[[GemmProblem, int], int]:
+    """As many ways as leave each multiprocessor one CTA, and each CTA four stages."""
+
+    def split(problem: GemmProblem, num_sms: int) -> int:
+        fill = num_sms // max(1, _tiles(problem, tile_m, tile_n))
+        return max(1, min(fill, most, problem.k // (4 * TILE_K)))
+
+    return split
+
+
+def _whole_k(problem: GemmProblem, num_sms: int) -> int:
+    return 1
+
+
+def _invariant_split(problem: GemmProblem, num_sms: int) -> int:
+    """Of (n, k) alone."""
+    return 2 if problem.n <= 8192 and problem.k >= 8 * TILE_K else 1
+
+
+def _wide_wins(problem: GemmProblem, num_sms: int) -> bool:
+    """Whether tiles of 128 x 256 take less time than tiles of 128 x 128.
+
+    A wide one takes 1.8 times a narrow one's; waves of CTAs are counted in whole.
+    """
+    narrow = -(-_tiles(problem, 128, 128) // num_sms)
+    wide = -(-_tiles(problem, 128, 256) // num_sms)
+    return 1.8 * wide < narrow
+
+
+def _many(problem: GemmProblem, num_sms: int) -> bool:
+    """Whether CTAs of one tile would come in many waves, or in short ones."""
+    tiles = _tiles(problem, 8, 64) // -(-max(problem.m, 1) // 8)
+    return tiles > 6 * num_sms or (tiles > 2 * num_sms and problem.k <= 2048)
+
+
+def _rows(most: int, more: Callable[[GemmProblem, int], bool] | None = None):
+    return lambda p, sms: p.m <= most and (more is None or more(p, sms))
+
+
+def _invariant(most: int | None, more: Callable[[GemmProblem, int], bool] | None = None):
+    return lambda p, sms: (
+        p.batch_invariant and (most is None or p.m <= most) and (more is None or more(p, sms))
+    )
+
+
+_ORDER = (
+    "order of sums: columns in rising order in each of the parts that (n, k) set, then the parts;"
+    " the same in every config without turns, whose results for a row are bit for bit the same"
+)
+
+
+def _rules(x_dtype: str) -> tuple[Rule, ...]:
+    short = _SHORT[x_dtype]
+
+    def rule(when, name: str, split, reason: str) -> Rule:
+        return Rule(when, _named(name.replace("_", f"_{short}_", 1)), split, reason)
+
+    turns = x_dtype == "bfloat16"
+    rules = [
+        rule(_invariant(16), "stream_16x64", _invariant_split, _ORDER),
+        rule(_invariant(64), "stream_64x128", _invariant_split, _ORDER),
+        rule(_invariant(None, _wide_wins), "tile_128x256", _invariant_split, _ORDER),
+        rule(_invariant(None), "tile_128x128", _invariant_split, _ORDER),
+    ]
+    if turns:
+        rules.insert(0, rule(_invariant(8), "stream_8x64", _invariant_split, _ORDER))
+        one_wave = lambda p, sms: _tiles(p, p.m, 64) <= sms  # noqa: E731
+        one_wave_64 = lambda p, sms: _tiles(p, p.m, 128) <= sms  # noqa: E731
+        few = lambda p, sms: _tiles(p, 64, 128) <= sms * 3 // 4  # noqa: E731
+        rules += [
+            rule(
+                _rows(8, _many),
+                "stream_8x64",
+                _whole_k,
+                "many or short tiles: CTAs that go on to the next tile load it while they store"
+                " (24576x1536: 10.6 us, by turns 12.5; 57344x8192: 91 us, 96)",
+            ),
+            rule(
+                _rows(8),
+                "turns_8x64",
+                _split_to_fill(8, 64, 2),
+                "eight warps for 64 rows keep up with memory on every multiprocessor; clusters of"
+                " two fit everywhere, larger ones leave multiprocessors idle",
+            ),
+            rule(_rows(16, _many), "stream_16x64", _whole_k, "as for 8 rows"),
+            rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
+            rule(
+                _rows(32, one_wave),
+                "turns_32x64",
+                _split_to_fill(32, 64, 2),
+                "sixteen warps hide the decode; 8192x8192: 17.1 us, tiles of 128 rows 19.0",
+            ),
+            rule(
+                _rows(64, one_wave_64),
+                "turns_64x128",
+                _split_to_fill(64, 128, 3),
+                "x is read once for 128 rows of the weight: with 64 the L2 cache is the limit",
+            ),
+            rule(
+                _rows(64),
+                "stream_64x128",
+                _whole_k,
+                "two CTAs overlap one's stores with the other's loads (28672x4096: 33.5 us, 37.1)",
+            ),
+            rule(
+                _rows(128, few),
+                "turns_64x128",
+                _split_to_fill(64, 128, 3),
+                "two tiles of 64 rows fill more multiprocessors than one of 128"
+                " (4096x14336: 30.9 us, 33.1)",
+            ),
+        ]
+    else:
+        rules += [
+            rule(_rows(16), "stream_16x64", _split_to_fill(16, 64, 2), "few rows: small tiles"),
+            rule(
+                _rows(64),
+                "stream_64x128",
+                _split_to_fill(64, 128, 2),
+                "x is read once for 128 rows of the weight",
+            ),
+        ]
+    rules += [
+        rule(
+            lambda p, sms: _wide_wins(p, sms),
+            "tile_128x256",
+            _whole_k,
+            "fewest bytes from the L2 cache for a product (8192x8192, 2048 rows: 331 us,"
+            " 128x128 366)",
+        ),
+        rule(
+            lambda p, sms: True,
+            "tile_128x128",
+            _split_to_fill(128, 128, 3),
+            "fewer waves, or a wave that is fuller, than with 128x256",
+        ),
+    ]
+    return tuple(rules)
+
+
+RULES: tuple[Rule, ...] = tuple(r for x_dtype in _SHORT for r in _rules(x_dtype))
+"""First match of a problem's x_dtype wins; each row says why."""
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:

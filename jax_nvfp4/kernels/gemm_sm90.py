@@ -52,13 +52,11 @@ STEPS = TILE_K // 16
 RASTER_TILES = 8
 # Rows of sums that a thread loads at a time when it adds up.
 REDUCE_ROWS = 8
-# Splits of K that have a launch of their own (a cluster's size is fixed when it is compiled).
-SPLITS = (1, 2, 3, 4, 6)
-# Registers of a producer's and of a consumer's thread once the one warpgroup of producers has handed
-# over to those of consumers, by CTAs of a multiprocessor and warpgroups of consumers in one.
+# Registers of a producer's and of a consumer's thread once the warpgroup of producers has handed
+# over, by CTAs of a multiprocessor and warpgroups of consumers in one.
 REGISTERS = {(1, 2): (40, 232), (2, 2): (24, 104), (1, 4): (24, 112)}
+# Shared memory of a CTA when a multiprocessor holds so many.
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
-"""Shared memory of a CTA when a multiprocessor holds this many."""
 
 
 class GemmSm90:
@@ -68,7 +66,7 @@ class GemmSm90:
         config: the config.
     """
 
-    def __init__(self, config: GemmConfig, group_steps: int = 0):
+    def __init__(self, config: GemmConfig):
         self.config = config
         self.dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
@@ -80,7 +78,7 @@ class GemmSm90:
         self.copy_blocks = min(self.tile_blocks, 2)
         self.blocks = self.tile_blocks // self.row_groups
         # Steps of 16 columns between waits: two where that is work enough to hide a decode.
-        self.group_steps = group_steps or (2 if self.tile_m >= 64 else 4)
+        self.group_steps = 2 if self.tile_m >= 64 else 4
         # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
         # over most of its own.
         self.moves_registers = self.blocks * self.tile_m >= 64
@@ -157,7 +155,7 @@ class GemmSm90:
     ):
         """Encodes the tensor map of x and launches the kernel. See the package's GEMM signature.
 
-        `k` is a multiple of 64; sfx and scratch are not used. `split_k` is one of SPLITS.
+        `k` is a multiple of 64; sfx and scratch are not used. `split_k` is at most the config's.
         """
         # A tensor map has no empty axes. No copy is made where k is 0.
         columns = cute.assume(cutlass.max(k, 64), divby=64)
@@ -190,19 +188,19 @@ class GemmSm90:
         )
         if m > 0 and n > 0:
             for split in cutlass.range_constexpr(1, self.config.split_k + 1):
-                if const_expr(split in SPLITS):
-                    if split_k == split:
-                        ctas = tiles * split
-                        if const_expr(not self.reduces(split)):
-                            ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
-                        self.kernel(*arguments, split).launch(
-                            grid=[ctas, 1, 1],
-                            block=[self.threads, 1, 1],
-                            cluster=[split, 1, 1],
-                            min_blocks_per_mp=self.config.ctas_per_sm,
-                            preferred_smem_carveout=100,
-                            stream=stream,
-                        )
+                # A launch each: a cluster's size is fixed when it is compiled.
+                if split_k == split:
+                    ctas = tiles * split
+                    if const_expr(not self.reduces(split)):
+                        ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
+                    self.kernel(*arguments, split).launch(
+                        grid=[ctas, 1, 1],
+                        block=[self.threads, 1, 1],
+                        cluster=[split, 1, 1],
+                        min_blocks_per_mp=self.config.ctas_per_sm,
+                        preferred_smem_carveout=100,
+                        stream=stream,
+                    )
 
     @cute.kernel
     def kernel(
@@ -286,7 +284,7 @@ class GemmSm90:
                 self._barrier(split)
                 self._reduce(
                     buffers, x_scale, w_scale, y, tile_x, m, n, share,
-                    x_scale_stride, w_scale_stride, out_dtype, split,
+                    x_scale_stride, out_dtype, split,
                 )  # fmt: skip
                 if const_expr(split > 1):
                     # No CTA leaves while another reads its shared memory.
@@ -418,7 +416,7 @@ class GemmSm90:
             tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
             first_block = tile_w * self.tile_blocks + row_group * self.blocks
             # Small tiles have registers to load these before the multiplication, not after.
-            early = const_expr(not self.reduces(split) and self.blocks * self.tile_m < 128)
+            early = const_expr(not self.reduces(split) and self.blocks == 1 and self.tile_m <= 64)
             if const_expr(early):
                 constants = self._constants(
                     w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype
@@ -454,9 +452,7 @@ class GemmSm90:
         registers = []
         for fragment in fragments:
             words = cute.recast_tensor(fragment, Uint32)
-            registers.append(
-                cute.make_tensor(words.iterator, cute.make_layout(cute.size(words)))
-            )
+            registers.append(cute.make_tensor(words.iterator, cute.make_layout(cute.size(words))))
         base = ops.shared_address(buffers)
         lane_row = (thread // 32) * 8 + (thread % 32) // 4
         is_first_lane = Int32(thread % 32 == 0)
@@ -465,16 +461,14 @@ class GemmSm90:
         code_at = base + self._code_offset() + first * CODE_BYTES + thread * 16
         scale_at = base + self._scale_offset() + first * SCALE_BYTES + lane_row * 16
         last = stage
-        for i in cutlass.range(k_count, unroll=1):
+        for _ in cutlass.range(k_count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             codes = []
             scales = []
             for b in cutlass.range_constexpr(self.blocks):
                 slot = stage * self.tile_blocks + b
                 at = code_at + slot * CODE_BYTES
-                codes.append(
-                    [*ops.load_shared_x4(at), *ops.load_shared_x4(at + CODE_BYTES // 2)]
-                )
+                codes.append([*ops.load_shared_x4(at), *ops.load_shared_x4(at + CODE_BYTES // 2)])
                 scales.append(ops.load_shared_x4(scale_at + slot * SCALE_BYTES))
             for part in cutlass.range_constexpr(STEPS // self.group_steps):
                 # The group before the last is done: it was the reader of this set of registers.
@@ -492,7 +486,9 @@ class GemmSm90:
                         )
                         for step in cutlass.range_constexpr(2):
                             for r in cutlass.range_constexpr(4):
-                                registers[part % 2][r + 4 * (b + self.blocks * (2 * pair + step))] = decoded[step][r]
+                                registers[part % 2][
+                                    r + 4 * (b + self.blocks * (2 * pair + step))
+                                ] = decoded[step][r]
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(self.group_steps):
                     cute.gemm(
@@ -530,17 +526,22 @@ class GemmSm90:
             value = ops.load_element(bias, Float16, index)
         return value
 
-    @cute.jit
-    def _store_element(self, y, dtype, index, value):
-        """Rounds a Float32 to the output's type and stores it."""
-        if dtype == 0:
+    def _store_as(self, y, dtype, index, value):
+        """Rounds a Float32 to "f32", "bf16x2" or "f16x2" (its element type) and stores it."""
+        if dtype == "f32":
             ops.store_word(ops.element_address(y, index, 4), ops.bits(value))
-        elif dtype == 1:
-            ops.store_half(
-                ops.element_address(y, index, 2), ops.round_pair(value, value, "bf16x2")
-            )
         else:
-            ops.store_half(ops.element_address(y, index, 2), ops.round_pair(value, value, "f16x2"))
+            ops.store_half(ops.element_address(y, index, 2), ops.round_pair(value, value, dtype))
+
+    @cute.jit
+    def _store_element(self, y, out_dtype, index, value):
+        """Rounds a Float32 to the output's type and stores it."""
+        if out_dtype == 0:
+            self._store_as(y, "f32", index, value)
+        elif out_dtype == 1:
+            self._store_as(y, "bf16x2", index, value)
+        else:
+            self._store_as(y, "f16x2", index, value)
 
     def _warp_column(self, first_block, thread):
         """The first of the columns of y that a warp stores."""
@@ -580,10 +581,33 @@ class GemmSm90:
         warp_n = self._warp_column(first_block, thread)
         scales, biases = constants
         column = warp_n + t * 8
+        place = (tile_x * self.tile_m, column, m, n)
+        # A branch for each way of storing, and no branch within: code that is run once, and is
+        # long, should at least be contiguous.
+        if n % (4 * self.blocks) != 0:
+            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
+                             x_scale_stride, out_dtype, "any")  # fmt: skip
+        elif out_dtype == 0:
+            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
+                             x_scale_stride, out_dtype, "f32")  # fmt: skip
+        elif out_dtype == 1:
+            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
+                             x_scale_stride, out_dtype, "bf16x2")  # fmt: skip
+        else:
+            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
+                             x_scale_stride, out_dtype, "f16x2")  # fmt: skip
+
+    @cute.jit
+    def _store_tile(
+        self, flat, scales, biases, x_scale, w_scale, y, place, g, t,
+        x_scale_stride, out_dtype, form: cutlass.Constexpr[str],
+    ):  # fmt: skip
+        """Stores a tile in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
+        first, column, m, n = place
         for j in cutlass.range_constexpr(self.tile_m // 8):
-            first_row = tile_x * self.tile_m + 8 * j
             row_scale = [
-                self._x_scale(x_scale, w_scale, x_scale_stride, first_row + 2 * t + e, m) for e in range(2)
+                self._x_scale(x_scale, w_scale, x_scale_stride, first + 8 * j + 2 * t + e, m)
+                for e in range(2)
             ]
             pairs = []
             for b in cutlass.range_constexpr(self.blocks):
@@ -599,58 +623,37 @@ class GemmSm90:
                             for e in range(2)
                         ]
                     )
-            self._store_run(pairs, y, first_row + g, column, m, n, out_dtype)
+            words = self._transposed(pairs, form)
+            row = first + 8 * j + g
+            at = Int64(row) * Int64(n) + Int64(column)
+            if const_expr(form == "any"):
+                if row < m:
+                    for i in cutlass.range_constexpr(len(words)):
+                        if column + i < n:
+                            self._store_element(y, out_dtype, at + i, ops.float_of(words[i]))
+            else:
+                address = ops.element_address(y, at, 4 if form == "f32" else 2)
+                if row < m and column < n:
+                    if const_expr(len(words) == 2):
+                        ops.store_x2(address, words)
+                    else:
+                        for i in cutlass.range_constexpr(0, len(words), 4):
+                            ops.store_x4(address + 4 * i, words[i : i + 4])
 
-    @cute.jit
-    def _store_run(self, pairs, y, row, column, m, n, out_dtype):
-        """Rounds, transposes over the warp, and stores neighboring elements of a row."""
-        if out_dtype == 0:
-            self._store_run_f32(pairs, y, row, column, m, n)
-        elif out_dtype == 1:
-            self._store_run_16(pairs, y, row, column, m, n, "bf16x2")
-        else:
-            self._store_run_16(pairs, y, row, column, m, n, "f16x2")
+    def _transposed(self, pairs, form):
+        """Neighboring elements of a row of y, packed into words, from pairs of a column's.
 
-    @cute.jit
-    def _store_run_f32(self, pairs, y, row, column, m, n):
-        """Float32 goes as two matrices, of the upper and of the lower halves."""
+        Float32 goes as two matrices of 16-bit elements, the upper and the lower halves.
+        """
+        if form in ("bf16x2", "f16x2"):
+            return [ops.transpose(ops.round_pair(low, high, form)) for low, high in pairs]
         words = []
-        for i in cutlass.range_constexpr(len(pairs)):
-            a, b = ops.bits(pairs[i][0]), ops.bits(pairs[i][1])
+        for low, high in pairs:
+            a, b = ops.bits(low), ops.bits(high)
             upper = ops.transpose(ops.permute(a, b, 0x7632))
             lower = ops.transpose(ops.permute(a, b, 0x5410))
             words += [ops.permute(lower, upper, 0x5410), ops.permute(lower, upper, 0x7632)]
-        at = Int64(row) * Int64(n) + Int64(column)
-        if row < m:
-            if n % 4 == 0:
-                for i in cutlass.range_constexpr(len(words) // 4):
-                    if column + 4 * i < n:
-                        ops.store_x4(
-                            ops.element_address(y, at + 4 * i, 4), words[4 * i : 4 * i + 4]
-                        )
-            else:
-                for i in cutlass.range_constexpr(len(words)):
-                    if column + i < n:
-                        ops.store_word(ops.element_address(y, at + i, 4), words[i])
-
-    @cute.jit
-    def _store_run_16(self, pairs, y, row, column, m, n, name: cutlass.Constexpr[str]):
-        words = []
-        for i in cutlass.range_constexpr(len(pairs)):
-            words.append(ops.transpose(ops.round_pair(pairs[i][0], pairs[i][1], name)))
-        at = Int64(row) * Int64(n) + Int64(column)
-        if row < m:
-            if n % (2 * len(words)) == 0:
-                if column < n:
-                    if const_expr(len(words) == 4):
-                        ops.store_x4(ops.element_address(y, at, 2), words)
-                    else:
-                        ops.store_x2(ops.element_address(y, at, 2), words)
-            else:
-                for i in cutlass.range_constexpr(2 * len(words)):
-                    if column + i < n:
-                        word = words[i // 2] >> Uint32(16 * (i % 2))
-                        ops.store_half(ops.element_address(y, at + i, 2), word)
+        return words
 
     @cute.jit
     def _leave(self, sums, buffers, thread, row_group, k_group):
@@ -697,54 +700,69 @@ class GemmSm90:
         column = self._column(tile_w, inside)
         first_row = place // self.tile_n
         last = cutlass.min(column, n - 1)
-        scale = ops.load_element(w_scale, Float32, last * w_scale_stride)
-        scale *= self._x_scale(x_scale, w_scale, x_scale_stride, tile_x * self.tile_m + first_row, m)
-        return inside, first_row, column, scale, self._bias(bias, bias_dtype, last)
+        w = ops.load_element(w_scale, Float32, last * w_scale_stride)
+        x = self._x_scale(x_scale, w_scale, x_scale_stride, tile_x * self.tile_m + first_row, m)
+        return inside, first_row, column, w, x, self._bias(bias, bias_dtype, last)
 
     @cute.jit
     def _reduce(
         self, buffers, x_scale, w_scale, y, tile_x, m, n, share,
-        x_scale_stride, w_scale_stride, out_dtype, split: cutlass.Constexpr[int],
+        x_scale_stride, out_dtype, split: cutlass.Constexpr[int],
     ):  # fmt: skip
         """Adds up a thread's share of a tile, in the order of ranks and groups; stores it."""
-        inside, first_row, column, first_scale, offset = share
+        if share[2] < n:
+            if out_dtype == 0:
+                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
+                                x_scale_stride, "f32", split)  # fmt: skip
+            elif out_dtype == 1:
+                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
+                                x_scale_stride, "bf16x2", split)  # fmt: skip
+            else:
+                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
+                                x_scale_stride, "f16x2", split)  # fmt: skip
+
+    @cute.jit
+    def _reduce_as(
+        self, buffers, x_scale, w_scale, y, tile_x, m, n, share,
+        x_scale_stride, form: cutlass.Constexpr[str], split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        inside, first_row, column, scale, first_x_scale, offset = share
         row_bytes = 4 * (self.tile_n + 1)
         step = split * self.consumers // self.tile_n
         base = ops.shared_address(buffers) + inside * 4
         tile_row = tile_x * self.tile_m
-        if column < n:
-            for first in cutlass.range_constexpr(0, self.tile_m, step * REDUCE_ROWS):
-                # All loads of some rows, then their sums: one latency for all.
-                count = min(REDUCE_ROWS, -(-(self.tile_m - first) // step))
-                parts = []
-                for i in cutlass.range_constexpr(count):
-                    tile_place = cutlass.min(first_row + first + i * step, self.tile_m - 1)
-                    at = base + tile_place * row_bytes
-                    row_parts = []
-                    for r in cutlass.range_constexpr(split):
-                        for group in cutlass.range_constexpr(self.k_groups):
-                            group_at = at + group * (self.tile_m * row_bytes)
-                            if const_expr(split > 1):
-                                row_parts.append(ops.load_cluster(group_at, Int32(r)))
-                            else:
-                                row_parts.append(ops.load_shared(group_at))
-                    parts.append(row_parts)
-                for i in cutlass.range_constexpr(count):
-                    total = parts[i][0]
-                    for p in cutlass.range_constexpr(1, len(parts[i])):
-                        total = total + parts[i][p]
-                    tile_place = first_row + first + i * step
-                    row = tile_row + tile_place
-                    if tile_place < self.tile_m and row < m:
-                        alpha = first_scale
-                        if const_expr(first + i > 0):
-                            alpha = self._x_scale(x_scale, w_scale, x_scale_stride, row, m)
-                            alpha *= ops.load_element(
-                                w_scale, Float32, column * w_scale_stride
-                            )
-                        value = ops.fma(alpha, total * Float32(ops.ACCUMULATOR_SCALE), offset)
-                        index = Int64(row) * Int64(n) + Int64(column)
-                        self._store_element(y, out_dtype, index, value)
+        for first in cutlass.range_constexpr(0, self.tile_m, step * REDUCE_ROWS):
+            # All loads of some rows, then their sums: one latency for all.
+            count = min(REDUCE_ROWS, -(-(self.tile_m - first) // step))
+            parts = []
+            x_scales = []
+            for i in cutlass.range_constexpr(count):
+                tile_place = cutlass.min(first_row + first + i * step, self.tile_m - 1)
+                at = base + tile_place * row_bytes
+                row_parts = []
+                for r in cutlass.range_constexpr(split):
+                    for group in cutlass.range_constexpr(self.k_groups):
+                        group_at = at + group * (self.tile_m * row_bytes)
+                        if const_expr(split > 1):
+                            row_parts.append(ops.load_cluster(group_at, Int32(r)))
+                        else:
+                            row_parts.append(ops.load_shared(group_at))
+                parts.append(row_parts)
+                if const_expr(first + i > 0):
+                    x_scales.append(
+                        self._x_scale(x_scale, w_scale, x_scale_stride, tile_row + tile_place, m)
+                    )
+                else:
+                    x_scales.append(first_x_scale)
+            for i in cutlass.range_constexpr(count):
+                total = parts[i][0]
+                for p in cutlass.range_constexpr(1, len(parts[i])):
+                    total = total + parts[i][p]
+                tile_place = first_row + first + i * step
+                row = tile_row + tile_place
+                value = ops.fma(x_scales[i] * scale, total * Float32(ops.ACCUMULATOR_SCALE), offset)
+                if tile_place < self.tile_m and row < m:
+                    self._store_as(y, form, Int64(row) * Int64(n) + Int64(column), value)
 
 
 def _arguments(config: GemmConfig) -> tuple:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Hopper GEMM is made of: the decode of weights, bulk copies, the epilogue's transposes."""
+"""What the Hopper GEMM is made of: decoding weights, bulk copies, the epilogue's transposes."""
 
-from cutlass import Float32, Int32, Int64, Uint16, Uint32, cute
+from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
@@ -29,7 +29,9 @@ ACCUMULATOR_SCALE = 128.0
 def _asm(results, operands, text, constraints, side_effects, loc, ip):
     """Inline PTX; `results` lists the DSL types of its results."""
     types = [r.mlir_type for r in results]
-    whole = None if not types else types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    whole = (
+        None if not types else types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    )
     values = [v.ir_value(loc=loc, ip=ip) for v in operands]
     out = llvm.inline_asm(
         whole,
@@ -54,9 +56,7 @@ def _asm(results, operands, text, constraints, side_effects, loc, ip):
 
 @dsl_user_op
 def _funnel_rotate(word, count, *, loc=None, ip=None):
-    return _asm(
-        [Uint32], [word], f"shf.l.wrap.b32 $0, $1, $1, {count};", "=r,r", False, loc, ip
-    )
+    return _asm([Uint32], [word], f"shf.l.wrap.b32 $0, $1, $1, {count};", "=r,r", False, loc, ip)
 
 
 @dsl_user_op
@@ -205,7 +205,7 @@ def load_cluster(address, rank, *, loc=None, ip=None):
 
 @dsl_user_op
 def bulk_load(destination, source, size, barrier, policy, *, loc=None, ip=None):
-    """Copies `size` contiguous bytes to shared memory; the mbarrier counts them when they are there.
+    """Copies `size` contiguous bytes to shared memory; the mbarrier counts them as they come.
 
     Args:
         destination: Int32 shared-memory address, a multiple of 16.
@@ -260,6 +260,12 @@ def permute(a, b, selector, *, loc=None, ip=None):
 def bits(value, *, loc=None, ip=None):
     """The bits of a Float32."""
     return _asm([Uint32], [value], "mov.b32 $0, $1;", "=r,f", False, loc, ip)
+
+
+@dsl_user_op
+def float_of(word, *, loc=None, ip=None):
+    """The Float32 that has these bits."""
+    return _asm([Float32], [word], "mov.b32 $0, $1;", "=f,r", False, loc, ip)
 
 
 @dsl_user_op
