@@ -410,12 +410,14 @@ class QuantizeKernel:
         pointers: tuple,
         sizes: tuple,
         row_ctas: Int32,
+        chunks: Int32,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
         """Dynamic per row. CTAs are (threads of a row) x (rows of the CTA).
 
-        CTAs from `row_ctas` on write the scales' padding.
+        A row has `chunks` times what its threads hold, or less. CTAs from `row_ctas` on write the
+        scales' padding.
         """
         call, _, g_out, _ = unpack(pointers, sizes, vector, values)
         thread, group, _ = cute.arch.thread_idx()
@@ -424,8 +426,6 @@ class QuantizeKernel:
         shared = cutlass.utils.SmemAllocator().allocate_array(Int32, WARP)
         if cta < row_ctas:
             row = cta * rows + group
-            chunk = row_threads * self.units
-            chunks = (call.blocks + chunk - 1) // chunk
             held = self.make_held()
             amax = Int32(0)
             for c in cutlass.range(chunks, unroll=1):
@@ -498,13 +498,16 @@ class QuantizeKernel:
         pointers: tuple,
         sizes: tuple,
         divisor: cute.FastDivmodDivisorV2,
+        rounds: Int32,
+        rest: Int32,
         cluster: cutlass.Constexpr,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
         """Dynamic per tensor. All CTAs are resident; chunk c belongs to CTA c % ctas.
 
-        The grid is one cluster, or else a cooperative launch.
+        The grid is one cluster, or else a cooperative launch. There are `rounds` chunks for each
+        CTA and one more for each of the first `rest`.
         """
         call, _, g_out, scratch = unpack(pointers, sizes, vector, values)
         thread, _, _ = cute.arch.thread_idx()
@@ -520,7 +523,9 @@ class QuantizeKernel:
 
         units = call.m * call.blocks
         chunk = threads * self.units
-        chunks = ((units + chunk - 1) // chunk - cta + ctas - 1) // ctas
+        chunks = rounds
+        if cta < rest:
+            chunks = rounds + 1
         held = self.make_held()
         for i in range_constexpr(self.units):
             place = place_of(cta * chunk + i * threads + thread, divisor, units)
@@ -725,7 +730,17 @@ class QuantizeKernel:
                 least, most = CLUSTER_THREADS
                 if (units <= CLUSTER * most * self.units) & (num_sms >= CLUSTER):
                     threads = self.grid_threads(units, CLUSTER, least)
-                    self.grid_kernel(pointers, sizes, divisor, True, vector, values).launch(
+                    chunks = ceil_div(units, threads * self.units)
+                    self.grid_kernel(
+                        pointers,
+                        sizes,
+                        divisor,
+                        chunks // CLUSTER,
+                        chunks % CLUSTER,
+                        True,
+                        vector,
+                        values,
+                    ).launch(
                         grid=[CLUSTER, 1, 1],
                         block=[threads, 1, 1],
                         cluster=[CLUSTER, 1, 1],
@@ -753,9 +768,12 @@ class QuantizeKernel:
         most = cutlass.min(num_sms * self.min_ctas, MAX_CTAS)
         threads = self.grid_threads(units, most, MIN_THREADS)
         # A CTA has a thread for each other CTA.
-        ctas = cutlass.min(ceil_div(units, threads * self.units), cutlass.min(most, threads))
-        self.grid_kernel(pointers, sizes, divisor, False, vector, values).launch(
-            grid=[cutlass.max(ctas, 1), 1, 1],
+        chunks = ceil_div(units, threads * self.units)
+        ctas = cutlass.max(cutlass.min(chunks, cutlass.min(most, threads)), 1)
+        self.grid_kernel(
+            pointers, sizes, divisor, chunks // ctas, chunks % ctas, False, vector, values
+        ).launch(
+            grid=[ctas, 1, 1],
             block=[threads, 1, 1],
             cooperative=True,
             stream=stream,
@@ -779,7 +797,8 @@ class QuantizeKernel:
         rows = cutlass.max(ROWS_THREADS // row_threads, 1)
         row_ctas = ceil_div(m, rows)
         ctas = row_ctas + ceil_div(pad_items, row_threads * rows)
-        self.rows_kernel(pointers, sizes, row_ctas, vector, values).launch(
+        chunks = ceil_div(blocks, row_threads * self.units)
+        self.rows_kernel(pointers, sizes, row_ctas, chunks, vector, values).launch(
             grid=[cutlass.max(ctas, 1), 1, 1],
             block=[row_threads, rows, 1],
             stream=stream,
