@@ -100,7 +100,7 @@ class Warp:
         self.ready = True
         self.queued = True  # in the machine's list of ready warps
         # The machine's time at this warp's last synchronization (see races.py).
-        self.epoch = 0 if cta.machine.races else NEVER
+        self.epoch = self.read_epoch = 0 if cta.machine.races else NEVER
         self.spurious = 0
         self.wgmma: object = None
         self.bulk: object = None
@@ -187,6 +187,12 @@ class Warp:
         """The warp has waited for something that happened at a time of the machine's clock."""
         if time > self.epoch:
             self.epoch = time
+        self.sync_reads(time)
+
+    def sync_reads(self, time: int) -> None:
+        """The warp has waited until its own operations had read their sources."""
+        if time > self.read_epoch:
+            self.read_epoch = time
 
     def block(self, reason: str | Callable[[], str]) -> int:
         """The warp stops here until someone wakes it; the reason is for the deadlock report."""

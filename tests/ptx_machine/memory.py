@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from .errors import Fault
-from .races import SharedAccesses, TensorAccesses
+from .races import ASYNC, SharedAccesses, TensorAccesses
 
 POISON_BYTE = 0xCB
 UNWRITTEN, WRITTEN, IN_FLIGHT, BARRIER = 0, 1, 2, 3
@@ -377,10 +377,11 @@ class SharedMemory:
             raise Fault("asynchronous copy to bytes that another one is still writing")
         self.state[index] = IN_FLIGHT
 
-    def finish_write(self, index: object, values: np.ndarray) -> None:
+    def finish_write(self, index: object, values: np.ndarray, agent: int = ASYNC) -> None:
+        """A copy has arrived; ``agent`` is the warp that can wait for it on its own, if any."""
         self.data[index] = values
         self.state[index] = WRITTEN
-        self.accesses.async_written(index)
+        self.accesses.async_written(index, agent)
         if self.has_dirty:
             self.dirty[index] = 0
 

@@ -77,8 +77,11 @@ class SharedAccesses:
         times = self.read_time
         newest = max(int(times[offsets].max()), int(times[offsets + (width - 1)].max()))
         chunks = offsets >> 4
-        newest = max(newest, int(self.async_read[chunks].max()))
-        if newest >= w.epoch or self.pending[chunks].any():
+        if (
+            newest >= w.epoch
+            or int(self.async_read[chunks].max()) >= w.read_epoch
+            or self.pending[chunks].any()
+        ):
             self.check_read(offsets[:, None] + np.arange(width), chunks, w, "write")
         newest = max(
             int(self.write_time[offsets].max()), int(self.write_time[offsets + (width - 1)].max())
@@ -93,7 +96,7 @@ class SharedAccesses:
         """Raises if somebody may still read, or read at a time not synchronized with."""
         if self.pending[chunks].any():
             raise Fault(f"{action} to shared memory that an asynchronous operation is yet to read")
-        if (self.async_read[chunks] >= w.epoch).any():
+        if (self.async_read[chunks] >= w.read_epoch).any():
             raise Fault(
                 f"{action} to shared memory that an asynchronous operation read, and this warp has "
                 "not waited for it"
@@ -112,17 +115,17 @@ class SharedAccesses:
         chunks = slice(span.start >> 4, (span.stop + 15) >> 4)
         if (
             self.pending[chunks].any()
-            or int(self.async_read[chunks].max()) >= w.epoch
+            or int(self.async_read[chunks].max()) >= w.read_epoch
             or int(self.read_time[span].max()) >= w.epoch
         ):
             self.check_read(span, chunks, w, "asynchronous copy")
         if int(self.write_time[span].max()) >= w.epoch:
             self.check_written(span, w, "asynchronous overwrite")
 
-    def async_written(self, index: object) -> None:
+    def async_written(self, index: object, agent: int) -> None:
         """A copy has written bytes."""
         self.write_time[index] = self.clock.time
-        self.writer[index] = ASYNC
+        self.writer[index] = agent
 
     def async_read_issued(self, chunks: object, w: Warp, action: str) -> None:
         """A warp issues an operation that will read chunks."""

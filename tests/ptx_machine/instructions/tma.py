@@ -105,7 +105,7 @@ def _wait(groups: Callable, keep: int, read: bool, everything: bool = False) -> 
             mine.commit()
         waiting = mine.pending(keep, read)
         if not waiting:
-            w.sync(mine.time)
+            w.sync_reads(mine.time)
             return None
         for transfer in waiting:
             transfer.waiters.append(w.wake)
@@ -163,7 +163,7 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
                 for i, n in enumerate(counts):
                     if n:
                         values[i, :n] = memory.read_bytes(int(src[i]), int(n))
-            cta.shared.finish_write(index, values)
+            cta.shared.finish_write(index, values, cta.shared.accesses.code(w))
             transfer.read = transfer.done = True
             transfer.notify(w.machine.tick())
 

@@ -119,7 +119,7 @@ def _wait(keep: int) -> Closure:
                 operation.waiters.append(w.wake)
             return w.block(f"wgmma.wait_group {keep}")
         covered = {id(o) for g in state.committed[:limit] for o in g}
-        w.sync(max([o.time for g in state.committed[:limit] for o in g], default=-1))
+        w.sync_reads(max([o.time for g in state.committed[:limit] for o in g], default=-1))
         state.committed = state.committed[limit:]
         for register, operation in list(state.holder.items()):
             if id(operation) in covered:
