@@ -186,7 +186,7 @@ def test_resources_are_what_cuobjdump_says(op: str) -> None:
 # mma.sync in bf16 or f16 (weight-only).
 INSTRUCTIONS = [
     ("gemm", ("sm_90a",), r"\bHGMMA\."),
-    ("gemm", ("sm_100f",), r"\bUTCOMMA\."),
+    ("gemm", ("sm_100f",), r"\b(UTCOMMA|HMMA\.16816)\."),
     ("gemm", ("sm_120f",), r"\b(OMMA\.SF|HMMA\.16816)\."),
     ("quantize", BLACKWELL, r"\bF2FP\.\S*E2M1"),
 ]
