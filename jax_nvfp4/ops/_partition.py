@@ -106,9 +106,9 @@ class Factors:
         def wishes(factor: str, wished: Sequence[Axes]) -> list[tuple[str, ...]]:
             return [w[factor] for w in wished if factor in w]
 
-        # Along a factor that is summed over, first what all operands have in common: no operand
-        # moves. Then the results, which the compiler has settled. Then what costs operands that
-        # are whole on every device nothing.
+        # Along a factor that is summed over, first the axes that all its operands are divided by:
+        # then none of them moves. Next the results, as the compiler has settled them. Last, axes
+        # that only some operands are divided by: the others, if whole, are sliced in place.
         summed = [f for f in self.divisible if f not in kept]
         for factor in summed:
             first, *others = wishes(factor, wished_in)

@@ -120,6 +120,9 @@ def of_part(
 ) -> tuple[tuple[jax.Array, ...], Mode]:
     """The scale with which a device quantizes its part of x to the bits of the whole.
 
+    No kernel takes an amax: where one is exchanged (per-tensor scaling of divided rows, any dynamic
+    scaling of divided columns), XLA's own code quantizes on GPUs too, and kernels only multiply.
+
     Args:
         x: the part.
         given: the scale of the whole, or of the part's rows, if any.
