@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 from jax_nvfp4.config._types import GemmConfig, GemmProblem, Rule
 
+When = Callable[[GemmProblem, int], bool]
+Split = Callable[[GemmProblem, int], int]
+
 TILE_K = 128
 _SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -50,6 +53,7 @@ def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
             _config("stream", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
             for rows in smallest
         ),
+        _config("stream", x_dtype, 32, 128, 6, split_k=2, warpgroups=2, ctas_per_sm=2),
         _config("stream", x_dtype, 64, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
         _config("tile", x_dtype, 128, 128, 5, split_k=3, warpgroups=2),
         _config("tile", x_dtype, 128, 256, 4, split_k=2, warpgroups=2),
@@ -73,7 +77,7 @@ def _tiles(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
     return -(-problem.m // tile_m) * -(-rows // tile_n)
 
 
-def _split_to_fill(tile_m: int, tile_n: int, most: int) -> Callable[[GemmProblem, int], int]:
+def _split_to_fill(tile_m: int, tile_n: int, most: int) -> Split:
     """As many ways as leave each multiprocessor one CTA, and each CTA four stages."""
 
     def split(problem: GemmProblem, num_sms: int) -> int:
@@ -102,20 +106,29 @@ def _wide_wins(problem: GemmProblem, num_sms: int) -> bool:
     return 1.8 * wide < narrow
 
 
-def _many(problem: GemmProblem, num_sms: int) -> bool:
-    """Whether CTAs of one tile would come in many waves, or in short ones."""
-    tiles = _tiles(problem, 8, 64) // -(-max(problem.m, 1) // 8)
-    return tiles > 6 * num_sms or (tiles > 2 * num_sms and problem.k <= 2048)
+def _many(waves: int) -> When:
+    """Whether tiles of 64 rows are more than so many for each multiprocessor, or many and short."""
+
+    def many(problem: GemmProblem, num_sms: int) -> bool:
+        tiles = -(-problem.n // 128) * 2
+        return tiles > waves * num_sms or (tiles > 2 * num_sms and problem.k <= 2048)
+
+    return many
 
 
-def _rows(most: int, more: Callable[[GemmProblem, int], bool] | None = None):
-    return lambda p, sms: p.m <= most and (more is None or more(p, sms))
+def _one_wave(tile_n: int) -> When:
+    """Whether tiles of so many rows of the weight, and all rows of x, are one for each SM."""
+    return lambda p, sms: _tiles(p, max(p.m, 1), tile_n) <= sms
 
 
-def _invariant(most: int | None, more: Callable[[GemmProblem, int], bool] | None = None):
-    return lambda p, sms: (
-        p.batch_invariant and (most is None or p.m <= most) and (more is None or more(p, sms))
-    )
+def _rows(most: int | None, more: When | None = None) -> When:
+    """At most so many rows of x (any number: None), and `more`."""
+    return lambda p, sms: (most is None or p.m <= most) and (more is None or more(p, sms))
+
+
+def _invariant(most: int | None, more: When | None = None) -> When:
+    rows = _rows(most, more)
+    return lambda p, sms: p.batch_invariant and rows(p, sms)
 
 
 _ORDER = (
@@ -127,28 +140,25 @@ _ORDER = (
 def _rules(x_dtype: str) -> tuple[Rule, ...]:
     short = _SHORT[x_dtype]
 
-    def rule(when, name: str, split, reason: str) -> Rule:
+    def rule(when: When, name: str, split: Split, reason: str) -> Rule:
         return Rule(when, _named(name.replace("_", f"_{short}_", 1)), split, reason)
 
-    turns = x_dtype == "bfloat16"
     rules = [
         rule(_invariant(16), "stream_16x64", _invariant_split, _ORDER),
+        rule(_invariant(32), "stream_32x128", _invariant_split, _ORDER),
         rule(_invariant(64), "stream_64x128", _invariant_split, _ORDER),
         rule(_invariant(None, _wide_wins), "tile_128x256", _invariant_split, _ORDER),
         rule(_invariant(None), "tile_128x128", _invariant_split, _ORDER),
     ]
-    if turns:
+    if x_dtype == "bfloat16":
         rules.insert(0, rule(_invariant(8), "stream_8x64", _invariant_split, _ORDER))
-        one_wave = lambda p, sms: _tiles(p, p.m, 64) <= sms  # noqa: E731
-        one_wave_64 = lambda p, sms: _tiles(p, p.m, 128) <= sms  # noqa: E731
-        few = lambda p, sms: _tiles(p, 64, 128) <= sms * 3 // 4  # noqa: E731
         rules += [
             rule(
-                _rows(8, _many),
+                _rows(8, _many(6)),
                 "stream_8x64",
                 _whole_k,
                 "many or short tiles: CTAs that go on to the next tile load it while they store"
-                " (24576x1536: 10.6 us, by turns 12.5; 57344x8192: 91 us, 96)",
+                " (24576x1536: 11.0 us, by turns 13.5; 57344x8192: 92 us, 97)",
             ),
             rule(
                 _rows(8),
@@ -157,16 +167,28 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 "eight warps for 64 rows keep up with memory on every multiprocessor; clusters of"
                 " two fit everywhere, larger ones leave multiprocessors idle",
             ),
-            rule(_rows(16, _many), "stream_16x64", _whole_k, "as for 8 rows"),
+            rule(
+                _rows(16, _many(3)),
+                "stream_16x64",
+                _whole_k,
+                "as for 8 rows, from fewer tiles on (28672x4096: 27.8 us, by turns 28.8)",
+            ),
             rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
             rule(
-                _rows(32, one_wave),
+                _rows(32, _one_wave(64)),
                 "turns_32x64",
                 _split_to_fill(32, 64, 2),
-                "sixteen warps hide the decode; 8192x8192: 17.1 us, tiles of 128 rows 19.0",
+                "sixteen warps hide the decode (8192x8192: 17.1 us, stream_32x128 19.0)",
             ),
             rule(
-                _rows(64, one_wave_64),
+                _rows(32),
+                "stream_32x128",
+                _whole_k,
+                "more tiles than multiprocessors: two CTAs overlap one's stores with the other's"
+                " loads (28672x4096: 29.8 us, turns_32x64 35.2)",
+            ),
+            rule(
+                _rows(64, _one_wave(128)),
                 "turns_64x128",
                 _split_to_fill(64, 128, 3),
                 "x is read once for 128 rows of the weight: with 64 the L2 cache is the limit",
@@ -175,19 +197,18 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 _rows(64),
                 "stream_64x128",
                 _whole_k,
-                "two CTAs overlap one's stores with the other's loads (28672x4096: 33.5 us, 37.1)",
-            ),
-            rule(
-                _rows(128, few),
-                "turns_64x128",
-                _split_to_fill(64, 128, 3),
-                "two tiles of 64 rows fill more multiprocessors than one of 128"
-                " (4096x14336: 30.9 us, 33.1)",
+                "as for 32 rows (28672x4096: 32.9 us, turns_64x128 35.4)",
             ),
         ]
     else:
         rules += [
             rule(_rows(16), "stream_16x64", _split_to_fill(16, 64, 2), "few rows: small tiles"),
+            rule(
+                _rows(32),
+                "stream_32x128",
+                _split_to_fill(32, 128, 2),
+                "x is read once for 128 rows of the weight",
+            ),
             rule(
                 _rows(64),
                 "stream_64x128",
@@ -197,14 +218,21 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
         ]
     rules += [
         rule(
-            lambda p, sms: _wide_wins(p, sms),
-            "tile_128x256",
-            _whole_k,
-            "fewest bytes from the L2 cache for a product (8192x8192, 2048 rows: 331 us,"
-            " 128x128 366)",
+            _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
+            "stream_64x128",
+            _split_to_fill(64, 128, 2),
+            "two tiles of 64 rows fill more multiprocessors than one of 128"
+            " (4096x14336: 30.4 us, 32.1)",
         ),
         rule(
-            lambda p, sms: True,
+            _wide_wins,
+            "tile_128x256",
+            _whole_k,
+            "fewest bytes from the L2 cache for a product (28672x4096, 2048 rows: 602 us,"
+            " 128x128 700)",
+        ),
+        rule(
+            _rows(None),
             "tile_128x128",
             _split_to_fill(128, 128, 3),
             "fewer waves, or a wave that is fuller, than with 128x256",

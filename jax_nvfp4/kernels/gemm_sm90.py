@@ -22,7 +22,6 @@ import cutlass
 import cutlass.utils
 from cutlass import (
     BFloat16,
-    Boolean,
     Float16,
     Float32,
     Int32,
