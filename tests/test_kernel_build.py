@@ -181,21 +181,30 @@ def test_resources_are_what_cuobjdump_says(op: str) -> None:
         assert read == said
 
 
-# What the machine code must hold, by op and architecture. The names are those of nvdisasm:
-# HGMMA is wgmma in bf16 or f16, UTCOMMA tcgen05.mma and OMMA mma.sync with block-scaled FP4, HMMA
-# mma.sync in bf16 or f16 (weight-only).
+# What the machine code must hold, by op, architectures and whether x is 16-bit. The names are those
+# of nvdisasm: HGMMA is wgmma in bf16 or f16, UTCOMMA tcgen05.mma and OMMA.SF mma.sync with
+# block-scaled FP4, HMMA mma.sync in bf16 or f16 (weight-only on Blackwell).
 INSTRUCTIONS = [
-    ("gemm", ("sm_90a",), r"\bHGMMA\."),
-    ("gemm", ("sm_100f",), r"\b(UTCOMMA|HMMA\.16816)\."),
-    ("gemm", ("sm_120f",), r"\b(OMMA\.SF|HMMA\.16816)\."),
-    ("quantize", BLACKWELL, r"\bF2FP\.\S*E2M1"),
+    ("gemm", ("sm_90a",), True, r"\bHGMMA\."),
+    ("gemm", ("sm_100f",), False, r"\bUTCOMMA\."),
+    ("gemm", ("sm_120f",), False, r"\bOMMA\.SF\."),
+    ("gemm", BLACKWELL, True, r"\bHMMA\.16816\."),
+    ("quantize", BLACKWELL, None, r"\bF2FP\.\S*E2M1"),
 ]
 
 
-@pytest.mark.parametrize(("op", "arches", "pattern"), INSTRUCTIONS)
-def test_the_instructions_counted_on_are_there(op: str, arches: tuple, pattern: str) -> None:
-    for kernel in kernel_objects.kernels(op, arches):
-        assert re.search(pattern, kernel_objects.sass(kernel["name"])), kernel["name"]
+@pytest.mark.parametrize(("op", "arches", "wide_x", "pattern"), INSTRUCTIONS)
+def test_the_instructions_counted_on_are_there(
+    op: str, arches: tuple, wide_x: bool | None, pattern: str
+) -> None:
+    found = [
+        kernel["name"]
+        for kernel in kernel_objects.kernels(op, arches)
+        if wide_x in (None, kernel["config"]["x_dtype"] != "e2m1")
+    ]
+    assert found
+    for name in found:
+        assert re.search(pattern, kernel_objects.sass(name)), name
 
 
 def test_cubin_reader_refuses_what_is_not_one() -> None:
