@@ -208,6 +208,7 @@ class GemmSm100:
         s = self.shape
         stages = self.stages
         barrier_count = 2 * (stages + s.acc_barriers + self.red_buffers + ANSWERS)
+        vectors = 2 if self.swap else 4
         staging_bytes = 1 if self.swap else EPILOGUE_WARPS * 2 * 4096
         reduce_floats = max(self.red_buffers * CHUNK * ROWS, 1)
 
@@ -216,9 +217,9 @@ class GemmSm100:
             barriers: cute.struct.MemRange[Int64, barrier_count]
             answers: cute.struct.Align[cute.struct.MemRange[Int32, 4 * ANSWERS], 16]
             tmem: Int32
-            # Scale and bias of each column of the tile, twice: the next tile's are written while
-            # slower warps still read this one's.
-            columns: cute.struct.Align[cute.struct.MemRange[Float32, 4 * s.columns], 16]
+            # Scale and, where x is A, bias of each column of the tile, twice: the next tile's are
+            # written while slower warps still read this one's.
+            columns: cute.struct.Align[cute.struct.MemRange[Float32, vectors * s.columns], 16]
             reduce: cute.struct.Align[cute.struct.MemRange[Float32, reduce_floats], 16]
             sfa: cute.struct.Align[cute.struct.MemRange[Uint16, stages * K_BLOCKS * 256], 1024]
             sfb: cute.struct.Align[

@@ -58,14 +58,9 @@ class Epilogue:
                     )
         return value
 
-    @cute.jit
-    def write_columns(self, storage, offset, index, scale, bias):
-        """Puts the scale and the bias of one column of the tile into shared memory."""
-        columns = storage.columns.data_ptr()
-        cute.make_tensor(columns + (offset + index), cute.make_layout(1))[0] = scale
-        cute.make_tensor(columns + (offset + self.shape.columns + index), cute.make_layout(1))[
-            0
-        ] = bias
+    def write_column(self, storage, index, value):
+        """Puts the scale or the bias of a column of the tile into shared memory."""
+        cute.make_tensor(storage.columns.data_ptr() + index, cute.make_layout(1))[0] = value
 
     def _column_values(self, storage, offset):
         """The scales or biases of CHUNK columns, in registers."""
@@ -122,11 +117,10 @@ class PairEpilogue(Epilogue):
             vectors = count % 2 * (2 * s.columns)
             for i in cutlass.range_constexpr(s.columns // 128):
                 col = thread + i * 128
-                self.write_columns(
-                    storage, vectors, col,
-                    self.read_scale(w_scale, w_scale_stride, col0 + col, n),
-                    self.read_bias(bias, bias_dtype, col0 + col, n),
-                )  # fmt: skip
+                scale = self.read_scale(w_scale, w_scale_stride, col0 + col, n)
+                self.write_column(storage, vectors + col, scale)
+                col_bias = self.read_bias(bias, bias_dtype, col0 + col, n)
+                self.write_column(storage, vectors + s.columns + col, col_bias)
             row_scale = self.read_scale(x_scale, x_scale_stride, row0 + thread, m)
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
 
@@ -273,10 +267,10 @@ class SwapEpilogue(Epilogue):
             tile_a, tile_b = coordinates(tiles, index)
             feature = tile_a * ROWS + thread
             token0 = tile_b * s.columns
-            vectors = count % 2 * (2 * s.columns)
+            vectors = count % 2 * s.columns
             if thread < s.columns:
                 token_scale = self.read_scale(x_scale, x_scale_stride, token0 + thread, m)
-                self.write_columns(storage, vectors, thread, token_scale, Float32(0.0))
+                self.write_column(storage, vectors + thread, token_scale)
             row_scale = self.read_scale(w_scale, w_scale_stride, feature, n)
             row_bias = self.read_bias(bias, bias_dtype, feature, n)
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
