@@ -104,7 +104,7 @@ def read_ceiling(size: int) -> float:
     """Bytes a second that a reduction over `size` bytes reads: the best of a few shapes."""
     elements = size // 4
     best = 0.0
-    for rows in (1 << 10, 1 << 14, 1 << 17):
+    for rows in (1 << 9, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18):
         array = jnp.ones((rows, max(1, elements // rows)), jnp.int32)
         program = compile_program(lambda a: jnp.sum(a, axis=1), array)
         best = max(best, array.nbytes / measure(program, (array,), 1).best)
