@@ -159,6 +159,11 @@ class Shape:
     min_ctas: int
 
 
+def has_e2m1(arch: str) -> bool:
+    """Whether an arch converts to e2m1 in hardware."""
+    return not arch.startswith("sm_90")
+
+
 class QuantizeKernel:
     """Kernels and host function of one config.
 
@@ -182,12 +187,12 @@ class QuantizeKernel:
             shape = Shape(units, config.threads, min_ctas)
             if config.kind == "rows":
                 self.few = QuantizeKernel(config, FEW_ROWS)
-                self.wide = QuantizeKernel(config, WIDE_ROWS)
+                self.wide = QuantizeKernel(config, WIDE_ROWS[has_e2m1(config.arch)])
         self.config = config
         self.dtype = config.x_dtype
         self.item = 4 if config.x_dtype == "float32" else 2
         self.block_words = ops.BLOCK * self.item // 4
-        self.hardware = not config.arch.startswith("sm_90")
+        self.hardware = has_e2m1(config.arch)
         self.units, self.threads, self.min_ctas = shape.units, shape.threads, shape.min_ctas
 
     # One block
@@ -830,8 +835,14 @@ MIN_CTAS = {
 }
 FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1)
 """For rows no more than multiprocessors: a thread for each block, since latency is all."""
-WIDE_ROWS = Shape(units=4, threads=448, min_ctas=2)
-"""For 16-bit rows that are too long for two blocks a thread in a small CTA."""
+WIDE_ROWS = {
+    False: Shape(units=4, threads=512, min_ctas=2),
+    True: Shape(units=4, threads=448, min_ctas=2),
+}
+"""For 16-bit rows that are too long for two blocks a thread in a small CTA.
+
+By whether the arch converts to e2m1 in hardware: there, the 64 registers of 2 x 512 threads spill.
+"""
 
 
 def ceil_div(a, b):
