@@ -63,6 +63,7 @@ def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
 CONFIGS: tuple[GemmConfig, ...] = (
     *_turns("bfloat16"),
     *_whole("bfloat16", (8, 16)),
+    _turns("float16")[1],
     *_whole("float16", (16,)),
 )
 
@@ -202,7 +203,8 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
         ]
     else:
         rules += [
-            rule(_rows(16), "stream_16x64", _split_to_fill(16, 64, 2), "few rows: small tiles"),
+            rule(_rows(16, _many(3)), "stream_16x64", _whole_k, "as bfloat16; decoding costs more"),
+            rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as bfloat16"),
             rule(
                 _rows(32),
                 "stream_32x128",
