@@ -273,6 +273,7 @@ def run_object(
     resident_clusters: int = 160,
     strict_exit: bool = True,
     races: bool = True,
+    coverage: set[int] | None = None,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.
 
@@ -288,6 +289,7 @@ def run_object(
         resident_clusters: how many clusters run at a time.
         strict_exit: as for ``launch``.
         races: as for ``launch``.
+        coverage: as for ``launch``.
 
     Returns:
         One machine per launch, in order.
@@ -313,6 +315,7 @@ def run_object(
                 resident_clusters=resident_clusters,
                 strict_exit=strict_exit,
                 races=races,
+                coverage=coverage,
             )
         )
     return machines

@@ -88,7 +88,7 @@ class Warp:
     def __init__(self, cta: Cta, index: int, program: Program, alive: np.ndarray) -> None:
         self.cta, self.index, self.machine = cta, index, cta.machine
         self.program = program
-        self.code = program.code
+        self.code = cta.machine.code_of(program)
         self.R: list = list(program.initial)
         self.live = alive
         self.mask: np.ndarray | None = None if alive.all() else alive
@@ -449,7 +449,8 @@ class Machine:
         self.num_sms = max(1, min(132, grid[0] * grid[1] * grid[2]))
         self.clock = 0
         self.cancelled: set = set()
-        self.coverage: set[int] = set()
+        self.noting: dict[Program, list[Closure]] = {}
+        self.coverage: set[int] | None = None
         self.next_cluster = iter(())
 
     # -- layout ------------------------------------------------------------------------------
@@ -502,6 +503,18 @@ class Machine:
                 self.module_symbols[variable.name] = allocation.base
 
     # -- services of the instructions --------------------------------------------------------
+    def code_of(self, program: Program) -> list[Closure]:
+        """The closures of a function; with coverage on, they note their line when they run."""
+        if self.coverage is None:
+            return program.code
+        if program not in self.noting:
+            lines = [ins.line for ins in program.function.instructions]
+            self.noting[program] = [
+                _noting(closure, line, self.coverage)
+                for closure, line in zip(program.code, [*lines, 0], strict=True)
+            ]
+        return self.noting[program]
+
     def tick(self) -> int:
         """Advances the clock of synchronization."""
         self.time += 1
@@ -759,6 +772,14 @@ class Machine:
         )
 
 
+def _noting(closure: Closure, line: int, lines: set[int]) -> Closure:
+    def run(w: Warp) -> int | None:
+        lines.add(line)
+        return closure(w)
+
+    return run
+
+
 def pack_params(
     program: Program, params: Sequence, memory: GlobalMemory, uninitialized: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, dict[int, TensorMap]]:
@@ -817,6 +838,7 @@ def launch(
     resident_clusters: int = 160,
     strict_exit: bool = True,
     races: bool = True,
+    coverage: set[int] | None = None,
 ) -> Machine:
     """Runs a kernel's PTX on the CPU.
 
@@ -839,6 +861,7 @@ def launch(
             memory.
         races: whether accesses to shared and tensor memory that synchronization does not order are
             errors (see races.py).
+        coverage: a set that receives the PTX lines that were executed.
 
     Returns:
         The machine after the run, for its counters.
@@ -868,6 +891,7 @@ def launch(
         module, program, grid3, block3, cluster3, dynamic_smem, memory, schedule_seed,
         resident_clusters, strict_exit, races,
     )  # fmt: skip
+    machine.coverage = coverage
     machine.param_data, machine.param_maps = pack_params(program, params, memory, uninitialized)
     machine.run()
     return machine

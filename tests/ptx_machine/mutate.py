@@ -9,6 +9,7 @@ single ones. Rules that find nothing in a kernel yield nothing.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -260,25 +261,32 @@ RULES: dict[str, Callable[[str], Iterator[Mutant]]] = {
 }
 
 
-def mutants(text: str, rules: tuple[str, ...] | None = None) -> Iterator[Mutant]:
+def mutants(
+    text: str, rules: tuple[str, ...] | None = None, lines: set[int] | None = None
+) -> Iterator[Mutant]:
     """All mutants of a PTX text.
 
     Args:
         text: the PTX.
         rules: names out of ``RULES``; all by default.
+        lines: only changes on these lines, such as the ones a test's runs executed.
     """
     for name in rules or tuple(RULES):
-        yield from RULES[name](text)
+        for mutant in RULES[name](text):
+            if lines is None or mutant.line in lines:
+                yield mutant
 
 
 def sample(
-    text: str, count: int, seed: int = 0, rules: tuple[str, ...] | None = None
+    text: str,
+    count: int,
+    seed: int = 0,
+    rules: tuple[str, ...] | None = None,
+    lines: set[int] | None = None,
 ) -> list[Mutant]:
     """``count`` mutants, spread evenly over the rules that find something."""
-    import random
-
     rng = random.Random(seed)
-    groups = [list(RULES[name](text)) for name in rules or tuple(RULES)]
+    groups = [list(mutants(text, (name,), lines)) for name in rules or tuple(RULES)]
     for group in groups:
         rng.shuffle(group)
     chosen: list[Mutant] = []

@@ -177,7 +177,7 @@ def call(ctx: Context, ins: Instruction) -> Closure:
         w.frames.append(
             (w.program, w.code, w.R, resume, w.rpc, w.stack, w.mask, results, w.param_space())
         )
-        w.program, w.code = program, program.code
+        w.program, w.code = program, w.machine.code_of(program)
         w.R = list(program.initial)
         w.stack, w.rpc = [], -1
         w.params_here = values
