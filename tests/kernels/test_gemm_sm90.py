@@ -163,6 +163,17 @@ def test_empty_outputs_launch_nothing(m, n):
     assert record_launches(path, ptx_of(NAMES[0]), arguments, GlobalMemory()) == []
 
 
+@pytest.mark.parametrize("config", CONFIGS[::4], ids=NAMES[::4])
+def test_no_columns_give_the_bias(config):
+    case = Case(config, 3, 40, 0, bias=0)
+    arguments = case.arguments(1)
+    arguments[0], arguments[2], arguments[3] = (np.zeros(1024, np.uint8) for _ in range(3))
+    path = kernel_objects.folder() / f"{config.name}.o"
+    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
+    y = case.y[: 3 * 40].reshape(3, 40)
+    np.testing.assert_array_equal(y, np.broadcast_to(case.bias, (3, 40)))
+
+
 SHAPES = [
     (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192),
     (8192, 28672), (7168, 16384), (24576, 1536), (4096, 7168), (1, 1), (127, 63), (100_000, 16),
