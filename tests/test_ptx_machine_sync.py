@@ -37,6 +37,44 @@ def test_a_missing_barrier_shows():
             exchange("", seed)
 
 
+RACES = {
+    # What each of two warps does after a barrier; both touch the same words.
+    "write-read": "@%p1 st.shared.u32 [%r5], %r1; @!%p1 ld.shared.u32 %r6, [%r5];",
+    "write-write": "st.shared.u32 [%r5], %r1;",
+    "read-write": "@%p1 ld.shared.u32 %r6, [%r5]; @!%p1 st.shared.u32 [%r5], %r1;",
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_unordered_accesses_are_errors_under_every_schedule(name):
+    body = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, buf; and.b32 %r3, %r1, 31; mad.lo.u32 %r5, %r3, 4, %r2;
+setp.lt.u32 %p1, %r1, 32; @%p1 st.shared.u32 [%r5], %r1; bar.sync 0;
+"""
+    text = kernel(body + RACES[name], shared=SHARED)
+    for seed in SEEDS:
+        with pytest.raises(PtxRuntimeError, match="no synchronization between"):
+            run(text, [], block=64, schedule_seed=seed)
+    run(text, [], block=64, races=False)
+    # A barrier between the two, or disjoint words, and all is well.
+    first, _, second = RACES[name].partition("; ")
+    if second:
+        ordered = kernel(body + first + "; bar.sync 0; " + second, shared=SHARED)
+        run(ordered, [], block=64)
+    apart = body.replace("and.b32 %r3, %r1, 31", "mov.b32 %r3, %r1").replace("@%p1 st", "st")
+    run(kernel(apart + RACES[name], shared=SHARED), [], block=64)
+
+
+def test_mbarrier_used_before_its_initialization_is_ordered():
+    body = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, bar; setp.eq.u32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared.b64 [%r2], 64; mbarrier.arrive.shared.b64 %rd3, [%r2];
+"""
+    for seed in SEEDS:
+        with pytest.raises(PtxRuntimeError, match=r"no synchronization since|no mbarrier"):
+            run(kernel(body, shared=SHARED), [], block=64, schedule_seed=seed)
+
+
 def test_arrive_then_sync():
     body = """
 mov.u32 %r1, %tid.x; mov.u32 %r2, buf; setp.ge.u32 %p1, %r1, 32; @%p1 bra CONSUMER;

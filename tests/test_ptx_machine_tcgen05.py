@@ -490,6 +490,16 @@ def test_reading_d_before_the_commit_arrives():
             nvfp4_variant(change, seed=seed)
 
 
+def test_dealloc_needs_the_other_warps_loads_ordered():
+    load = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r60}, [%r6]; tcgen05.wait::ld.sync.aligned;"
+    good = ALLOC1 + tag_memory(1) + load + FREE1
+    run(kernel(good, shared=SHARED), [], block=128)
+    bad = ALLOC1 + tag_memory(1) + load + FREE1.replace("bar.sync 0;", "")
+    with pytest.raises(PtxRuntimeError, match=r"tcgen05.dealloc writes|is not allocated"):
+        for seed in SEEDS:
+            run(kernel(bad, shared=SHARED), [], block=128, schedule_seed=seed)
+
+
 def test_load_may_happen_as_late_as_its_wait():
     """A store to the columns between tcgen05.ld and its wait is a race that some seed shows."""
     body = (

@@ -212,6 +212,13 @@ class TensorAccesses:
 
     def operation_issued(self, used: np.ndarray, written: np.ndarray, w: Warp, what: str) -> None:
         """A warp issues a tensor core operation that uses columns and writes some of them."""
+        self.check_overwrite(written, w, what)
+        self._check_stores(used, w, what)
+        np.add.at(self.pending_use, used, 1)
+        np.add.at(self.pending_write, written, 1)
+
+    def check_overwrite(self, written: np.ndarray, w: Warp, what: str) -> None:
+        """Raises if loads of columns are under way or not ordered before what the warp does."""
         if self.pending_load[:, written].any():
             raise Fault(f"{what} writes columns that a tcgen05.ld has yet to read (no wait::ld)")
         late = self.load_time[:, written] >= w.epoch
@@ -221,9 +228,6 @@ class TensorAccesses:
             raise Fault(
                 f"{what} writes columns that warp {who} loaded, with no synchronization between"
             )
-        self._check_stores(used, w, what)
-        np.add.at(self.pending_use, used, 1)
-        np.add.at(self.pending_write, written, 1)
 
     def operation_done(self, used: np.ndarray, written: np.ndarray) -> None:
         np.add.at(self.pending_use, used, -1)

@@ -162,7 +162,10 @@ def _dealloc(ctx: Context, ins: Instruction) -> Closure:
                 raise Fault(
                     f"tcgen05.dealloc while {pending[0].what} (line {pending[0].line}) is pending"
                 )
-        cta.tensor.free(column, int(w.R[columns][0]))
+        count = int(w.R[columns][0])
+        freed = np.arange(column, column + count)
+        cta.tensor.accesses.check_overwrite(freed[freed < 512], w, "tcgen05.dealloc")
+        cta.tensor.free(column, count)
         for waiter in cta.__dict__.pop("alloc_waiters", []):
             waiter.wake()
 
