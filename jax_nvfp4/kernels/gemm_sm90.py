@@ -10,11 +10,13 @@ order of `layout.sm90`), x through a tensor map that zero-fills what is out of b
 reads codes in the order of its registers, decodes a group of `wgmma` steps while the tensor cores
 work on the group before, and has two sets of A registers so that neither waits for the other.
 
-K may be split over the CTAs of a cluster. Each leaves its sums in its shared memory; after a
-cluster barrier each adds up a slice of the tile over the CTAs, in the order of their ranks. No
-atomics, no scratch memory, no state from one launch to the next: what a launch computes depends on
-its arguments alone. The order in which one output is summed is fixed by K, the split and the
-config: columns in rising order within a CTA, then CTAs in rising order.
+K may be split over the CTAs of a cluster, and over groups of a CTA's warpgroups (`k_groups`), which
+take its stages in turns. Each leaves its sums in its CTA's shared memory; after a barrier of the
+cluster each thread adds up some places of the tile, in the order of ranks and groups. No atomics,
+no scratch memory, no state from one launch to the next: what a launch computes depends on its
+arguments alone. The order in which one output is summed is fixed by K, the split and `k_groups`:
+columns in rising order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same
+in every config.
 """
 
 import cuda.bindings.driver as cuda
@@ -102,6 +104,8 @@ class GemmSm90:
             raise ValueError(f"{c.name}: {c.warpgroups} warpgroups in {c.k_groups} groups")
         if self.consumers % c.tile_n and self.reduces(c.split_k):
             raise ValueError(f"{c.name}: {self.consumers} threads for {c.tile_n} columns")
+        if self.moves_registers and self.registers is None:
+            raise ValueError(f"{c.name}: no division of the registers")
         if c.stages % c.k_groups:
             raise ValueError(f"{c.name}: {c.stages} stages for {c.k_groups} groups")
         if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
