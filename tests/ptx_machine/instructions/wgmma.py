@@ -87,7 +87,7 @@ def wgmma(ctx: Context, ins: Instruction) -> Closure:
         return _wait(int(ins.operands[0].value))
     if name != "mma_async" or "sp" in ins.parts:
         raise ctx.error("unknown wgmma")
-    return _mma(ctx, ins)
+    return Multiply(ctx, ins).issue
 
 
 def _whole_warp(w, what: str) -> None:
@@ -133,59 +133,68 @@ def _wait(keep: int) -> Closure:
     return run
 
 
-def _mma(ctx: Context, ins: Instruction) -> Closure:
-    parts = ins.parts
-    shape = next(p for p in parts if re.fullmatch(r"m64n\d+k\d+", p))
-    _, n, k = (int(v) for v in re.findall(r"\d+", shape))
-    at = parts.index(shape)
-    dkind, akind, bkind = parts[at + 1 : at + 4]
-    bits = KIND_BITS[akind]
-    if k != 256 // bits or n % 8 or not 8 <= n <= 256:
-        raise ctx.error(f"wgmma shape {shape} of {akind}")
-    operands = list(ins.operands)
-    dst = [ctx.dst(o) for o in ctx.vector(operands[0])]
-    registers_a = None
-    desc_a = -1
-    if isinstance(operands[1], Vec):
-        registers_a = [ctx.src(o, "b32") for o in operands[1].items]
-    else:
-        desc_a = ctx.src(operands[1], "b64")
-    desc_b = ctx.src(operands[2], "b64")
-    if isinstance(operands[3], Imm):
-        keep_d = bool(operands[3].value)
-        scale_d = lambda R: np.full(32, keep_d)  # noqa: E731
-    else:
-        scale_d = ctx.pred(operands[3])
-    rest = [int(o.value) for o in operands[4:]]
-    sign_a = rest[0] if len(rest) > 0 else 1
-    sign_b = rest[1] if len(rest) > 1 else 1
-    trans_a = trans_b = 0
-    if registers_a is not None:
-        trans_b = rest[2] if len(rest) > 2 else 0
-    elif len(rest) > 2:
-        trans_a, trans_b = rest[2], rest[3]
-    if (trans_a or trans_b) and bits != 16:
-        raise ctx.error("transposed operands need 16-bit elements")
-    half = dkind == "f16"
-    expected = n // 4 if half else n // 2
-    if len(dst) != expected:
-        raise ctx.error(f"{shape}.{dkind} has {expected} accumulator registers, got {len(dst)}")
-    k_bytes = k * bits // 8
-    # Accumulator layout: register and lane to (row, column) of a warp's 16 x n part.
-    lane = np.arange(32)
-    element = np.arange(n // 2)
-    row = (lane // 4)[:, None] + 8 * (element // 2 % 2)[None, :]
-    column = (2 * (lane % 4))[:, None] + 8 * (element // 4)[None, :] + (element % 2)[None, :]
-    ra, ca = a_layout(k, bits)
-    line = ins.line
+class Multiply:
+    """One decoded wgmma.mma_async; ``issue`` is its closure."""
 
-    def operand_index(value: int, transposed: int, extent: int) -> np.ndarray:
+    def __init__(self, ctx: Context, ins: Instruction) -> None:
+        parts = ins.parts
+        shape = next(p for p in parts if re.fullmatch(r"m64n\d+k\d+", p))
+        _, self.n, self.k = (int(v) for v in re.findall(r"\d+", shape))
+        at = parts.index(shape)
+        self.dkind, self.akind, self.bkind = parts[at + 1 : at + 4]
+        self.bits = KIND_BITS[self.akind]
+        if self.k != 256 // self.bits or self.n % 8 or not 8 <= self.n <= 256:
+            raise ctx.error(f"wgmma shape {shape} of {self.akind}")
+        operands = list(ins.operands)
+        self.dst = [ctx.dst(o) for o in ctx.vector(operands[0])]
+        self.half = self.dkind == "f16"
+        expected = self.n // 4 if self.half else self.n // 2
+        if len(self.dst) != expected:
+            raise ctx.error(f"{shape}.{self.dkind} has {expected} accumulator registers")
+        self.registers_a: list[int] | None = None
+        self.desc_a = -1
+        if isinstance(operands[1], Vec):
+            self.registers_a = [ctx.src(o, "b32") for o in operands[1].items]
+        else:
+            self.desc_a = ctx.src(operands[1], "b64")
+        self.desc_b = ctx.src(operands[2], "b64")
+        if isinstance(operands[3], Imm):
+            constant = np.full(32, bool(operands[3].value))
+            self.scale_d = lambda R: constant
+        else:
+            self.scale_d = ctx.pred(operands[3])
+        rest = [int(o.value) for o in operands[4:]]
+        self.sign_a, self.sign_b = (*rest, 1, 1)[:2] if rest else (1, 1)
+        self.trans_a = self.trans_b = 0
+        if self.registers_a is not None:
+            self.trans_b = rest[2] if len(rest) > 2 else 0
+        elif len(rest) > 2:
+            self.trans_a, self.trans_b = rest[2], rest[3]
+        if (self.trans_a or self.trans_b) and self.bits != 16:
+            raise ctx.error("transposed operands need 16-bit elements")
+        self.line = ins.line
+        # Accumulator layout: register and lane to (row, column) of a warp's 16 x n part.
+        lane, element = np.arange(32), np.arange(self.n // 2)
+        self.row = (lane // 4)[:, None] + 8 * (element // 2 % 2)[None, :]
+        self.column = (
+            (2 * (lane % 4))[:, None] + 8 * (element // 4)[None, :] + (element % 2)[None, :]
+        )
+        self.a_places = a_layout(self.k, self.bits)
+
+    def index_a(self, value: int) -> np.ndarray:
+        return self._index(value, self.trans_a, 64)
+
+    def index_b(self, value: int) -> np.ndarray:
+        return self._index(value, self.trans_b, self.n)
+
+    def _index(self, value: int, transposed: int, extent: int) -> np.ndarray:
         desc = decode_hopper(value)
         if transposed:
-            return chunk_index(desc, False, extent, k, bits // 8)
-        return chunk_index(desc, True, extent, k_bytes, bits // 8)
+            return chunk_index(desc, False, extent, self.k, self.bits // 8)
+        return chunk_index(desc, True, extent, self.k * self.bits // 8, self.bits // 8)
 
-    def run(w) -> None:
+    def issue(self, w) -> None:
+        """A warp issues the operation; with the fourth warp's issue it is on its way."""
         _whole_warp(w, "wgmma")
         R = w.R
         state = warp_state(w)
@@ -195,104 +204,70 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         position = state.count
         state.count += 1
         if position == len(group.operations):
-            group.operations.append(Operation(line))
+            group.operations.append(Operation(self.line))
         operation = group.operations[position]
-        if operation.line != line:
+        if operation.line != self.line:
             raise Fault(
                 f"warps of one warpgroup issue different wgmma instructions (line {operation.line})"
             )
-        flag = scale_d(R)
+        flag = self.scale_d(R)
         keep = bool(flag[0])
         if not (flag == keep).all():
             raise Fault("wgmma scale-d differs between lanes")
+        previous = self._accumulators(w, state, keep)
+        a_values = None
+        if self.registers_a is not None:
+            if any(R[s] is None for s in self.registers_a):
+                raise Fault("wgmma A register is held by an operation in flight")
+            a_values = np.stack([R[s] for s in self.registers_a], axis=1)
+        values = (int(R[self.desc_a][0]) if self.desc_a >= 0 else 0, int(R[self.desc_b][0]))
+        shared = w.cta.shared
+        if self.desc_a >= 0:
+            check_operand(shared, self.index_a(values[0]), w, "wgmma reads A")
+        check_operand(shared, self.index_b(values[1]), w, "wgmma reads B")
+        for d in self.dst:
+            state.holder[d] = operation
+            R[d] = None
+        operation.issued[w.index] = (previous, a_values, values, keep)
+        state.open.append(operation)
+        if len(operation.issued) == 4:
+            self._start(group, operation)
+
+    def _accumulators(self, w, state: WarpState, keep: bool) -> dict[int, object]:
+        """What each accumulator register adds: a value, or the operation that will give it."""
         previous: dict[int, object] = {}
-        for d in dst:
+        for d in self.dst:
             holder = state.holder.get(d)
             if holder is not None:
                 previous[d] = holder
                 continue
-            value = R[d]
+            value = w.R[d]
             # Compilers sink register initialization below the fence, so that its place among the
             # moves is not checked; that there is one since the registers came back is.
             if not state.fenced and not (keep and value is state.results.get(d)):
                 raise Fault("wgmma on registers that were accessed after the last wgmma.fence")
             if keep:
                 previous[d] = value
-        a_values = None
-        if registers_a is not None:
-            for s in registers_a:
-                if R[s] is None:
-                    raise Fault("wgmma A register is held by an operation in flight")
-            a_values = np.stack([R[s] for s in registers_a], axis=1)
-        values = (int(R[desc_a][0]) if desc_a >= 0 else 0, int(R[desc_b][0]))
-        shared = w.cta.shared
-        if desc_a >= 0:
-            check_operand(shared, operand_index(values[0], trans_a, 64), w, "wgmma reads A")
-        check_operand(shared, operand_index(values[1], trans_b, n), w, "wgmma reads B")
-        for d in dst:
-            state.holder[d] = operation
-            R[d] = None
-        operation.issued[w.index] = (previous, a_values, values, keep)
-        state.open.append(operation)
-        if len(operation.issued) == 4:
-            _launch(group, operation)
+        return previous
 
-    def _launch(group: WarpGroup, operation: Operation) -> None:
+    def _start(self, group: WarpGroup, operation: Operation) -> None:
         from ..machine import AsyncOp
 
         variants = {(v[2], v[3]) for v in operation.issued.values()}
         if len(variants) != 1:
             raise Fault("warps of one warpgroup pass different descriptors or scale-d")
-        (pair, keep) = next(iter(variants))
-        shared = group.cta.shared
-        operands_read = [operand_index(pair[1], trans_b, n)]
-        if desc_a >= 0:
-            operands_read.append(operand_index(pair[0], trans_a, 64))
-        for index in operands_read:
-            shared.accesses.pending[index] += 1
+        (descriptors, keep) = next(iter(variants))
+        accesses = group.cta.shared.accesses
+        read = [self.index_b(descriptors[1])]
+        if self.desc_a >= 0:
+            read.append(self.index_a(descriptors[0]))
+        for index in read:
+            accesses.pending[index] += 1
 
         def compute() -> None:
-            B = element_values(
-                gather(shared, operand_index(pair[1], trans_b, n), "wgmma reads B"),
-                bkind, not trans_b,
-            )  # fmt: skip
-            if desc_a >= 0:
-                A64 = element_values(
-                    gather(shared, operand_index(pair[0], trans_a, 64), "wgmma reads A"),
-                    akind, not trans_a,
-                )  # fmt: skip
-            for index, (previous, a_values, _, _) in operation.issued.items():
-                q = index - group.first
-                if a_values is not None:
-                    A = np.empty((16, k))
-                    A[ra, ca] = split_elements(a_values, akind, bits)
-                else:
-                    A = A64[16 * q : 16 * q + 16]
-                product = (A * sign_a) @ (B * sign_b).T
-                acc = product[row, column]  # (32, n / 2)
-                if keep:
-                    old = []
-                    for d in dst:
-                        p = previous[d]
-                        old.append(p.results[index][d] if isinstance(p, Operation) else p)
-                    stacked = np.stack(old, axis=1)
-                    if half:
-                        prior = fmt.float_values(stacked.view(np.uint16), "f16")
-                    elif dkind == "s32":
-                        prior = stacked.view(np.int32)
-                    else:
-                        prior = stacked.view(np.float32)
-                    acc = acc + prior
-                if half:
-                    bits_out = acc.astype(np.float16).view(U32)
-                elif dkind == "s32":
-                    bits_out = acc.astype(np.int64).astype(U32)
-                else:
-                    bits_out = acc.astype(np.float32).view(U32)
-                columns = np.ascontiguousarray(bits_out.T)
-                operation.results[index] = {d: columns[i] for i, d in enumerate(dst)}
-            for read in operands_read:
-                shared.accesses.async_read_done(read)
+            self._compute(group, operation, descriptors, keep)
+            for index in read:
+                accesses.async_read_done(index)
             operation.done = True
             operation.time = group.cta.machine.tick()
             for wake in operation.waiters:
@@ -302,6 +277,43 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
             operation.issued = dict.fromkeys(operation.issued, ())
 
         compute.smem_owner = group.cta
-        group.queue.push(AsyncOp(compute, "wgmma", operation.line))
+        group.queue.push(AsyncOp(compute, "wgmma", self.line))
 
-    return run
+    def _compute(
+        self, group: WarpGroup, operation: Operation, descriptors: tuple[int, int], keep: bool
+    ) -> None:
+        shared = group.cta.shared
+        raw = gather(shared, self.index_b(descriptors[1]), "wgmma reads B")
+        B = element_values(raw, self.bkind, not self.trans_b) * self.sign_b
+        A64 = None
+        if self.desc_a >= 0:
+            raw = gather(shared, self.index_a(descriptors[0]), "wgmma reads A")
+            A64 = element_values(raw, self.akind, not self.trans_a)
+        for index, (previous, a_values, _, _) in operation.issued.items():
+            q = index - group.first
+            if A64 is None:
+                A = np.empty((16, self.k))
+                A[self.a_places] = split_elements(a_values, self.akind, self.bits)
+            else:
+                A = A64[16 * q : 16 * q + 16]
+            acc = ((A * self.sign_a) @ B.T)[self.row, self.column]  # (32, n / 2)
+            if keep:
+                old = [
+                    p.results[index][d] if isinstance(p, Operation) else p
+                    for d, p in previous.items()
+                ]
+                acc = acc + self._decode(np.stack(old, axis=1))
+            columns = np.ascontiguousarray(self._encode(acc).T)
+            operation.results[index] = {d: columns[i] for i, d in enumerate(self.dst)}
+
+    def _decode(self, registers: np.ndarray) -> np.ndarray:
+        if self.half:
+            return fmt.float_values(registers.view(np.uint16), "f16")
+        return registers.view(np.int32 if self.dkind == "s32" else np.float32)
+
+    def _encode(self, values: np.ndarray) -> np.ndarray:
+        if self.half:
+            return values.astype(np.float16).view(U32)
+        if self.dkind == "s32":
+            return values.astype(np.int64).astype(U32)
+        return values.astype(np.float32).view(U32)
