@@ -24,6 +24,7 @@ multiplications that feed no addition (nothing to contract into an fma), and quo
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 BLOCK = 16
 """Elements that share one block scale."""
@@ -92,6 +93,34 @@ def rounded(x: jax.Array) -> jax.Array:
     canonical = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
     bits = lax.bitcast_convert_type(canonical, jnp.uint32)
     return lax.bitcast_convert_type(lax.rem(bits, jnp.full_like(bits, 0xFFFFFFFF)), jnp.float32)
+
+
+def add_rounding_once(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The sum of float32 numbers, rounded once to a dtype.
+
+    A float32 sum that is then rounded to 16 bits is rounded twice, and wrong where the first
+    rounding lands on a tie of the second. Rounded to odd instead, it keeps on which side of the tie
+    the exact sum lies (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd", 2008); the error of the sum is Knuth's TwoSum.
+
+    Args:
+        a: float32.
+        b: float32, broadcast against `a`.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        a + b of that dtype.
+    """
+    total = a + b
+    if jnp.dtype(dtype) == jnp.float32:
+        return total
+    b_part = total - a
+    error = (a - (total - b_part)) + (b - b_part)
+    bits = lax.bitcast_convert_type(total, jnp.int32)
+    outward = jnp.where((error > 0) == (total > 0), 1, -1)
+    inexact = (jnp.abs(error) > 0) & jnp.isfinite(error) & ((bits & 1) == 0)
+    odd = lax.bitcast_convert_type(jnp.where(inexact, bits + outward, bits), jnp.float32)
+    return odd.astype(dtype)
 
 
 def _magnitude_bits(x: jax.Array) -> jax.Array:

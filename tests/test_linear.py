@@ -111,6 +111,20 @@ def test_data_of_one_sign(activation):
     check(x, w, None, activation, zero_mean=False)
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["token", None])
+def test_a_bias_that_outweighs_the_product_is_rounded_once(out_dtype, activation):
+    """Biases on the ties of 16-bit dtypes: the product, however small, decides which way."""
+    rng = np.random.default_rng(7)
+    x, w, _ = problem(64, 256, 64)
+    x *= np.logspace(-12, -2, 64, dtype=np.float32)[:, None]
+    bias = rng.uniform(1, 2, 256).astype(np.float32)
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        step = oracle.ulp(1.5, dtype)
+        bias[rng.random(256) < 0.4] = np.float32(1 + step * (rng.integers(0, 100) + 0.5))
+    check(x, w, bias, activation, out_dtype)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("arch", [None, *machine.arches()])
 def test_canonical_and_repacked_weights_give_the_same_bits(activation, arch):

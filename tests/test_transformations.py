@@ -76,7 +76,8 @@ def test_gradients_have_the_dtypes_of_their_primals(dtype):
 def test_forward_mode_is_the_same_derivative():
     v = jnp.asarray(RNG.standard_normal(X.shape), jnp.float32)
     _, tangent = jax.jvp(lambda x: nvfp4.linear(x, weight(), BIAS), (X,), (v,))
-    np.testing.assert_allclose(tangent, v @ weight().dequantize().T, rtol=1e-4, atol=1e-4)
+    expected = np.asarray(v, np.float64) @ np.asarray(weight().dequantize(), np.float64).T
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-4)
     jacobian = jax.jacfwd(lambda x: nvfp4.linear(x, weight()))(X[0])
     np.testing.assert_allclose(jacobian, weight().dequantize(), rtol=1e-6)
     jacobian = jax.jacrev(lambda x: nvfp4.linear(x, weight()))(X[0])
@@ -99,7 +100,8 @@ def test_weights_and_scales_are_not_differentiated():
 def test_residuals_hold_no_dequantized_weight():
     _, vjp = jax.vjp(lambda x: nvfp4.linear(x, weight()), X)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp)]
-    assert sum(sizes) < N * K * 2
+    padding = 2048  # a repacked weight's
+    assert sum(sizes) <= weight().nbytes + padding
 
 
 def test_second_derivative_is_zero():
@@ -245,14 +247,16 @@ def test_donation():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_export_round_trip(activation):
     f = jax.jit(linear(activation))
-    blob = jax.export.export(f)(X, jax.tree.map(lambda a: a, weight("reference"))).serialize()
+    exported = jax.export.export(f, disabled_checks=machine.export_checks())
+    blob = exported(X, weight()).serialize()
     again = jax.export.deserialize(blob)
-    assert_same(again.call(X, weight("reference")), f(X, weight("reference")))
+    assert_same(again.call(X, weight()), f(X, weight()))
 
 
 def test_export_round_trip_of_quantize():
     f = jax.jit(lambda x: jax.tree.leaves(nvfp4.quantize(x)))
-    again = jax.export.deserialize(jax.export.export(f)(X).serialize())
+    exported = jax.export.export(f, disabled_checks=machine.export_checks())
+    again = jax.export.deserialize(exported(X).serialize())
     assert_same(bits(again.call(X)), bits(f(X)))
 
 

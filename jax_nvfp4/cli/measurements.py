@@ -138,8 +138,9 @@ def measure_linear(n: int, k: int, rows: Sequence[int], rotate: int) -> Iterator
     plain, packed = _weights(n, k, count)
     first = packed[0].dequantize(jnp.bfloat16)
     for m in rows:
-        # Short programs would be bound by their launch: the weights take several turns.
-        turns = max(1, min(4, 64 // count, 2048 // m))
+        # A program is bound by its launch unless its calls take far longer than the host needs to
+        # hand over its arguments: the weights take several turns.
+        turns = max(1, min(8, 256 // count, 4096 // m))
         keys = jax.random.split(jax.random.key(m), turns * count)
         xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in keys]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -85,15 +86,24 @@ def measure(program: Callable[..., Any], args: Sequence[Any], calls: int) -> Tim
 def in_turn(function: Callable[[Any, Any], Any], xs: Sequence[Any], ws: Sequence[Any]) -> jax.Array:
     """Calls `function(x, w)` once for each x, the ws in turn: none is met again while cached.
 
+    Each turn of all the ws waits for the one before. XLA would join products that share a weight
+    and depend on nothing of each other into one, which reads the weight once for all of them.
+
     Args:
         function: returns an array, or a tree of them.
         xs: inputs, each different: the compiler merges equal calls.
-        ws: weights, together larger than the cache.
+        ws: weights, together larger than the cache; where there is one, nothing is shared and
+            the calls make one turn.
 
     Returns:
         A scalar that depends on every result, so that none is dropped.
     """
-    results = [function(x, ws[i % len(ws)]) for i, x in enumerate(xs)]
+    turn = len(xs) if len(ws) == 1 else len(ws)
+    results: list[Any] = []
+    for start in range(0, len(xs), turn):
+        xs, results = lax.optimization_barrier((list(xs), results))
+        calls = zip(xs[start : start + turn], itertools.cycle(ws), strict=False)
+        results += [function(x, w) for x, w in calls]
     # The barrier keeps the compiler from computing only the elements that are looked at.
     results = lax.optimization_barrier(results)
     firsts = [leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(results)]

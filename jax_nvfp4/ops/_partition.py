@@ -8,6 +8,7 @@ compiler. It is the same on every platform, whatever implementation the part is 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 Axes = Mapping[str, tuple[str, ...]]
 """The mesh axes, major first, over which each factor is divided."""
@@ -207,6 +208,21 @@ def _mesh_of(devices: Sequence[jax.Device], arrays: Sequence[Any]) -> tuple[Mesh
     return mesh, [spec or ((),) * len(a.shape) for a, spec in zip(arrays, specs, strict=True)]
 
 
+def outside_meshes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as traced without a mesh in the context.
+
+    What the compiler asks for is the business of one device: a mesh that the user has set would put
+    its shardings on whatever the function creates.
+    """
+
+    @functools.wraps(function)
+    def traced(*operands: Any, **params: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return function(*operands, **params)
+
+    return traced
+
+
 @dataclasses.dataclass(frozen=True)
 class Partitioning:
     """How a primitive is divided.
@@ -245,7 +261,7 @@ def partitioned(
 
     @custom_partitioning
     def whole(*operands: Any) -> Any:
-        return bind(*operands, **params)
+        return outside_meshes(bind)(*operands, **params)
 
     def partition(_: Mesh, in_shapes: Any, out_shapes: Any) -> Any:
         mesh, specs = _mesh_of(devices, (*in_shapes, *out_shapes))
@@ -253,7 +269,9 @@ def partitioned(
         parts = {f: math.prod(mesh.shape[a] for a in names) for f, names in axes.items()}
         return (
             mesh,
-            lambda *shards: partitioning.part(shards, axes=axes, parts=parts, **params),
+            outside_meshes(
+                lambda *shards: partitioning.part(shards, axes=axes, parts=parts, **params)
+            ),
             factors.shardings(mesh, axes, factors.results),
             tuple(factors.shardings(mesh, axes, factors.operands)),
         )

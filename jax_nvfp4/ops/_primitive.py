@@ -12,7 +12,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_nvfp4.ops._partition import Partitioning, context_to_partition, partitioned
+from jax_nvfp4.ops._partition import (
+    Partitioning,
+    context_to_partition,
+    outside_meshes,
+    partitioned,
+)
 
 
 def define(
@@ -62,10 +67,14 @@ def _lowering(
 ) -> Callable[..., Any]:
     """The lowering of a primitive to an implementation, divided over the devices if asked."""
     whole = mlir.lower_fun(function, multiple_results=True)
-    if partitioning is None:
-        return whole
+    one_device = mlir.lower_fun(outside_meshes(function), multiple_results=True)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        axis_context = context.module_context.axis_context
+        if isinstance(axis_context, mlir.ShardingContext) and axis_context.num_devices == 1:
+            return one_device(context, *operands, **params)
+        if partitioning is None:
+            return whole(context, *operands, **params)
         dividing = context_to_partition(context)
         if dividing is None:
             return whole(context, *operands, **params)

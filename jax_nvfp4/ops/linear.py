@@ -142,9 +142,15 @@ def _reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     else:
         acc = _dot(x, w, values)
     y = alpha * acc
-    if bias is not None:
-        y = numerics.rounded(y) + bias.astype(jnp.float32)
-    return [y.astype(spec.out_dtype)]
+    return [_with_bias(y, bias, spec)]
+
+
+def _with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Array:
+    """The float32 product plus the bias, rounded once to the dtype of the result."""
+    if bias is None:
+        return y.astype(spec.out_dtype)
+    bias = bias.astype(jnp.float32)
+    return numerics.add_rounding_once(numerics.rounded(y), bias, spec.out_dtype)
 
 
 # ---- Kernels ------------------------------------------------------------------------------------
@@ -303,9 +309,7 @@ def _part(
     part = dataclasses.replace(part, has_bias=False, out_dtype="float32")
     (partial,) = linear_p.bind(*_joined(x, weight, None, given), spec=part)
     y = lax.psum(partial, over_k)
-    if bias is not None:
-        y = numerics.rounded(y) + bias.astype(jnp.float32)
-    return [y.astype(spec.out_dtype)]
+    return [_with_bias(y, bias, spec)]
 
 
 # ---- Transformations ----------------------------------------------------------------------------
