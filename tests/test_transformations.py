@@ -173,6 +173,15 @@ def test_nested_vmap():
         assert_same(y, jnp.stack([jnp.stack([f(x, weight()) for x in row]) for row in xs]))
 
 
+def test_vmap_of_nothing():
+    w = nvfp4.repack(nvfp4.quantize(jnp.zeros((8, 0))))
+    for activation in ("token", None):
+        y = jax.vmap(lambda x, a=activation: nvfp4.linear(x, w, activation_scale=a))(
+            jnp.zeros((2, 3, 0))
+        )
+        np.testing.assert_array_equal(y, np.zeros((2, 3, 8)))
+
+
 def test_vmap_of_grad_and_grad_of_vmap():
     xs = jnp.asarray(RNG.standard_normal((3, M, K)), jnp.float32)
     expected = jnp.broadcast_to(weight().dequantize().sum(0), xs.shape)

@@ -327,7 +327,8 @@ def _batch(
     size = _primitive.batch_size(operands, dims)
     mode = spec.activation
     if mode is None:
-        rows = _primitive.to_front(x, x_dim).reshape(-1, spec.k)
+        rows = _primitive.to_front(x, x_dim)
+        rows = rows.reshape(size * rows.shape[1], spec.k)
     else:
         rows, given, mode = quantize_op.fold_rows((x, *given), (x_dim, *given_dims), mode)
     folded = dataclasses.replace(spec, activation=mode)
