@@ -13,7 +13,6 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     Shape,
     coordinates,
     first_tile,
-    fma,
     load_accumulators,
     next_tile,
     store_remote,
@@ -21,6 +20,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     tcgen05_fence_before,
     wait_cluster,
 )
+from jax_nvfp4.kernels.inline_ptx import fma
 
 KINDS = (Float32, BFloat16, Float16)  # by out_dtype and bias_dtype
 

@@ -63,15 +63,6 @@ def load_accumulators(address, count, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def fma(a, b, c, *, loc=None, ip=None):
-    """The fp32 value of a * b + c, rounded once."""
-    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
-    return Float32(
-        llvm.inline_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip)
-    )
-
-
-@dsl_user_op
 def wait_cluster(barrier, phase, *, loc=None, ip=None):
     """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
     llvm.inline_asm(

@@ -25,31 +25,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
-_ATT = llvm.AsmDialect.AD_ATT
-
-
-def _asm(results, operands, text, constraints, side_effects, loc, ip):
-    """Inline PTX with one or several 32-bit results; `results` lists their DSL types."""
-    types = [r.mlir_type for r in results]
-    whole = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
-    values = [v.ir_value(loc=loc, ip=ip) for v in operands]
-    out = llvm.inline_asm(
-        whole,
-        values,
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=_ATT,
-        loc=loc,
-        ip=ip,
-    )
-    if len(types) == 1:
-        return results[0](out)
-    return tuple(
-        r(llvm.extractvalue(t, out, [i], loc=loc, ip=ip))
-        for i, (r, t) in enumerate(zip(results, types, strict=True))
-    )
+from jax_nvfp4.kernels.inline_ptx import asm
 
 
 @dsl_user_op
@@ -65,7 +41,7 @@ def mma_nvfp4(d, a, b, sfa, sfb, selector_a, selector_b, *, loc=None, ip=None):
         selector_a: 0 or 1, compile-time: which pair of a quad's lanes holds sfa.
         selector_b: 0..3, compile-time: which lane of a quad holds sfb.
     """
-    return _asm(
+    return asm(
         [Float32] * 4,
         [*a, *b, sfa, sfb, *d],
         "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
@@ -81,7 +57,7 @@ def mma_nvfp4(d, a, b, sfa, sfb, selector_a, selector_b, *, loc=None, ip=None):
 @dsl_user_op
 def ldmatrix_x4(address, *, loc=None, ip=None):
     """Four 8x8 b16 matrices; lane 8*i + r gives the shared-memory address of row r of matrix i."""
-    return _asm(
+    return asm(
         [Int32] * 4,
         [address],
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
@@ -95,25 +71,25 @@ def ldmatrix_x4(address, *, loc=None, ip=None):
 @dsl_user_op
 def load_shared(address, *, loc=None, ip=None):
     """The Int32 at a shared-memory address."""
-    return _asm([Int32], [address], "ld.shared.b32 $0, [$1];", "=r,r", True, loc, ip)
+    return asm([Int32], [address], "ld.shared.b32 $0, [$1];", "=r,r", True, loc, ip)
 
 
 @dsl_user_op
 def load_shared_x2(address, *, loc=None, ip=None):
     """The two Int32 at a shared-memory address that is a multiple of 8."""
-    return _asm([Int32] * 2, [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r", True, loc, ip)
+    return asm([Int32] * 2, [address], "ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r", True, loc, ip)
 
 
 @dsl_user_op
 def pack_bf16x2(low, high, *, loc=None, ip=None):
     """Two Float32 rounded to bf16, `low` in the low half."""
-    return _asm([Int32], [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", False, loc, ip)
+    return asm([Int32], [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def pack_f16x2(low, high, *, loc=None, ip=None):
     """Two Float32 rounded to f16, `low` in the low half."""
-    return _asm([Int32], [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", False, loc, ip)
+    return asm([Int32], [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", False, loc, ip)
 
 
 @dsl_user_op
@@ -199,7 +175,7 @@ def transpose_quad(words, t):
 @dsl_user_op
 def mma_16bit(d, a, b, kind, *, loc=None, ip=None):
     """d + a b: 16x8 over K = 16, pairs of "bf16" or "f16", accumulated in Float32."""
-    return _asm(
+    return asm(
         [Float32] * 4,
         [*a, *b, *d],
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -214,7 +190,7 @@ def mma_16bit(d, a, b, kind, *, loc=None, ip=None):
 @dsl_user_op
 def load_shared_x4(address, *, loc=None, ip=None):
     """The four Int32 at a shared-memory address that is a multiple of 16."""
-    return _asm(
+    return asm(
         [Int32] * 4,
         [address],
         "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
@@ -228,7 +204,7 @@ def load_shared_x4(address, *, loc=None, ip=None):
 @dsl_user_op
 def permute(low, high, selector, *, loc=None, ip=None):
     """Four of the eight bytes of two Int32, picked by the nibbles of `selector`."""
-    return _asm(
+    return asm(
         [Int32], [low, high, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip
     )
 
@@ -236,7 +212,7 @@ def permute(low, high, selector, *, loc=None, ip=None):
 @dsl_user_op
 def multiply_pairs(a, b, kind, *, loc=None, ip=None):
     """Products of two pairs of "bf16" or "f16", subnormals kept."""
-    return _asm([Int32], [a, b], f"mul.rn.{kind}x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
+    return asm([Int32], [a, b], f"mul.rn.{kind}x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
 
 
 # A code's exponent and mantissa are put at the low end of the 16-bit exponent and the high end of
@@ -284,4 +260,4 @@ def expand_scales(two, kind, *, loc=None, ip=None):
             "cvt.rn.bf16x2.f32 $0, f, f; cvt.rn.bf16x2.f32 $1, g, g;}"
         )
         constant = Int32(0x7A800000)  # 2**118
-    return _asm([Int32] * 2, [two, constant], halves + text, "=r,=r,r,r", False, loc, ip)
+    return asm([Int32] * 2, [two, constant], halves + text, "=r,=r,r,r", False, loc, ip)

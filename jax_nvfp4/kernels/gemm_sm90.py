@@ -38,6 +38,7 @@ from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels import gemm_sm90_ops as ops
+from jax_nvfp4.kernels.inline_ptx import fma
 from jax_nvfp4.kernels.variant import KernelVariant
 from jax_nvfp4.layout import sm90 as layout
 
@@ -618,7 +619,7 @@ class GemmSm90:
                     c = 2 * b + half
                     pairs.append(
                         [
-                            ops.fma(
+                            fma(
                                 row_scale[e] * scales[c],
                                 flat[self._flat(j, b, half, e)] * Float32(ops.ACCUMULATOR_SCALE),
                                 biases[c],
@@ -763,7 +764,7 @@ class GemmSm90:
                     total = total + parts[i][p]
                 tile_place = first_row + first + i * step
                 row = tile_row + tile_place
-                value = ops.fma(x_scales[i] * scale, total * Float32(ops.ACCUMULATOR_SCALE), offset)
+                value = fma(x_scales[i] * scale, total * Float32(ops.ACCUMULATOR_SCALE), offset)
                 if tile_place < self.tile_m and row < m:
                     self._store_as(y, form, Int64(row) * Int64(n) + Int64(column), value)
 

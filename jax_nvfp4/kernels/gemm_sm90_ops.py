@@ -5,6 +5,7 @@ from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
+from jax_nvfp4.kernels.inline_ptx import asm
 from jax_nvfp4.layout import sm90 as layout
 
 # The sign bits, and the magnitudes where float16 needs them: three bits above bfloat16's place.
@@ -26,44 +27,16 @@ ACCUMULATOR_SCALE = 128.0
 """What restores the accumulator: decoded weights are 2^-7 times their value."""
 
 
-def _asm(results, operands, text, constraints, side_effects, loc, ip):
-    """Inline PTX; `results` lists the DSL types of its results."""
-    types = [r.mlir_type for r in results]
-    whole = (
-        None if not types else types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
-    )
-    values = [v.ir_value(loc=loc, ip=ip) for v in operands]
-    out = llvm.inline_asm(
-        whole,
-        values,
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
-    if not types:
-        return None
-    if len(types) == 1:
-        return results[0](out)
-    return tuple(
-        r(llvm.extractvalue(t, out, [i], loc=loc, ip=ip))
-        for i, (r, t) in enumerate(zip(results, types, strict=True))
-    )
-
-
 @dsl_user_op
 def _funnel_rotate(word, count, *, loc=None, ip=None):
-    return _asm([Uint32], [word], f"shf.l.wrap.b32 $0, $1, $1, {count};", "=r,r", False, loc, ip)
+    return asm([Uint32], [word], f"shf.l.wrap.b32 $0, $1, $1, {count};", "=r,r", False, loc, ip)
 
 
 @dsl_user_op
 def _merge(even, odd, *, loc=None, ip=None):
     """The bits of MERGE_MASK from `even`, the others from `odd`."""
     # LOP3's table for (a & c) | (b & ~c).
-    return _asm(
+    return asm(
         [Uint32],
         [even, odd],
         f"lop3.b32 $0, $1, $2, {layout.MERGE_MASK:#x}, 0xE4;",
@@ -78,7 +51,7 @@ def _merge(even, odd, *, loc=None, ip=None):
 def _mask_or(word, exponent, *, loc=None, ip=None):
     """(word & _BF16_SCALE_MASK) | exponent."""
     text = f"lop3.b32 $0, $1, {_BF16_SCALE_MASK:#x}, $2, 0xEA;"
-    return _asm([Uint32], [word, exponent], text, "=r,r,r", False, loc, ip)
+    return asm([Uint32], [word, exponent], text, "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op
@@ -89,7 +62,7 @@ def _duplicate(pair, half, *, loc=None, ip=None):
     """
     name = "lh"[half]
     text = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; mov.b32 $0, {{{name}, {name}}}; }}"
-    return _asm([Uint32], [pair], text, "=r,r", False, loc, ip)
+    return asm([Uint32], [pair], text, "=r,r", False, loc, ip)
 
 
 @dsl_user_op
@@ -99,12 +72,12 @@ def _multiply(a, b, dtype, *, loc=None, ip=None):
     Has side effects as far as the compiler knows, so that it stays before the `wgmma.fence` that
     follows it: an A register written behind the fence makes the assembler serialize the MMAs.
     """
-    return _asm([Uint32], [a, b], f"mul.rn.{dtype} $0, $1, $2;", "=r,r,r", True, loc, ip)
+    return asm([Uint32], [a, b], f"mul.rn.{dtype} $0, $1, $2;", "=r,r,r", True, loc, ip)
 
 
 @dsl_user_op
 def _add_bf16x2(a, b, *, loc=None, ip=None):
-    return _asm([Uint32], [a, b], "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
+    return asm([Uint32], [a, b], "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
 
 
 def _rotate(word, count, last_plain=6):
@@ -173,7 +146,7 @@ def decode_pair(even, odd, scales, exponent, bf16):
 @dsl_user_op
 def load_shared_x4(address, *, loc=None, ip=None):
     """The four Uint32 at a shared-memory address that is a multiple of 16."""
-    return _asm(
+    return asm(
         [Uint32] * 4,
         [address],
         "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
@@ -187,20 +160,20 @@ def load_shared_x4(address, *, loc=None, ip=None):
 @dsl_user_op
 def store_shared(address, value, *, loc=None, ip=None):
     """Stores a Float32 at a shared-memory address."""
-    return _asm([], [address, value], "st.shared.f32 [$0], $1;", "r,f", True, loc, ip)
+    return asm([], [address, value], "st.shared.f32 [$0], $1;", "r,f", True, loc, ip)
 
 
 @dsl_user_op
 def load_shared(address, *, loc=None, ip=None):
     """The Float32 at a shared-memory address."""
-    return _asm([Float32], [address], "ld.shared.f32 $0, [$1];", "=f,r", True, loc, ip)
+    return asm([Float32], [address], "ld.shared.f32 $0, [$1];", "=f,r", True, loc, ip)
 
 
 @dsl_user_op
 def load_cluster(address, rank, *, loc=None, ip=None):
     """The Float32 at a shared-memory address of the cluster's CTA `rank`."""
     text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"
-    return _asm([Float32], [address, rank], text, "=f,r,r", True, loc, ip)
+    return asm([Float32], [address, rank], text, "=f,r,r", True, loc, ip)
 
 
 @dsl_user_op
@@ -219,7 +192,7 @@ def bulk_load(destination, source, size, barrier, policy, *, loc=None, ip=None):
         "[$0], [$1], $2, [$3], $4;"
     )
     operands = [destination, source, size, barrier, policy]
-    return _asm([], operands, text, "r,l,r,r,l", True, loc, ip)
+    return asm([], operands, text, "r,l,r,r,l", True, loc, ip)
 
 
 @dsl_user_op
@@ -232,73 +205,67 @@ def arrive_if(condition, barrier, *, loc=None, ip=None):
         "{ .reg .pred p; .reg .b64 s; setp.ne.b32 p, $0, 0; "
         "@p mbarrier.arrive.shared.b64 s, [$1]; }"
     )
-    return _asm([], [condition, barrier], text, "r,r", True, loc, ip)
+    return asm([], [condition, barrier], text, "r,r", True, loc, ip)
 
 
 @dsl_user_op
 def transpose(matrix, *, loc=None, ip=None):
     """Transposes an 8x8 matrix of 16-bit elements that a warp holds, two of a row in each lane."""
     text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-    return _asm([Uint32], [matrix], text, "=r,r", True, loc, ip)
+    return asm([Uint32], [matrix], text, "=r,r", True, loc, ip)
 
 
 @dsl_user_op
 def round_pair(low, high, dtype, *, loc=None, ip=None):
     """Two Float32 rounded to "bf16x2" or "f16x2", `low` in the low half."""
     text = f"cvt.rn.{dtype}.f32 $0, $1, $2;"
-    return _asm([Uint32], [high, low], text, "=r,f,f", False, loc, ip)
+    return asm([Uint32], [high, low], text, "=r,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def permute(a, b, selector, *, loc=None, ip=None):
     """Four bytes of the eight of (a, b), chosen by the nibbles of `selector` (compile-time)."""
     text = f"prmt.b32 $0, $1, $2, {selector:#x};"
-    return _asm([Uint32], [a, b], text, "=r,r,r", False, loc, ip)
+    return asm([Uint32], [a, b], text, "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op
 def bits(value, *, loc=None, ip=None):
     """The bits of a Float32."""
-    return _asm([Uint32], [value], "mov.b32 $0, $1;", "=r,f", False, loc, ip)
+    return asm([Uint32], [value], "mov.b32 $0, $1;", "=r,f", False, loc, ip)
 
 
 @dsl_user_op
 def float_of(word, *, loc=None, ip=None):
     """The Float32 that has these bits."""
-    return _asm([Float32], [word], "mov.b32 $0, $1;", "=f,r", False, loc, ip)
-
-
-@dsl_user_op
-def fma(a, b, c, *, loc=None, ip=None):
-    """a * b + c with one rounding."""
-    return _asm([Float32], [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", False, loc, ip)
+    return asm([Float32], [word], "mov.b32 $0, $1;", "=f,r", False, loc, ip)
 
 
 @dsl_user_op
 def store_x4(address, values, *, loc=None, ip=None):
     """Stores four Uint32 at a global address that is a multiple of 16."""
     text = "st.global.v4.b32 [$0], {$1,$2,$3,$4};"
-    return _asm([], [address, *values], text, "l,r,r,r,r", True, loc, ip)
+    return asm([], [address, *values], text, "l,r,r,r,r", True, loc, ip)
 
 
 @dsl_user_op
 def store_x2(address, values, *, loc=None, ip=None):
     """Stores two Uint32 at a global address that is a multiple of 8."""
     text = "st.global.v2.b32 [$0], {$1,$2};"
-    return _asm([], [address, *values], text, "l,r,r", True, loc, ip)
+    return asm([], [address, *values], text, "l,r,r", True, loc, ip)
 
 
 @dsl_user_op
 def store_word(address, value, *, loc=None, ip=None):
     """Stores a Uint32 at a global address that is a multiple of 4."""
-    return _asm([], [address, value], "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
+    return asm([], [address, value], "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
 
 
 @dsl_user_op
 def store_half(address, value, *, loc=None, ip=None):
     """Stores the low 16 bits of a Uint32 at a global address that is a multiple of 2."""
     text = "{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.b16 [$0], h; }"
-    return _asm([], [address, value], text, "l,r", True, loc, ip)
+    return asm([], [address, value], text, "l,r", True, loc, ip)
 
 
 def element_address(pointer, index, size):
@@ -308,7 +275,7 @@ def element_address(pointer, index, size):
 
 @dsl_user_op
 def _load_float(address, *, loc=None, ip=None):
-    return _asm([Float32], [address], "ld.global.nc.f32 $0, [$1];", "=f,l", False, loc, ip)
+    return asm([Float32], [address], "ld.global.nc.f32 $0, [$1];", "=f,l", False, loc, ip)
 
 
 @dsl_user_op

@@ -12,8 +12,9 @@ elements each, the even one in the low half) and 16 for float32.
 import struct
 
 from cutlass import Boolean, Float32, Int32, Int64
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
+
+from jax_nvfp4.kernels.inline_ptx import asm
 
 BLOCK = 16
 INF_BITS = 0x7F800000
@@ -24,43 +25,13 @@ NAN_SCALE = 0x7F
 NAN_VALUES = 0x7FC07FC0  # two bfloat16 NaNs
 
 
-def _asm(results, operands, text, constraints, side_effects, loc, ip):
-    """Inline PTX with one or several results; `results` lists their DSL types."""
-    types = [r.mlir_type for r in results]
-    if not types:
-        whole = None
-    elif len(types) == 1:
-        whole = types[0]
-    else:
-        whole = llvm.StructType.get_literal(types)
-    out = llvm.inline_asm(
-        whole,
-        [v.ir_value(loc=loc, ip=ip) for v in operands],
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
-    if not types:
-        return None
-    if len(types) == 1:
-        return results[0](out)
-    return tuple(
-        r(llvm.extractvalue(t, out, [i], loc=loc, ip=ip))
-        for i, (r, t) in enumerate(zip(results, types, strict=True))
-    )
-
-
 # Loads and stores
 
 
 @dsl_user_op
 def load_16_bytes(address, active, *, loc=None, ip=None):
     """Four 32-bit words of read-only memory at a 16-byte aligned address; zeros if not active."""
-    return _asm(
+    return asm(
         [Int32] * 4,
         [Int64(address), Boolean(active)],
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
@@ -75,7 +46,7 @@ def load_16_bytes(address, active, *, loc=None, ip=None):
 @dsl_user_op
 def load_element(address, active, size, *, loc=None, ip=None):
     """One element of `size` = 2 or 4 bytes, zero-extended; zero if not active."""
-    return _asm(
+    return asm(
         [Int32],
         [Int64(address), Boolean(active)],
         f"mov.b32 $0, 0; @$2 ld.global.nc.{'u16' if size == 2 else 'b32'} $0, [$1];",
@@ -89,32 +60,32 @@ def load_element(address, active, size, *, loc=None, ip=None):
 @dsl_user_op
 def load_f32(address, *, loc=None, ip=None):
     """A float32 of read-only memory."""
-    return _asm([Float32], [Int64(address)], "ld.global.nc.f32 $0, [$1];", "=f,l", True, loc, ip)
+    return asm([Float32], [Int64(address)], "ld.global.nc.f32 $0, [$1];", "=f,l", True, loc, ip)
 
 
 @dsl_user_op
 def store_f32(address, value, *, loc=None, ip=None):
     """Stores a float32."""
-    _asm([], [Int64(address), Float32(value)], "st.global.f32 [$0], $1;", "l,f", True, loc, ip)
+    asm([], [Int64(address), Float32(value)], "st.global.f32 [$0], $1;", "l,f", True, loc, ip)
 
 
 @dsl_user_op
 def store_byte(address, value, *, loc=None, ip=None):
     """Stores the low byte of a 32-bit value."""
-    _asm([], [Int64(address), Int32(value)], "st.global.u8 [$0], $1;", "l,r", True, loc, ip)
+    asm([], [Int64(address), Int32(value)], "st.global.u8 [$0], $1;", "l,r", True, loc, ip)
 
 
 @dsl_user_op
 def store_word(address, value, *, loc=None, ip=None):
     """Stores 4 bytes."""
-    _asm([], [Int64(address), Int32(value)], "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
+    asm([], [Int64(address), Int32(value)], "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
 
 
 @dsl_user_op
 def store_8_bytes(address, a, b, *, loc=None, ip=None):
     """Stores two words at an 8-byte aligned address."""
     operands = [Int64(address), Int32(a), Int32(b)]
-    _asm([], operands, "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", True, loc, ip)
+    asm([], operands, "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", True, loc, ip)
 
 
 @dsl_user_op
@@ -122,14 +93,14 @@ def store_16_bytes(address, a, b, c, d, *, loc=None, ip=None):
     """Stores four words at a 16-byte aligned address."""
     operands = [Int64(address), *map(Int32, (a, b, c, d))]
     text = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
-    _asm([], operands, text, "l,r,r,r,r", True, loc, ip)
+    asm([], operands, text, "l,r,r,r,r", True, loc, ip)
 
 
 @dsl_user_op
 def load_message(address, *, loc=None, ip=None):
     """Both words of an 8-byte message that another CTA may be writing, read as one."""
     text = "{ .reg .b64 v; ld.relaxed.gpu.global.b64 v, [$2]; mov.b64 {$0, $1}, v; }"
-    return _asm([Int32] * 2, [Int64(address)], text, "=r,=r,l,~{memory}", True, loc, ip)
+    return asm([Int32] * 2, [Int64(address)], text, "=r,=r,l,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -137,7 +108,7 @@ def store_message(address, low, high, *, loc=None, ip=None):
     """Stores an 8-byte message for other CTAs to read, as one."""
     operands = [Int64(address), Int32(low), Int32(high)]
     text = "{ .reg .b64 v; mov.b64 v, {$1, $2}; st.relaxed.gpu.global.b64 [$0], v; }"
-    _asm([], operands, text, "l,r,r,~{memory}", True, loc, ip)
+    asm([], operands, text, "l,r,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -145,7 +116,7 @@ def store_to_cta(address, rank, value, *, loc=None, ip=None):
     """Stores a word at a shared-memory address of this CTA, but in the CTA of that cluster rank."""
     text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.b32 [a], $2; }"
     operands = [Int32(address), Int32(rank), Int32(value)]
-    _asm([], operands, text, "r,r,r,~{memory}", True, loc, ip)
+    asm([], operands, text, "r,r,r,~{memory}", True, loc, ip)
 
 
 # Float arithmetic, one rounding each
@@ -155,48 +126,48 @@ def store_to_cta(address, rank, value, *, loc=None, ip=None):
 def mul(a, b, *, loc=None, ip=None):
     """The product a * b, round to nearest even."""
     operands = [Float32(a), Float32(b)]
-    return _asm([Float32], operands, "mul.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
+    return asm([Float32], operands, "mul.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def mul_abs(a, b, *, loc=None, ip=None):
     """|a| * b, round to nearest even."""
     text = "{ .reg .f32 m; abs.f32 m, $1; mul.rn.f32 $0, m, $2; }"
-    return _asm([Float32], [Float32(a), Float32(b)], text, "=f,f,f", False, loc, ip)
+    return asm([Float32], [Float32(a), Float32(b)], text, "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def fma_constants(a, b, c, *, loc=None, ip=None):
     """The sum a * b + c with one rounding, for Python floats b and c that float32 holds."""
     text = f"fma.rn.f32 $0, $1, {_literal(b)}, {_literal(c)};"
-    return _asm([Float32], [Float32(a)], text, "=f,f", False, loc, ip)
+    return asm([Float32], [Float32(a)], text, "=f,f", False, loc, ip)
 
 
 @dsl_user_op
 def minimum(a, b, *, loc=None, ip=None):
     """The smaller of two numbers that are not NaN."""
     operands = [Float32(a), Float32(b)]
-    return _asm([Float32], operands, "min.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
+    return asm([Float32], operands, "min.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def maximum(a, b, *, loc=None, ip=None):
     """The larger of two numbers that are not NaN."""
     operands = [Float32(a), Float32(b)]
-    return _asm([Float32], operands, "max.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
+    return asm([Float32], operands, "max.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def divide(a, b, *, loc=None, ip=None):
     """The correctly rounded quotient."""
     operands = [Float32(a), Float32(b)]
-    return _asm([Float32], operands, "div.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
+    return asm([Float32], operands, "div.rn.f32 $0, $1, $2;", "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def reciprocal(a, *, loc=None, ip=None):
     """The correctly rounded reciprocal."""
-    return _asm([Float32], [Float32(a)], "rcp.rn.f32 $0, $1;", "=f,f", False, loc, ip)
+    return asm([Float32], [Float32(a)], "rcp.rn.f32 $0, $1;", "=f,f", False, loc, ip)
 
 
 def _int32(value: int) -> Int32:
@@ -228,7 +199,7 @@ def from_bits(value, *, loc=None, ip=None):
 def max_int(a, b, *, loc=None, ip=None):
     """The larger of two int32."""
     operands = [Int32(a), Int32(b)]
-    return _asm([Int32], operands, "max.s32 $0, $1, $2;", "=r,r,r", False, loc, ip)
+    return asm([Int32], operands, "max.s32 $0, $1, $2;", "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op
@@ -236,35 +207,35 @@ def min3_int(a, b, c, *, loc=None, ip=None):
     """The smallest of three float32, by their bits: all must be positive."""
     operands = [bits(v) for v in (a, b, c)]
     text = "min.s32 $0, $1, $2; min.s32 $0, $0, $3;"
-    return _asm([Int32], operands, text, "=&r,r,r,r", False, loc, ip)
+    return asm([Int32], operands, text, "=&r,r,r,r", False, loc, ip)
 
 
 @dsl_user_op
 def multiply_add(a, b, c, *, loc=None, ip=None):
     """The sum a * b + c modulo 2**32 for a Python int b."""
     operands = [Int32(a), Int32(c)]
-    return _asm([Int32], operands, f"mad.lo.u32 $0, $1, {b}, $2;", "=r,r,r", False, loc, ip)
+    return asm([Int32], operands, f"mad.lo.u32 $0, $1, {b}, $2;", "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op
 def permute(a, b, selector, *, loc=None, ip=None):
     """PRMT: four bytes chosen from those of a (0-3) and b (4-7); +8 replicates the sign."""
     operands = [Int32(a), Int32(b), Int32(selector)]
-    return _asm([Int32], operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip)
+    return asm([Int32], operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip)
 
 
 @dsl_user_op
 def select(condition, a, b, *, loc=None, ip=None):
     """Selects a where the condition holds, else b; without a branch."""
     operands = [Int32(a), Int32(b), Boolean(condition)]
-    return _asm([Int32], operands, "selp.b32 $0, $1, $2, $3;", "=r,r,r,b", False, loc, ip)
+    return asm([Int32], operands, "selp.b32 $0, $1, $2, $3;", "=r,r,r,b", False, loc, ip)
 
 
 @dsl_user_op
 def select_f32(condition, a, b, *, loc=None, ip=None):
     """Selects a where the condition holds, else b; without a branch."""
     operands = [Float32(a), Float32(b), Boolean(condition)]
-    return _asm([Float32], operands, "selp.f32 $0, $1, $2, $3;", "=f,f,f,b", False, loc, ip)
+    return asm([Float32], operands, "selp.f32 $0, $1, $2, $3;", "=f,f,f,b", False, loc, ip)
 
 
 @dsl_user_op
@@ -274,13 +245,13 @@ def times(condition, *, loc=None, ip=None):
     ptxas turns a short `if` into predicated instructions, which take issue slots whether or not
     they apply. It leaves a loop alone, and no compiler knows that this one runs once at most.
     """
-    return _asm([Int32], [Boolean(condition)], "selp.b32 $0, 1, 0, $1;", "=r,b", False, loc, ip)
+    return asm([Int32], [Boolean(condition)], "selp.b32 $0, 1, 0, $1;", "=r,b", False, loc, ip)
 
 
 @dsl_user_op
 def zero_after(value, *, loc=None, ip=None):
     """0, which compilers take to depend on the value: the body of a `times` loop stays in it."""
-    return _asm([Int32], [Int32(value)], "and.b32 $0, $1, 0;", "=r,r", True, loc, ip)
+    return asm([Int32], [Int32(value)], "and.b32 $0, $1, 0;", "=r,r", True, loc, ip)
 
 
 # Blocks
@@ -290,28 +261,28 @@ def zero_after(value, *, loc=None, ip=None):
 def _packed_abs_max(a, b, kind, *, loc=None, ip=None):
     """Larger magnitude of a and b (of both halves if packed), NaN first; the sign is arbitrary."""
     text = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"
-    return _asm([Int32], [Int32(a), Int32(b)], text, "=r,r,r", False, loc, ip)
+    return asm([Int32], [Int32(a), Int32(b)], text, "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op
 def _abs_max_f32(a, b, *, loc=None, ip=None):
     """Larger magnitude, NaN first; the sign is arbitrary."""
     text = "max.NaN.xorsign.abs.f32 $0, $1, $2;"
-    return _asm([Float32], [Float32(a), Float32(b)], text, "=f,f,f", False, loc, ip)
+    return asm([Float32], [Float32(a), Float32(b)], text, "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
 def _half_to_f32(half, *, loc=None, ip=None):
     """The float32 of the float16 in the low half of a word; exact."""
     text = "{ .reg .b16 h, u; mov.b32 {h, u}, $1; cvt.f32.f16 $0, h; }"
-    return _asm([Float32], [Int32(half)], text, "=f,r", False, loc, ip)
+    return asm([Float32], [Int32(half)], text, "=f,r", False, loc, ip)
 
 
 @dsl_user_op
 def _halves_to_f32(word, *, loc=None, ip=None):
     """The float32s of the two float16 of a word; exact."""
     text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
-    return _asm([Float32] * 2, [Int32(word)], text, "=&f,=&f,r", False, loc, ip)
+    return asm([Float32] * 2, [Int32(word)], text, "=&f,=&f,r", False, loc, ip)
 
 
 def to_f32(words, dtype):
@@ -348,7 +319,7 @@ def e4m3_round_trip(value, *, loc=None, ip=None):
         "cvt.rn.satfinite.e4m3x2.f32 p, 0f00000000, $2; cvt.u32.u16 $0, p; "
         "cvt.rn.f16x2.e4m3x2 h, p; mov.b32 {p, u}, h; cvt.f32.f16 $1, p; }"
     )
-    return _asm([Int32, Float32], [Float32(value)], text, "=&r,=&f,f", False, loc, ip)
+    return asm([Int32, Float32], [Float32(value)], text, "=&r,=&f,f", False, loc, ip)
 
 
 @dsl_user_op
@@ -359,7 +330,7 @@ def e2m1_codes_hardware(values, *, loc=None, ip=None):
     )
     text = f"{{ .reg .b8 c0, c1, c2, c3; {converts}mov.b32 $0, {{c0, c1, c2, c3}}; }}"
     operands = [Float32(v) for v in values]
-    return _asm([Int32], operands, text, "=r" + ",f" * 8, False, loc, ip)
+    return asm([Int32], operands, text, "=r" + ",f" * 8, False, loc, ip)
 
 
 _MAGIC = 2.0**23  # float32 sums in [2**23, 2**24) round to integers, ties to even
@@ -412,7 +383,7 @@ _VALUE_LOW = (0xC0800000, 0xC0804000)
 def _mul_bf16x2(a, b, *, loc=None, ip=None):
     """Products of two pairs of bfloat16."""
     operands = [Int32(a), Int32(b)]
-    return _asm([Int32], operands, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
+    return asm([Int32], operands, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", False, loc, ip)
 
 
 def block_values(codes, scale):
