@@ -15,8 +15,16 @@ from jax_nvfp4 import numerics
 from jax_nvfp4.layout.weights import unpack_weight
 
 
-def _nbytes(leaves: tuple[Any, ...]) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+def _keyed_parts(tensor: Any) -> tuple[tuple[jax.tree_util.GetAttrKey, Any], ...]:
+    """The parts that both forms have, with their names."""
+    return tuple(
+        (jax.tree_util.GetAttrKey(name), getattr(tensor, name))
+        for name in ("data", "block_scale", "global_scale")
+    )
+
+
+def _nbytes(tensor: Any) -> int:
+    return sum(part.size * part.dtype.itemsize for _, part in _keyed_parts(tensor))
 
 
 def _expand(global_scale: jax.Array, ndim: int) -> jax.Array:
@@ -123,7 +131,7 @@ class Nvfp4Tensor:
     @property
     def nbytes(self) -> int:
         """The bytes its parts take."""
-        return _nbytes((self.data, self.block_scale, self.global_scale))
+        return _nbytes(self)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The values.
@@ -140,13 +148,7 @@ class Nvfp4Tensor:
 
     def tree_flatten_with_keys(self) -> tuple[Any, int]:
         """The parts with their names, and k."""
-        key = jax.tree_util.GetAttrKey
-        leaves = (
-            (key("data"), self.data),
-            (key("block_scale"), self.block_scale),
-            (key("global_scale"), self.global_scale),
-        )
-        return leaves, self.k
+        return _keyed_parts(self), self.k
 
     @classmethod
     def tree_unflatten(cls, k: int, leaves: Any) -> Self:
@@ -193,7 +195,7 @@ class RepackedWeight:
     @property
     def nbytes(self) -> int:
         """The bytes its parts take, padding included."""
-        return _nbytes((self.data, self.block_scale, self.global_scale))
+        return _nbytes(self)
 
     def canonical(self) -> Nvfp4Tensor:
         """The tensor it was made from, the same bits."""
@@ -206,13 +208,7 @@ class RepackedWeight:
 
     def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, int, int]]:
         """The parts with their names, and what is static."""
-        key = jax.tree_util.GetAttrKey
-        leaves = (
-            (key("data"), self.data),
-            (key("block_scale"), self.block_scale),
-            (key("global_scale"), self.global_scale),
-        )
-        return leaves, (self.arch, self.n, self.k)
+        return _keyed_parts(self), (self.arch, self.n, self.k)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[str, int, int], leaves: Any) -> Self:
