@@ -20,7 +20,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     tcgen05_fence_before,
     wait_cluster,
 )
-from jax_nvfp4.kernels.inline_ptx import fma
+from jax_nvfp4.kernels.inline_ptx import fma_to
 
 KINDS = (Float32, BFloat16, Float16)  # by out_dtype and bias_dtype
 
@@ -146,7 +146,7 @@ class PairEpilogue(Epilogue):
                     col = vectors + group * 64 + half * CHUNK
                     self.finish(
                         halves[half], row_scale, self._column_values(storage, col),
-                        self._column_values(storage, col + s.columns),
+                        self._column_values(storage, col + s.columns), out_dtype,
                     )  # fmt: skip
                 used = self.store_group(
                     halves, buffers, used, (tma_y, gmem_y, use_tma, y),
@@ -156,10 +156,10 @@ class PairEpilogue(Epilogue):
             count += 1
         cute.arch.cp_async_bulk_wait_group(0)
 
-    def finish(self, acc, row_scale, col_scale, col_bias):
-        """Sets acc to (row_scale * col_scale) * acc + col_bias, the sum rounded once."""
+    def finish(self, acc, row_scale, col_scale, col_bias, out_dtype):
+        """Sets acc to (row_scale * col_scale) * acc + col_bias, to be stored as `out_dtype`."""
         for j in range(CHUNK):
-            acc[j] = fma(row_scale * col_scale[j], acc[j], col_bias[j])
+            acc[j] = fma_to(row_scale * col_scale[j], acc[j], col_bias[j], out_dtype)
 
     @cute.jit
     def store_group(self, halves, buffers, used, target, args, row, col):
@@ -312,7 +312,7 @@ class SwapEpilogue(Epilogue):
             if out_dtype == code:
                 out = cute.recast_ptr(y, dtype=kind) + (Int64(token) * n + feature)
                 for j in cutlass.range_constexpr(CHUNK):
-                    value = fma(row_scale * scales[j], acc[j], row_bias)
+                    value = fma_to(row_scale * scales[j], acc[j], row_bias, code)
                     if j < tokens:
                         cell = cute.make_tensor(out + Int64(j) * n, cute.make_layout(1))
                         cell[0] = value.to(kind)
@@ -359,7 +359,7 @@ class SwapEpilogue(Epilogue):
             scale = cute.make_tensor(
                 storage.columns.data_ptr() + (vectors + column), cute.make_layout(1)
             )[0]
-            value = fma(row_scale * scale, total, row_bias)
+            value = fma_to(row_scale * scale, total, row_bias, out_dtype)
             if token + column < m and feature < n:
                 at = Int64(token + column) * n + feature
                 for code, kind in enumerate(KINDS):

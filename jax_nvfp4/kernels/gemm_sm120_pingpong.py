@@ -23,6 +23,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
 from jax_nvfp4.kernels.gemm_sm120_base import Load, Persistent, scales_load, scales_tma
+from jax_nvfp4.kernels.inline_ptx import fma_to
 
 _GROUP = 128  # threads of a group
 _RASTER = 16  # row tiles that are swept together along n, so that both operands stay in L2
@@ -313,8 +314,8 @@ class Pingpong(Persistent):
             for j in cutlass.range_constexpr(8):
                 for e in cutlass.range_constexpr(2):
                     d = accumulators[i // 2, j, 2 * (i % 2) + e]
-                    accumulators[i // 2, j, 2 * (i % 2) + e] = cute.math.fma(
-                        alpha * w_values[j, e], d, b_values[j, e]
+                    accumulators[i // 2, j, 2 * (i % 2) + e] = fma_to(
+                        alpha * w_values[j, e], d, b_values[j, e], out_dtype
                     )
         if out_dtype == 0 or partial:
             self.store_f32(accumulators, place, address, m, ld)

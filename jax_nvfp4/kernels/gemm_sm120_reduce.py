@@ -11,6 +11,7 @@ from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Int64, cute
 
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
+from jax_nvfp4.kernels.inline_ptx import fma_to
 
 _THREADS = 256
 
@@ -60,5 +61,5 @@ class Reduce:
                 if column + e < n:
                     w_value = ops.load_global(w_scale, (column + e) * w_stride)
                     added = ops.load_bias(bias, bias_dtype, column + e)
-                    value = cute.math.fma(alpha * w_value, total[e], added)
+                    value = fma_to(alpha * w_value, total[e], added, out_dtype)
                     ops.store_output(target + e * width, value, out_dtype)

@@ -19,6 +19,7 @@ from cutlass import Float32, Int32, Int64, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels import gemm_sm120_ops as ops
 from jax_nvfp4.kernels.gemm_sm120_base import Load, Persistent, scales_load, scales_tma
+from jax_nvfp4.kernels.inline_ptx import fma_to
 
 _CONSUMERS = 4  # warps
 ROW_BYTES = 128  # of packed codes in a stage: 256 elements
@@ -305,5 +306,5 @@ class Stream(Persistent):
                                 if out_dtype != 0:
                                     width = Int64(2)
                                 address = y.toint() + (Int64(row) * n + column) * width
-                                value = cute.math.fma(alpha, value, added)
+                                value = fma_to(alpha, value, added, out_dtype)
                                 ops.store_output(address, value, out_dtype)

@@ -38,7 +38,7 @@ from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels import gemm_sm90_ops as ops
-from jax_nvfp4.kernels.inline_ptx import fma
+from jax_nvfp4.kernels.inline_ptx import fma_to
 from jax_nvfp4.kernels.variant import KernelVariant
 from jax_nvfp4.layout import sm90 as layout
 
@@ -52,6 +52,8 @@ STEPS = TILE_K // 16
 # Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
 # reads at a time then fits the L2 cache.
 RASTER_TILES = 8
+# How an output is stored, by the code of its dtype.
+FORMS = ("f32", "bf16x2", "f16x2")
 # Rows of sums that a thread loads at a time when it adds up.
 REDUCE_ROWS = 8
 # Registers of a producer's and of a consumer's thread once the warpgroup of producers has handed
@@ -619,10 +621,11 @@ class GemmSm90:
                     c = 2 * b + half
                     pairs.append(
                         [
-                            fma(
+                            fma_to(
                                 row_scale[e] * scales[c],
                                 flat[self._flat(j, b, half, e)] * Float32(ops.ACCUMULATOR_SCALE),
                                 biases[c],
+                                out_dtype if form == "any" else FORMS.index(form),
                             )
                             for e in range(2)
                         ]
@@ -764,7 +767,8 @@ class GemmSm90:
                     total = total + parts[i][p]
                 tile_place = first_row + first + i * step
                 row = tile_row + tile_place
-                value = fma(x_scales[i] * scale, total * Float32(ops.ACCUMULATOR_SCALE), offset)
+                total = total * Float32(ops.ACCUMULATOR_SCALE)
+                value = fma_to(x_scales[i] * scale, total, offset, FORMS.index(form))
                 if tile_place < self.tile_m and row < m:
                     self._store_as(y, form, Int64(row) * Int64(n) + Int64(column), value)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inline PTX with typed results: what the kernels' own instructions are made with."""
 
-from cutlass import Float32
+from cutlass import Float32, Int32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
@@ -50,7 +50,35 @@ def asm(results, operands, text, constraints, side_effects, loc, ip):
 
 
 @dsl_user_op
-def fma(a, b, c, *, loc=None, ip=None):
-    """The Float32 a * b + c, rounded once."""
-    operands = [Float32(v) for v in (a, b, c)]
-    return asm([Float32], operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", False, loc, ip)
+def fma_to(a, b, c, out_dtype, *, loc=None, ip=None):
+    """The Float32 a * b + c to be stored as `out_dtype`, so that it is rounded once in all.
+
+    For a 16-bit output it is rounded to odd: of the two neighbors of an inexact sum, the one whose
+    last bit is set. It has over two bits more than the output, so rounding it to nearest then
+    gives what rounding the exact sum would (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57(4), 2008).
+
+    Args:
+        a: Float32.
+        b: Float32.
+        c: Float32.
+        out_dtype: the code of the output's dtype, known at compile time or not; 0 is float32.
+        loc: of the call in the source, as `dsl_user_op` gives it.
+        ip: where to insert, likewise.
+    """
+    text = """{
+        .reg .f32 down, up;
+        .reg .b32 last;
+        .reg .pred is_odd, is_float;
+        fma.rm.f32 down, $1, $2, $3;
+        fma.rp.f32 up, $1, $2, $3;
+        mov.b32 last, down;
+        and.b32 last, last, 1;
+        setp.ne.b32 is_odd, last, 0;
+        selp.f32 up, down, up, is_odd;
+        fma.rn.f32 down, $1, $2, $3;
+        setp.eq.b32 is_float, $4, 0;
+        selp.f32 $0, down, up, is_float;
+    }"""
+    operands = [*(Float32(v) for v in (a, b, c)), Int32(out_dtype)]
+    return asm([Float32], operands, text, "=f,f,f,f,r", False, loc, ip)

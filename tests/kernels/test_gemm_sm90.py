@@ -126,6 +126,18 @@ def test_matches_float64(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("out", [1, 2])
+def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out):
+    """A bias on a tie of the output's dtype: the product, however small, decides which way."""
+    for split in {1, config.split_k}:
+        case = Case(config, 5, 136, 512, out=out, bias=0)
+        rng = np.random.default_rng(out)
+        case.x_scale *= np.logspace(-10, -3, 5, dtype=np.float32)
+        case.bias[:] = 1 + UNIT[out] * (rng.integers(0, 100, 136) + 0.5)
+        case.check(case.run(split))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_bad_blocks_stay_in_their_columns(config):
     """A NaN scale makes its row of the weight NaN; zero and negative scales are exact."""
     case = Case(config, 3, 70, 128, seed=9)
