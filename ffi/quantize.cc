@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// quantize: x (m, k) and, where it is given, a global scale -> data, block_scale, global_scale.
+// quantize: x (m, k) and, where given, a global scale or amax -> data, block_scale, global_scale.
 #include "common.h"
 
 namespace jax_nvfp4 {
 namespace {
 
 // Values are the kernels'.
-enum Mode : int32_t { kScalarGiven = 0, kPerRowGiven = 1, kPerRow = 2, kPerTensor = 3 };
+enum Mode : int32_t {
+  kScalarGiven = 0,
+  kPerRowGiven = 1,
+  kPerRow = 2,
+  kPerTensor = 3,
+  kScalarAmax = 4,
+  kPerRowAmax = 5,
+};
 enum OutFormat : int32_t { kLinear = 0, kOperand = 1, kBF16Values = 2 };
 
 struct QuantizeAttributes {
@@ -17,6 +24,14 @@ struct QuantizeAttributes {
 };
 
 using State = CallState<QuantizeAttributes>;
+
+bool PerRow(int32_t mode) {
+  return mode == kPerRowGiven || mode == kPerRow || mode == kPerRowAmax;
+}
+
+bool ScaleGiven(int32_t mode) { return mode == kScalarGiven || mode == kPerRowGiven; }
+
+bool AmaxGiven(int32_t mode) { return mode == kScalarAmax || mode == kPerRowAmax; }
 
 }  // namespace
 }  // namespace jax_nvfp4
@@ -38,7 +53,7 @@ struct Sizes {
 // Checks the attributes and finds the kernel.
 ffi::ErrorOr<State> Decode(QuantizeAttributes attributes) {
   Checker check(Op::kQuantize);
-  check.Attribute("mode", attributes.mode, kScalarGiven, kPerTensor);
+  check.Attribute("mode", attributes.mode, kScalarGiven, kPerRowAmax);
   check.Attribute("out_format", attributes.out_format, kLinear, kBF16Values);
   if (!check.ok()) return ffi::Unexpected(check.error());
   return Resolve(Op::kQuantize, attributes);
@@ -65,11 +80,13 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const QuantizeAttributes& attrib
 
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   const int64_t blocks = CeilDiv(k, 16), padded_blocks = 4 * CeilDiv(k, 64);
-  const bool per_row = attributes.mode == kPerRowGiven || attributes.mode == kPerRow;
-  const bool given = attributes.mode == kScalarGiven || attributes.mode == kPerRowGiven;
-  check.Type("global_scale (given)", g, ffi::DataType::F32);
-  check.Count("global_scale (given)", g, given ? (per_row ? m : 1) : 0,
+  const bool per_row = PerRow(attributes.mode), of_amax = AmaxGiven(attributes.mode);
+  const bool given = of_amax || ScaleGiven(attributes.mode);
+  const std::string_view g_name = of_amax ? "amax" : "global_scale (given)";
+  check.Type(g_name, g, ffi::DataType::F32);
+  check.Count(g_name, g, given ? (per_row ? m : 1) : 0,
               given ? (per_row ? "one per row of x" : "one") : "none: it is computed");
+  check.That(!of_amax || m * k != 0, "x", "elements, of which there is an amax", x);
   check.Type("global_scale", global_scale, ffi::DataType::F32);
   check.Count("global_scale", global_scale, per_row ? m : 1,
               per_row ? "one per row of x" : "one");
@@ -107,7 +124,7 @@ ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::
   if (count == 0) return ffi::Error::Success();
   char* out = static_cast<char*>(global_scale.untyped_data());
   cudaError_t error = kCudaSuccess;
-  if (attributes.mode == kScalarGiven || attributes.mode == kPerRowGiven) {
+  if (ScaleGiven(attributes.mode)) {
     error = cudaMemcpyAsync(out, g.untyped_data(), count * sizeof(float), kMemcpyDeviceToDevice,
                             stream);
   } else {
@@ -175,7 +192,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Ctx<ffi::State<State>>()
                                   .Arg<ffi::AnyBuffer>()   // x
-                                  .Arg<ffi::AnyBuffer>()   // global_scale (given)
+                                  .Arg<ffi::AnyBuffer>()   // global_scale or amax (given)
                                   .Ret<ffi::AnyBuffer>()   // data
                                   .Ret<ffi::AnyBuffer>()   // block_scale
                                   .Ret<ffi::AnyBuffer>()   // global_scale

@@ -111,7 +111,7 @@ def quantize_call(
 
     Args:
         x: (m, k), of the dtype the config is for.
-        global_scale: float32, one value for SCALAR_GIVEN, (m,) for ROWS_GIVEN, else None.
+        global_scale: float32, the scale or amax that is given, () or, by row, (m,); else None.
         config: the kernel to call.
         mode: where the global scale comes from.
         out_format: what is written.
@@ -133,7 +133,7 @@ def quantize_call(
     else:
         data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
         block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
-    per_row = mode in (Mode.ROWS_GIVEN, Mode.TOKEN)
+    per_row = Mode(mode).per_row
     results = (
         data,
         block_scale,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import kernel_objects
 from jax_nvfp4 import config
-from jax_nvfp4.config.quantize import quantize_configs, select_quantize
+from jax_nvfp4.config.quantize import Mode, quantize_configs, select_quantize
 from jax_nvfp4.layout.weights import pack_weight
 
 ARCHES = ("sm_90a", "sm_100f", "sm_120f")
@@ -42,11 +42,11 @@ def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def quantize_operands(
-    c: config.QuantizeConfig, m: int, k: int, mode: int
+    c: config.QuantizeConfig, m: int, k: int, mode: Mode | int
 ) -> tuple[jax.Array, jax.Array | None]:
     x = jnp.ones((m, k), DTYPES.get(c.x_dtype, jnp.float32))
-    given = {0: jnp.ones(()), 1: jnp.ones((m,))}.get(mode)
-    return x, given
+    given = jnp.ones((m,) if Mode(mode).per_row else ())
+    return x, given if Mode(mode).given else None
 
 
 def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
@@ -74,13 +74,14 @@ def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, 
     m=st.integers(1, 300),  # XLA drops a call without any result elements
     k=st.integers(0, 200),
     dtype=st.sampled_from(list(DTYPES)),
-    mode=st.integers(0, 3),
+    mode=st.sampled_from(Mode),
     fmt=st.integers(0, 2),
 )
 @settings(max_examples=60, deadline=None)
 def test_quantize_results_have_the_sizes_the_handler_checks(
-    m: int, k: int, dtype: str, mode: int, fmt: int
+    m: int, k: int, dtype: str, mode: Mode, fmt: int
 ) -> None:
+    k = max(k, mode in (Mode.SCALAR_AMAX, Mode.ROWS_AMAX))
     c = select_quantize("sm_100f", dtype, mode)
     x, scale = quantize_operands(c, m, k, mode)
     assert PASSED in error_of(
@@ -180,7 +181,15 @@ QUANTIZE_ERRORS = [
         "0 elements (none: it is computed)",
         "F32[5]",
     ),
-    ({"mode": 4}, "operand mode", "0 to 3", "4"),
+    ({"mode": 6}, "operand mode", "0 to 5", "6"),
+    ({"mode": 4}, "operand amax", "1 elements (one)", "F32[5]"),
+    ({"mode": 5, "g": jnp.ones(())}, "operand amax", "5 elements (one per row of x)", "F32[]"),
+    (
+        {"mode": 5, "x": jnp.ones((5, 0), jnp.bfloat16)},
+        "operand x",
+        "elements, of which there is an amax",
+        "BF16[5,0]",
+    ),
     ({"out_format": -1}, "operand out_format", "0 to 2", "-1"),
     ({"data": ((5, 20), jnp.uint8)}, "operand data", "120 elements", "U8[5,20]"),
     ({"data": ((5, 24), jnp.int8)}, "operand data", "U8 or F8E4M3FN elements", "S8[5,24]"),

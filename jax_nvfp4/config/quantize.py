@@ -20,6 +20,20 @@ class Mode(enum.IntEnum):
     """Dynamic, from the amax of each row."""
     TENSOR = 3
     """Dynamic, from the amax of the tensor."""
+    SCALAR_AMAX = 4
+    """One given amax, of a tensor that x is a part of."""
+    ROWS_AMAX = 5
+    """A given amax for each row, as of longer rows that those of x are parts of."""
+
+    @property
+    def per_row(self) -> bool:
+        """Whether each row has its own scale."""
+        return self in (Mode.ROWS_GIVEN, Mode.TOKEN, Mode.ROWS_AMAX)
+
+    @property
+    def given(self) -> bool:
+        """Whether the kernel is given a scale or an amax."""
+        return self not in (Mode.TOKEN, Mode.TENSOR)
 
 
 class OutFormat(enum.IntEnum):
@@ -44,6 +58,8 @@ KIND_OF_MODE = {
     Mode.ROWS_GIVEN: "flat",
     Mode.TOKEN: "rows",
     Mode.TENSOR: "grid",
+    Mode.SCALAR_AMAX: "flat",
+    Mode.ROWS_AMAX: "flat",
 }
 
 # Threads of a CTA, at most, and blocks that a thread holds, by kind: for 16-bit dtypes and for
@@ -75,7 +91,7 @@ def _configs() -> tuple[QuantizeConfig, ...]:
 QUANTIZE_CONFIGS = _configs()
 """One config for each arch, kind and x dtype.
 
-Kinds: "flat", the scale is given; "rows", dynamic per row; "grid", dynamic per tensor.
+Kinds: "flat", the scale or amax is given; "rows", dynamic per row; "grid", dynamic per tensor.
 """
 
 

@@ -7,8 +7,8 @@
 A thread quantizes whole blocks of 16 elements, so that nothing but the amax of a row or of the
 tensor crosses threads. Three kinds of kernel share that code, one launch each:
 
-    flat    The scale is given, for the tensor or per row. Blocks are numbered through; a thread
-            takes one or two and loads them before it uses the first.
+    flat    The scale or the amax is given, for the tensor or per row. Blocks are numbered through;
+            a thread takes one or two and loads them before it uses the first.
     rows    Dynamic per row. One or more warps hold a row in registers, reduce its amax and
             quantize what they hold. Of a row that is longer than the registers the last chunk
             stays in them and the others are read again, backwards, from the L1 cache mostly.
@@ -127,11 +127,14 @@ class Held:
     largest: cute.Tensor
 
 
-def given_scales(g: Float32) -> Scales:
-    """The scales of a given global scale."""
-    valid = (g >= Float32(1 / GLOBAL_SCALE_LIMIT)) & (g <= Float32(GLOBAL_SCALE_LIMIT))
+def given_scales(given: Float32, is_amax: Boolean) -> Scales:
+    """The scales of a given global scale, or of a given amax: S is a quotient in both cases."""
+    valid = (given >= Float32(1 / GLOBAL_SCALE_LIMIT)) & (given <= Float32(GLOBAL_SCALE_LIMIT))
+    valid = valid | is_amax
     # Blocks of padding are zeros whatever g is, so they must not meet an infinite or NaN scale.
-    encode = ops.reciprocal(ops.select_f32(valid, g, Float32(1.0)))
+    one = ~valid | (is_amax & (ops.bits(given) == 0))
+    above = ops.select_f32(is_amax & ~one, Float32(E4M3_MAX * E2M1_MAX), Float32(1.0))
+    encode = ops.divide(above, ops.select_f32(one, Float32(1.0), given))
     return Scales(ops.mul(encode, Float32(1 / 6)), ops.reciprocal(encode), valid)
 
 
@@ -371,10 +374,11 @@ class QuantizeKernel:
         sizes: tuple,
         divisor: cute.FastDivmodDivisorV2,
         per_row: Boolean,
+        is_amax: Boolean,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
-        """The global scale is given; CTAs past the last block write the scales' padding."""
+        """The global scale or amax is given; CTAs past the last block write the scales' padding."""
         call, g_in, g_out, _ = unpack(pointers, sizes, vector, values)
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
@@ -387,9 +391,9 @@ class QuantizeKernel:
             ]
             words = [self.load(call, place) for place in places]
             g = ops.load_f32(g_in)
-            scales = given_scales(g)
+            scales = given_scales(g, is_amax)
             if (first + thread == 0) & ~per_row:
-                ops.store_f32(g_out, g)
+                ops.store_f32(g_out, ops.select_f32(is_amax, scales.decode, g))
             for i in range_constexpr(self.units):
                 place = places[i]
                 if place.active:
@@ -397,10 +401,11 @@ class QuantizeKernel:
                     if per_row:
                         offset = Int64(place.row) * 4
                         own_g = ops.load_f32(g_in + offset)
-                        own = given_scales(own_g)
+                        own = given_scales(own_g, is_amax)
                         sixth, decode, valid = own.sixth, own.decode, own.valid
                         if place.block == 0:
-                            ops.store_f32(g_out + offset, own_g)
+                            used = ops.select_f32(is_amax, own.decode, own_g)
+                            ops.store_f32(g_out + offset, used)
                     own_scales = Scales(sixth, decode, valid)
                     largest = ops.amax_bits(words[i], self.dtype)
                     self.quantize_and_store(call, place, words[i], largest, own_scales)
@@ -711,9 +716,11 @@ class QuantizeKernel:
         if const_expr(self.config.kind == "flat"):
             divisor = cute.FastDivmodDivisorV2(blocks)
             ctas = ceil_div(units, self.threads * self.units) + ceil_div(pad_items, self.threads)
-            self.flat_kernel(
-                pointers, sizes, divisor, mode == Mode.ROWS_GIVEN, vector, values
-            ).launch(grid=[cutlass.max(ctas, 1), 1, 1], block=[self.threads, 1, 1], **limits)
+            per_row = (mode == Mode.ROWS_GIVEN) | (mode == Mode.ROWS_AMAX)
+            is_amax = (mode == Mode.SCALAR_AMAX) | (mode == Mode.ROWS_AMAX)
+            self.flat_kernel(pointers, sizes, divisor, per_row, is_amax, vector, values).launch(
+                grid=[cutlass.max(ctas, 1), 1, 1], block=[self.threads, 1, 1], **limits
+            )
         elif const_expr(self.config.kind == "rows"):
             # Element by element, the loads are what takes the time.
             if const_expr(vector):

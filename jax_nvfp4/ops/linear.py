@@ -165,19 +165,6 @@ def _operand(
             x = x.astype(jnp.bfloat16)
         return numerics.pad_last(x, K_MULTIPLE), None, None, x.dtype.name
     hopper = arch == "sm_90a"
-    if spec.activation == "amax":  # a batch of per-tensor scales: no kernel has this mode
-        encode, decode, x_scale = quantize_op.scales(x, *given, mode=spec.activation)
-        data, block_scale = numerics.quantize(x, encode, decode)
-        if hopper:
-            values = numerics.block_values(data, block_scale).astype(jnp.bfloat16)
-            return numerics.pad_last(values, K_MULTIPLE), None, x_scale, "bfloat16"
-        scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
-        return (
-            numerics.pad_last(data, K_MULTIPLE // 2),
-            swizzle.swizzle(scale_bits),
-            x_scale,
-            "e2m1",
-        )
     out_format = OutFormat.VALUES if hopper else OutFormat.OPERAND
     x, scales, x_scale = quantize_op.kernel(
         x, *given, mode=spec.activation, arch=arch, out_format=out_format

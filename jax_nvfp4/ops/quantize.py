@@ -64,16 +64,20 @@ def _reference(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     return [*numerics.quantize(x, encode, decode), global_scale]
 
 
-_KERNEL_MODES = {"tensor": KernelMode.TENSOR, "token": KernelMode.TOKEN}
+# By whether there is a scale or an amax for each row.
+_KERNEL_MODES = {
+    "tensor": (KernelMode.TENSOR, KernelMode.TENSOR),
+    "token": (KernelMode.TOKEN, KernelMode.TOKEN),
+    "static": (KernelMode.SCALAR_GIVEN, KernelMode.ROWS_GIVEN),
+    "amax": (KernelMode.SCALAR_AMAX, KernelMode.ROWS_AMAX),
+}
 
 
 def kernel(
     x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes by a kernel; takes all modes but "amax". Results as of `ffi.quantize_call`."""
-    kernel_mode = _KERNEL_MODES.get(mode)
-    if kernel_mode is None:
-        kernel_mode = KernelMode.ROWS_GIVEN if given[0].ndim else KernelMode.SCALAR_GIVEN
+    """Quantizes by a kernel. Results as of `ffi.quantize_call`."""
+    kernel_mode = _KERNEL_MODES[mode][bool(given and given[0].ndim)]
     return ffi.quantize_call(
         x,
         given[0] if given else None,
@@ -86,7 +90,7 @@ def kernel(
 
 def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     arch = backend.kernel_arch(None)
-    if arch is None or mode == "amax" or x.size == 0:
+    if arch is None or x.size == 0:
         return _reference(x, *given, mode=mode)
     return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
 
@@ -120,8 +124,8 @@ def of_part(
 ) -> tuple[tuple[jax.Array, ...], Mode]:
     """The scale with which a device quantizes its part of x to the bits of the whole.
 
-    No kernel takes an amax: where one is exchanged (per-tensor scaling of divided rows, any dynamic
-    scaling of divided columns), XLA's own code quantizes on GPUs too, and kernels only multiply.
+    An amax is exchanged for per-tensor scaling of divided rows and for any dynamic scaling of
+    divided columns.
 
     Args:
         x: the part.

@@ -31,6 +31,8 @@ SMS = DEVICE.core_count
 if ARCH not in ffi.arches():
     pytest.fail(f"{DEVICE.device_kind}: {ffi.reason(ARCH)}", pytrace=False)
 
+AMAX = (Mode.SCALAR_AMAX, Mode.ROWS_AMAX)
+
 # XLA makes a graph only of five calls or more by default.
 GRAPH = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -44,8 +46,11 @@ def quantized(x: Any, g: Any, *, mode: Mode, out_format: OutFormat) -> tuple[np.
     """What `quantize` is to return, computed on the CPU from the definition."""
     with jax.default_device(jax.devices("cpu")[0]):
         x = jnp.asarray(np.asarray(x))
-        if g is not None:
-            given = jnp.asarray(np.asarray(g), jnp.float32)
+        given = None if g is None else jnp.asarray(np.asarray(g), jnp.float32)
+        if mode in AMAX:
+            encode, decode = numerics.dynamic_scales(given)
+            scale = decode
+        elif given is not None:
             encode, decode = numerics.static_scales(given)
             scale = given
         else:
@@ -83,10 +88,11 @@ def test_each_mode_and_format(dtype: str, mode: Mode, out_format: OutFormat) -> 
     function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=out_format))
     for m, k in ((1, 16), (5, 40), (130, 192), (33, 100)):
         x = jnp.asarray(rng.standard_normal((m, k)) * 3, dtype)
-        shapes = {Mode.SCALAR_GIVEN: (), Mode.ROWS_GIVEN: (m,)}
         g = None
-        if mode in shapes:
-            g = jnp.asarray(rng.uniform(1e-3, 2e-3, shapes[mode]), jnp.float32)
+        if mode.given:
+            low, high = (4, 99) if mode in AMAX else (1e-3, 2e-3)
+            shape = (m,) if mode.per_row else ()
+            g = jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
         expected = quantized(x, g, mode=mode, out_format=out_format)
         assert_same(function(x, g), expected)
 
@@ -189,11 +195,10 @@ def test_a_serialized_executable_runs() -> None:
     np.testing.assert_array_equal(np.asarray(again(x)), chain_on_cpu(x, 2))
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode not in AMAX])
 @pytest.mark.parametrize("m", [0, 3, 200])
 def test_rows_without_elements(m: int, mode: Mode) -> None:
-    shapes = {Mode.SCALAR_GIVEN: (), Mode.ROWS_GIVEN: (m,)}
-    g = jnp.full(shapes[mode], 0.5) if mode in shapes else None
+    g = jnp.full((m,) if mode.per_row else (), 0.5) if mode.given else None
     function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=OutFormat.LINEAR))
     data, block_scale, scale = function(jnp.zeros((m, 0), jnp.bfloat16), g)
     assert data.shape == (m, 0) and block_scale.shape == (m, 0)

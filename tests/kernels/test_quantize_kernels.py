@@ -32,12 +32,13 @@ GUARD = 64
 POISON = 0xCD
 FEW_SMS = 5  # no room for a cluster: a "grid" kernel's CTAs meet in scratch memory
 MODES = {
-    "flat": (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN),
+    "flat": (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN, Mode.SCALAR_AMAX, Mode.ROWS_AMAX),
     "rows": (Mode.TOKEN,),
     "grid": (Mode.TENSOR,),
 }
 NOT_ARITHMETIC = {"mov", "ld", "st", "cvt", "setp", "selp"}
 GIVEN = (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN)
+AMAX = (Mode.SCALAR_AMAX, Mode.ROWS_AMAX)
 
 
 @functools.cache
@@ -60,6 +61,8 @@ def expected(x, mode, out_format, g):
     if mode in GIVEN:
         given = g[0] if mode == Mode.SCALAR_GIVEN else g
         codes, bits, reported = oracle.quantize(x, global_scale=given)
+    elif mode in AMAX:
+        codes, bits, reported = expected_of_part(x, g)
     else:
         scaling = "token" if mode == Mode.TOKEN else "tensor"
         codes, bits, reported = oracle.quantize(x, scaling=scaling)
@@ -72,6 +75,20 @@ def expected(x, mode, out_format, g):
         return oracle.pack(codes).reshape(-1), swizzled(bits), reported
     values = oracle.block_values(codes, bits).astype(ml_dtypes.bfloat16).reshape(-1)
     return one_nan(values.view(np.uint16)), np.zeros(0, np.uint8), reported
+
+
+def expected_of_part(x, amax):
+    """Codes, scale bits and global scale of x as a part of a tensor, or of rows, with an amax."""
+    m, k = x.shape
+    whole = np.zeros((m + 1, -(-k // 16) * 16 + 16), np.float32)
+    whole[:m, :k] = x
+    scaling = "tensor" if len(amax) == 1 else "token"
+    if len(amax) == 1:
+        whole[m, -1] = amax[0]
+    else:
+        whole[:m, -1] = amax
+    codes, bits, reported = oracle.quantize(whole, scaling=scaling)
+    return codes[:m, :-16], bits[:m, :-1], reported if len(amax) == 1 else reported[:m]
 
 
 def one_nan(values):
@@ -87,7 +104,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
         x: (m, k) of the config's dtype.
         mode: a Mode.
         out_format: an OutFormat.
-        g: the given global scales, float32.
+        g: the given global scales, or amaxes, float32.
         offset: elements by which x is away from a 16-byte aligned address.
         seed: of the schedule and of the scratch memory's contents.
         sms: multiprocessors that the kernel is told of.
@@ -135,8 +152,17 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
         )
 
 
-def given_scales(rng, config, mode, m, bad):
-    """Given global scales for a mode, unusable ones among them if `bad`; None where dynamic."""
+def given_scales(rng, x, mode, bad):
+    """Global scales or amaxes for a mode, unusable scales among them if `bad`; None if dynamic."""
+    m = len(x)
+    if mode in AMAX:
+        magnitude = np.abs(x.astype(np.float32))
+        magnitude[~(np.isfinite(magnitude) & (magnitude >= np.float32(2.0**-100)))] = 0
+        own = magnitude.max(1) if mode == Mode.ROWS_AMAX else magnitude.max().reshape(1)
+        other = rng.choice(
+            np.array([0, 2.0**-100, 1e-20, 0.37, 5, 1e9, 3e38], np.float32), len(own)
+        )
+        return np.maximum(own, other)
     if mode not in GIVEN:
         return None
     pool = np.array(cases.GLOBAL_SCALES + (cases.BAD_GLOBAL_SCALES if bad else ()), np.float32)
@@ -154,7 +180,7 @@ def test_corners_of_the_formats(config):
         x = cases.make(case, config.x_dtype)
         x = x[rng.permutation(len(x))[:24]]
         for mode in MODES[config.kind]:
-            g = given_scales(rng, config, mode, len(x), bad=i % 2)
+            g = given_scales(rng, x, mode, bad=i % 2)
             check(config, x, mode, OutFormat((i + int(mode)) % 3), g, seed=i)
 
 
@@ -170,7 +196,7 @@ def test_shapes(config):
         x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
         for out_format in (OutFormat.OPERAND, (OutFormat.LINEAR, OutFormat.VALUES)[i // 2 % 2]):
             for mode in MODES[config.kind]:
-                g = given_scales(rng, config, mode, m, bad=False)
+                g = given_scales(rng, x, mode, bad=False)
                 sms = (132, 2)[i % 2]
                 check(config, x, mode, out_format, g, offset=i % 2, seed=i, sms=sms)
 
