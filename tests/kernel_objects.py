@@ -12,6 +12,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
+import unittest.mock
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -37,11 +39,42 @@ def run_build(*args: str, env: dict[str, str] | None = None) -> subprocess.Compl
 
 @functools.cache
 def folder() -> pathlib.Path:
-    """The folder with every kernel's object, cubin and PTX, up to date."""
+    """The folder with every kernel's object, cubin and PTX, up to date.
+
+    Where the compiler is not installed, the folder has to be complete and up to date already.
+    """
+    if importlib.util.find_spec("cutlass") is None:
+        _assert_up_to_date()
+        return FOLDER
     with _lock("kernels"):
         result = run_build("--out", str(FOLDER), "--keep-ptx", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     return FOLDER
+
+
+def _assert_up_to_date() -> None:
+    """Each kernel of the manifest is there, with its PTX, and its sources have not changed."""
+    from jax_nvfp4.config import configs
+    from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
+    from jax_nvfp4.kernels import build
+
+    known = {c.name: c for c in (*QUANTIZE_CONFIGS, *(c for a in build.ARCHES for c in configs(a)))}
+    digests = [build._module_digest(module) for module in build.MODULES]
+    entries = build.read_manifest(FOLDER)["kernels"]
+    assert entries, f"nvidia-cutlass-dsl is not installed, and {FOLDER} has no kernels"
+    for entry in entries:
+        name, version = entry["name"], entry["dsl_version"]
+        missing = [s for s in (".o", ".h", ".ptx") if not (FOLDER / (name + s)).exists()]
+        assert not missing, f"{FOLDER}: kernel {name} has no {', '.join(missing)}"
+        variant = types.SimpleNamespace(
+            name=name, op=entry["op"], arch=entry["arch"], config=known.get(name)
+        )
+        with unittest.mock.patch.object(build, "_dsl_version", lambda version=version: version):
+            current = {build._source_hash(variant, digest) for digest in digests}
+        assert entry["source_hash"] in current, (
+            f"{FOLDER}: the sources of {name} have changed since, and nvidia-cutlass-dsl, which"
+            " would compile them, is not installed"
+        )
 
 
 @functools.cache

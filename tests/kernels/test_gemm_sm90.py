@@ -115,8 +115,9 @@ def some_cases(config):
             "seed": i,
         }
         yield Case(config, m, n, k, **options), next(splits)
-    # More than a lap of the ring.
-    yield Case(config, 2, 64, (config.stages + 2) * config.tile_k, out=1), 1
+    # More than a lap of the ring; CTAs that share K have a kernel, and a lap, of their own.
+    for split in {1, config.split_k}:
+        yield Case(config, 2, 64, split * (config.stages + 2) * config.tile_k, out=1), split
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
@@ -154,17 +155,20 @@ def test_bad_blocks_stay_in_their_columns(config):
     clean.check(clean.y[: 3 * 70].reshape(3, 70))
 
 
-def test_persistent_ctas_work_through_all_tiles():
+PERSISTENT = [c for c in CONFIGS if c.k_groups == 1 and c.tile_m <= 64]
+
+
+@pytest.mark.parametrize("config", PERSISTENT, ids=[c.name for c in PERSISTENT])
+def test_persistent_ctas_work_through_all_tiles(config):
     """More tiles than CTAs: the ring goes on from tile to tile."""
-    for config in (c for c in CONFIGS if c.k_groups == 1 and c.tile_m <= 64):
-        case = Case(config, config.tile_m + 2, 260, 320, out=1, bias=0)
-        arguments = case.arguments(1)
-        arguments[-1] = 1  # one multiprocessor
-        path = kernel_objects.folder() / f"{config.name}.o"
-        launch = record_launches(path, ptx_of(config.name), arguments, GlobalMemory())
-        assert launch[0].grid == (config.ctas_per_sm, 1, 1)
-        run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
-        case.check(case.y[: case.m * case.n].reshape(case.m, case.n))
+    case = Case(config, config.tile_m + 2, 260, 320, out=1, bias=0)
+    arguments = case.arguments(1)
+    arguments[-1] = 1  # one multiprocessor
+    path = kernel_objects.folder() / f"{config.name}.o"
+    launch = record_launches(path, ptx_of(config.name), arguments, GlobalMemory())
+    assert launch[0].grid == (config.ctas_per_sm, 1, 1)
+    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
+    case.check(case.y[: case.m * case.n].reshape(case.m, case.n))
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 16), (16, 0), (0, 0)])
