@@ -21,7 +21,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Self
@@ -65,24 +65,31 @@ def family(kernel: str) -> str:
 
 
 @functools.cache
-def tests_of(name: str) -> ModuleType:
-    """The module with a family's tests."""
-    stem = {"quantize": "test_quantize_kernels"}.get(name, f"test_gemm_{name[:2]}{name[3:-1]}")
-    spec = importlib.util.spec_from_file_location(f"mutation_{stem}", FOLDER / f"{stem}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tests_of(name: str) -> tuple[ModuleType, ...]:
+    """The modules with a family's tests."""
+    arch = name[:2] + name[3:-1]
+    patterns = {"quantize": ("test_quantize*.py",)}.get(
+        name, (f"test_gemm_{arch}.py", "test_gemm_blackwell.py", "test_gemm_outputs.py")
+    )
+    modules = []
+    for path in sorted(path for pattern in patterns for path in FOLDER.glob(pattern)):
+        spec = importlib.util.spec_from_file_location(f"mutation_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        modules.append(module)
+    assert modules, f"no tests of {name}"
+    return tuple(modules)
 
 
 class Interception:
     """While it lasts, a kernel's tests call another `run_object`."""
 
     def __init__(self, kernel: str, run: Callable[..., Any]) -> None:
-        self.module, self.run = tests_of(family(kernel)), run
+        self.kernel, self.tests, self.run = kernel, tests_of(family(kernel)), run
         # The family's tests, and the modules that their functions come from.
-        names = {getattr(v, "__module__", None) for v in vars(self.module).values()}
-        modules = [self.module, *(sys.modules[n] for n in names if n in sys.modules)]
+        names = {getattr(v, "__module__", None) for m in self.tests for v in vars(m).values()}
+        modules = [*self.tests, *(sys.modules[n] for n in names if n in sys.modules)]
         self.namespaces = [
             vars(m)
             for m in modules
@@ -106,7 +113,7 @@ class Substitution(Interception):
 
     def __init__(self, kernel: str) -> None:
         super().__init__(kernel, self.substitute)
-        self.kernel, self.text = kernel, ""
+        self.text = ""
         self.coverage: set[int] | None = None
 
     def substitute(self, path: Any, text: str, *args: Any, **options: Any) -> Any:
@@ -127,10 +134,11 @@ def _values(mark: Any) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, value, strict=True))
 
 
-def calls_of(module: ModuleType, kernel: str) -> Iterator[Call]:
-    """The calls of a module's tests that may run a kernel."""
+def calls_of(kernel: str) -> Iterator[Call]:
+    """The calls of its family's tests that may run a kernel."""
     short = kernel.partition("f_")[2] or kernel
-    for name, function in vars(module).items():
+    functions = {n: f for module in tests_of(family(kernel)) for n, f in vars(module).items()}
+    for name, function in functions.items():
         if not name.startswith("test_") or "monkeypatch" in inspect.signature(function).parameters:
             continue
         marks = [m for m in getattr(function, "pytestmark", []) if m.name == "parametrize"]
@@ -144,38 +152,43 @@ def calls_of(module: ModuleType, kernel: str) -> Iterator[Call]:
 
 
 def _limited(run: Callable[[], None], seconds: float) -> None:
-    """Runs with a limit of time."""
+    """Runs with a limit of processor time."""
 
     def stop(*_: object) -> None:
         raise HangError(f"more than {seconds:.0f} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         with np.errstate(all="ignore"):
             run()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
-def baseline(substitution: Substitution) -> list[Call]:
-    """The calls that execute the kernel, the fastest first; the original passes them all."""
+def measured(substitution: Substitution, calls: Iterable[Call]) -> list[Call]:
+    """Those calls that execute the kernel, the fastest first; the original passes them all."""
     found = []
-    for call in calls_of(substitution.module, substitution.kernel):
+    for call in calls:
         substitution.coverage = set()
-        started = time.perf_counter()
+        started = time.process_time()
         call.run()
-        call.seconds = time.perf_counter() - started
+        call.seconds = time.process_time() - started
         call.lines, substitution.coverage = substitution.coverage, None
         if call.lines:
             found.append(call)
     return sorted(found, key=lambda c: c.seconds)
 
 
+def text_of(kernel: str) -> str:
+    """A kernel's PTX."""
+    return (kernel_objects.folder() / f"{kernel}.ptx").read_text()
+
+
 def verdict(substitution: Substitution, mutant: mutate.Mutant, calls: list[Call]) -> dict[str, Any]:
     """Whether, by what and how a fault is seen."""
-    started = time.perf_counter()
+    started = time.process_time()
     result: dict[str, Any] = {
         "rule": mutant.rule,
         "line": mutant.line,
@@ -189,7 +202,7 @@ def verdict(substitution: Substitution, mutant: mutate.Mutant, calls: list[Call]
             if mutant.line not in call.lines:
                 continue
             try:
-                _limited(call.run, max(60.0, 20 * call.seconds))
+                _limited(call.run, max(30.0, 20 * call.seconds))
             except Exception as error:
                 kinds = ((PtxError, "machine"), (AssertionError, "result"), (HangError, "hang"))
                 by = next((k for t, k in kinds if isinstance(error, t)), type(error).__name__)
@@ -197,15 +210,16 @@ def verdict(substitution: Substitution, mutant: mutate.Mutant, calls: list[Call]
                 break
     finally:
         substitution.text = ""
-    return result | {"seconds": round(time.perf_counter() - started, 2)}
+        machine._PROGRAMS.pop((mutant.text, None), None)  # a decoded kernel takes megabytes
+    return result | {"seconds": round(time.process_time() - started, 2)}
 
 
 def run_kernel(kernel: str, count: int, seed: int, out: pathlib.Path) -> dict[str, Any]:
     """Samples faults of a kernel, evenly over the rules, and runs its tests on each."""
     machine.LIVELOCK_INSTRUCTIONS = LIVELOCK_INSTRUCTIONS
-    text = (kernel_objects.folder() / f"{kernel}.ptx").read_text()
+    text = text_of(kernel)
     with Substitution(kernel) as substitution:
-        calls = baseline(substitution)
+        calls = measured(substitution, calls_of(kernel))
         lines = set().union(*(c.lines for c in calls))
         everywhere = list(mutate.mutants(text))
         executed = sum(m.line in lines for m in everywhere)
@@ -226,19 +240,39 @@ def run_kernel(kernel: str, count: int, seed: int, out: pathlib.Path) -> dict[st
     return report
 
 
+def recheck(kernel: str, out: pathlib.Path) -> dict[str, Any]:
+    """Runs the tests on what survived in an earlier report, and notes the outcome."""
+    machine.LIVELOCK_INSTRUCTIONS = LIVELOCK_INSTRUCTIONS
+    report = json.loads((out / f"{kernel}.json").read_text())
+    text = text_of(kernel)
+    known = {(m.rule, m.line, m.after.strip()): m for m in mutate.mutants(text)}
+    with Substitution(kernel) as substitution:
+        calls = measured(substitution, calls_of(kernel))
+        for i, fault in enumerate(report["faults"]):
+            if not fault["killed"] or fault.get("by") == "hang":
+                mutant = known[fault["rule"], fault["line"], fault["after"]]
+                report["faults"][i] = verdict(substitution, mutant, calls) | {"rechecked": True}
+                (out / f"{kernel}.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", action="append", required=True, help="name or pattern")
     parser.add_argument("--count", type=int, default=40, help="faults for each kernel")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--recheck", action="store_true", help="only what survived before")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = [k["name"] for k in kernel_objects.manifest()["kernels"]]
     for name in names:
         if not any(fnmatch.fnmatchcase(name, p) for p in args.kernel):
             continue
-        report = run_kernel(name, args.count, args.seed, args.out)
+        if args.recheck:
+            report = recheck(name, args.out)
+        else:
+            report = run_kernel(name, args.count, args.seed, args.out)
         killed = sum(f["killed"] for f in report["faults"])
         print(f"{name}: {killed} of {len(report['faults'])} killed", flush=True)
         for fault in report["faults"]:

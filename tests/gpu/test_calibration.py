@@ -275,8 +275,8 @@ def test_machine_and_gpu_agree(kernel: str, scratch: pathlib.Path) -> None:
             raise
         print(f"the driver (CUDA {GPU.version}) cannot assemble this PTX: shipped code alone")
     comparison = Comparison(kernels)
-    with mutation.Interception(kernel, comparison.run_object) as interception:
-        for call in mutation.calls_of(interception.module, kernel):
+    with mutation.Interception(kernel, comparison.run_object):
+        for call in mutation.calls_of(kernel):
             call.run()
     print(
         f"{GPU.name}: {kernel}: {len(kernels)} codes, {comparison.launches} launches,"

@@ -115,9 +115,11 @@ def some_cases(config):
             "seed": i,
         }
         yield Case(config, m, n, k, **options), next(splits)
-    # More than a lap of the ring; CTAs that share K have a kernel, and a lap, of their own.
-    for split in {1, config.split_k}:
-        yield Case(config, 2, 64, split * (config.stages + 2) * config.tile_k, out=1), split
+    # Two laps of the ring, and a part of K without columns. Each way to split is a kernel.
+    for split in range(1, config.split_k + 1):
+        k = 2 * split * config.stages * config.tile_k
+        yield Case(config, 2, 64, k, out=1, x_scale=False), split
+        yield Case(config, 3, 40, 64, out=2), split
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
