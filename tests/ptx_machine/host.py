@@ -81,7 +81,7 @@ class _Config(ctypes.Structure):
     ]
 
 
-ATTRIBUTE_BYTES, CLUSTER_DIMENSION = 72, 4
+ATTRIBUTE_BYTES, CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 72, 4, 6
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 )
@@ -106,6 +106,11 @@ class RecordedLaunch:
     dynamic_smem: int
     params: list[bytes]
     attributes: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it may start before the launch before is complete."""
+        return any(self.attributes.get(PROGRAMMATIC_SERIALIZATION, b"")[:4])
 
 
 class HostObject:
@@ -274,6 +279,8 @@ def run_object(
     strict_exit: bool = True,
     races: bool = True,
     coverage: set[int] | None = None,
+    previous: Sequence[np.ndarray] = (),
+    tensor_fences: bool | None = None,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.
 
@@ -290,6 +297,9 @@ def run_object(
         strict_exit: as for ``launch``.
         races: as for ``launch``.
         coverage: as for ``launch``.
+        previous: as for ``launch``, for the first launch; a later one that may overlap the one
+            before it (programmatic stream serialization) gets the arrays which that one wrote.
+        tensor_fences: as for ``launch``.
 
     Returns:
         One machine per launch, in order.
@@ -301,6 +311,8 @@ def run_object(
         memory.register(array, f"array {i}")
     machines = []
     for recorded in record_launches(object_path, ptx_text, args, memory, num_sms):
+        if machines:
+            previous = machines[-1].written_arrays() if recorded.overlaps else []
         machines.append(
             launch(
                 ptx_text,
@@ -316,6 +328,8 @@ def run_object(
                 strict_exit=strict_exit,
                 races=races,
                 coverage=coverage,
+                previous=previous,
+                tensor_fences=tensor_fences,
             )
         )
     return machines

@@ -25,8 +25,9 @@ from .memory import (
     SharedMemory,
     TensorMemory,
 )
+from .order import Agents, Knowledge, Ledger, Messages
 from .parser import Function, Module, Variable, parse
-from .races import NEVER
+from .races import GlobalAccesses
 from .tensormap import TensorMap
 
 SHARED_LIMIT = {"sm_90": 232448, "sm_100": 232448, "sm_103": 232448, "sm_110": 232448}
@@ -99,13 +100,12 @@ class Warp:
         self.waiting: str | Callable[[], str] = ""  # what a blocked warp waits for
         self.ready = True
         self.queued = True  # in the machine's list of ready warps
-        # The machine's time at this warp's last synchronization (see races.py).
-        self.epoch = self.read_epoch = 0 if cta.machine.races else NEVER
+        machine = cta.machine
+        self.ledger = Ledger(cta.cluster.agents, cta.rank, index, machine.tensor_fences)
         self.spurious = 0
         self.wgmma: object = None
         self.bulk: object = None
         self.cp_async: object = None
-        self.remote: set = set()  # CTAs whose shared memory this warp wrote since its last fence
         self.token: dict = {}
         self.local: tuple[np.ndarray, np.ndarray] | None = None
         self.params_here: dict[str, np.ndarray] | None = None
@@ -183,17 +183,6 @@ class Warp:
             name = self.program.context.slot_names[slot].split("~")[0]
             raise Fault(f"use of register {name}, which a wgmma in flight still holds")
 
-    def sync(self, time: int) -> None:
-        """The warp has waited for something that happened at a time of the machine's clock."""
-        if time > self.epoch:
-            self.epoch = time
-        self.sync_reads(time)
-
-    def sync_reads(self, time: int) -> None:
-        """The warp has waited until its own operations had read their sources."""
-        if time > self.read_epoch:
-            self.read_epoch = time
-
     def block(self, reason: str | Callable[[], str]) -> int:
         """The warp stops here until someone wakes it; the reason is for the deadlock report."""
         self.ready = False
@@ -232,8 +221,8 @@ class Cta:
     def __init__(self, machine: Machine, cluster: Cluster, ctaid: tuple, rank: int) -> None:
         self.machine, self.cluster, self.ctaid, self.rank = machine, cluster, ctaid, rank
         self.shared_symbols, size = machine.shared_layout
-        self.shared = SharedMemory(size, machine, rank)
-        self.tensor = TensorMemory(machine)
+        self.shared = SharedMemory(size, cluster.agents, machine.races)
+        self.tensor = TensorMemory(cluster.agents, machine.races)
         self.tensor_queue: list = []  # tcgen05 operations in issue order
         self.barriers: dict[int, dict] = {}
         self.bulk_writes = 0
@@ -252,12 +241,6 @@ class Cta:
 
     def live_threads(self) -> int:
         return sum(int(w.live.sum()) for w in self.warps if not w.done)
-
-    def synchronize(self, warps: Sequence[Warp]) -> None:
-        """Marks that the warps have met: what came before is ordered before what follows."""
-        time = self.machine.tick()
-        for warp in warps:
-            warp.sync(time)
 
     def special(self, name: str, warp: Warp) -> np.ndarray:
         """Value of a special register for a warp's lanes."""
@@ -349,7 +332,11 @@ class Cluster:
         cx, cy, _ = machine.cluster
         self.arrived: set = set()
         self.phase = 0
-        self.phase_time = -1
+        machine.cluster_serial += 1
+        x, y, z = machine.block
+        self.agents = Agents(machine.cluster_serial, -(-x * y * z // WARP), machine.cluster_size)
+        self.known = Knowledge(self.agents)  # of the warps that arrived in this phase
+        self.done_known: Knowledge | None = None  # of the last phase
         self.ctas = []
         for rank in range(machine.cluster_size):
             x, y, z = rank % cx, rank // cx % cy, rank // (cx * cy)
@@ -415,9 +402,13 @@ class Machine:
         resident_clusters: int,
         strict_exit: bool = True,
         races: bool = True,
+        tensor_fences: bool = False,
     ) -> None:
-        self.strict_exit, self.races = strict_exit, races
-        self.time = 1
+        self.strict_exit, self.races, self.tensor_fences = strict_exit, races, tensor_fences
+        self.cluster_serial = 0
+        self.messages = Messages()
+        self.global_accesses = GlobalAccesses() if races else None
+        self.written: set[int] = set()  # bases of the allocations that the launch wrote
         self.module, self.program = module, program
         self.grid, self.block, self.cluster = grid, block, cluster
         self.cluster_size = cluster[0] * cluster[1] * cluster[2]
@@ -452,6 +443,9 @@ class Machine:
         self.noting: dict[Program, list[Closure]] = {}
         self.coverage: set[int] | None = None
         self.next_cluster = iter(())
+        self.waits_for_launch = any(
+            ins.opcode == "griddepcontrol.wait" for ins in program.function.instructions
+        )
 
     # -- layout ------------------------------------------------------------------------------
     def _layout_shared(self) -> tuple[dict[str, int], int]:
@@ -515,11 +509,6 @@ class Machine:
             ]
         return self.noting[program]
 
-    def tick(self) -> int:
-        """Advances the clock of synchronization."""
-        self.time += 1
-        return self.time
-
     def progress(self) -> None:
         """Something happened that a spinning warp may be waiting for."""
         self.last_progress = self.instructions_run
@@ -563,6 +552,10 @@ class Machine:
             raise Fault(f"misaligned parameter read at {offset}")
         return int(self.param_data[offset : offset + width].view(UNSIGNED[width])[0])
 
+    def written_arrays(self) -> list[np.ndarray]:
+        """The arrays that the launch has written to, as bytes."""
+        return [a.data for a in self.memory.allocations if a.base in self.written]
+
     # -- running -----------------------------------------------------------------------------
     def run(self) -> None:
         """Runs the grid to its end.
@@ -570,8 +563,23 @@ class Machine:
         Raises:
             PtxRuntimeError: the program broke a rule of the machine.
         """
-        with np.errstate(all="ignore"):
-            self._run()
+        try:
+            with np.errstate(all="ignore"):
+                self._run()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drops the memories, which cycles of references would keep for long after the run."""
+        for cluster in self.clusters:
+            for cta in cluster.ctas:
+                cta.shared = cta.tensor = None
+        for queue in self.queues:
+            queue.items = []
+        self.clusters, self.ready, self.queues = [], [], []
+        if self.global_accesses is not None:
+            self.written = set(self.global_accesses.writes)
+            self.global_accesses = GlobalAccesses()
 
     def _origins(self):
         cx, cy, cz = self.cluster
@@ -700,6 +708,9 @@ class Machine:
             self.retire(cta)
             if all(c.done for c in cluster.ctas):
                 self.clusters.remove(cluster)
+                if self.strict_exit:
+                    for done in cluster.ctas:
+                        done.shared = done.tensor = None
                 self._start_clusters()
         elif cluster.arrived:
             cluster_check = getattr(cluster, "check", None)
@@ -839,6 +850,8 @@ def launch(
     strict_exit: bool = True,
     races: bool = True,
     coverage: set[int] | None = None,
+    previous: Sequence[np.ndarray] = (),
+    tensor_fences: bool | None = None,
 ) -> Machine:
     """Runs a kernel's PTX on the CPU.
 
@@ -859,9 +872,13 @@ def launch(
         resident_clusters: how many clusters run at the same time, as on a GPU with so many slots.
         strict_exit: whether it is an error that a CTA exits while bulk copies still read its shared
             memory.
-        races: whether accesses to shared and tensor memory that synchronization does not order are
-            errors (see races.py).
+        races: whether accesses that synchronization does not order are errors (see races.py).
         coverage: a set that receives the PTX lines that were executed.
+        previous: arrays that the launch before may still write when this one starts (programmatic
+            dependent launch): touching them before griddepcontrol.wait is an error.
+        tensor_fences: whether tcgen05 operations of different threads need tcgen05.fence around
+            their synchronization, as the PTX ISA says. NVIDIA's own code generator leaves these
+            fences out, so that by default they are needed in modules that have any.
 
     Returns:
         The machine after the run, for its counters.
@@ -890,9 +907,11 @@ def launch(
     machine = Machine(
         module, program, grid3, block3, cluster3, dynamic_smem, memory, schedule_seed,
         resident_clusters, strict_exit, races,
+        "tcgen05.fence" in ptx_text if tensor_fences is None else tensor_fences,
     )  # fmt: skip
     machine.coverage = coverage
     machine.param_data, machine.param_maps = pack_params(program, params, memory, uninitialized)
+    memory.mark_previous(previous)
     machine.run()
     return machine
 

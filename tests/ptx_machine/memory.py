@@ -14,7 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 from .errors import Fault
-from .races import ASYNC, SharedAccesses, TensorAccesses
+from .order import Agents, Knowledge, stamp
+from .races import SharedAccesses, TensorAccesses
 
 POISON_BYTE = 0xCB
 UNWRITTEN, WRITTEN, IN_FLIGHT, BARRIER = 0, 1, 2, 3
@@ -41,6 +42,7 @@ class Allocation:
         name: how errors call it.
         state: 0/1 per byte for arrays that start unwritten, else None.
         read_only: whether stores are errors.
+        previous: whether the launch before may still write it, until griddepcontrol.wait.
     """
 
     base: int
@@ -48,6 +50,7 @@ class Allocation:
     name: str
     state: np.ndarray | None = None
     read_only: bool = False
+    previous: bool = False
     words: dict | None = None
 
     @property
@@ -69,6 +72,21 @@ class Allocation:
 
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def check_launched(allocation: Allocation, w, action: str, writes: bool = False) -> None:
+    """Raises if a warp touches what the launch before may still use.
+
+    Writes come after griddepcontrol.wait wherever the kernel has one: what the launch before reads
+    is not known.
+    """
+    if not (allocation.previous or (writes and w.machine.waits_for_launch)):
+        return
+    if not w.ledger.launch_known:
+        raise Fault(
+            f"{action} {allocation.name} before griddepcontrol.wait: the launch before may still "
+            f"{'use' if writes else 'write'} it"
+        )
 
 
 class GlobalMemory:
@@ -110,6 +128,15 @@ class GlobalMemory:
         self.allocations.insert(index, allocation)
         return allocation
 
+    def mark_previous(self, arrays) -> None:
+        """Says which arrays the launch before may still write."""
+        starts = {a.ctypes.data for a in arrays if a.size}
+        known = {a.data.ctypes.data for a in self.allocations}
+        if starts - known:
+            raise ValueError("previous: an array that no parameter points to")
+        for allocation in self.allocations:
+            allocation.previous = allocation.data.ctypes.data in starts
+
     def find(self, low: int, high: int, action: str) -> Allocation:
         """The allocation that holds [low, high)."""
         index = bisect.bisect_right(self.bases, low) - 1
@@ -125,11 +152,20 @@ class GlobalMemory:
                 )
         raise Fault(f"{action} out of bounds: address {low:#x} is in no global allocation")
 
-    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        """Loads one word of ``width`` bytes per address; uint8 (n, width) or typed (n,)."""
+    def load(self, addresses: np.ndarray, width: int, w=None, strong: bool = False) -> np.ndarray:
+        """Loads one word of ``width`` bytes per address; uint8 (n, width) or typed (n,).
+
+        A warp ``w`` reads them, or the machine itself, which is checked for no race.
+        """
         allocation, offsets = self._locate(addresses, width, "global read")
         if allocation is None:
-            return np.concatenate([self.load(addresses[i : i + 1], width) for i in offsets])
+            words = [self.load(addresses[i : i + 1], width, w, strong) for i in offsets]
+            return np.concatenate(words)
+        if w is not None:
+            check_launched(allocation, w, "read of")
+            accesses = w.machine.global_accesses
+            if accesses is not None and allocation.base in accesses.writes:
+                accesses.read(allocation, offsets[:, None] + np.arange(width), w, strong)
         if allocation.state is not None:
             span = offsets[:, None] + np.arange(width)
             if not allocation.state[span].all():
@@ -141,15 +177,23 @@ class GlobalMemory:
         raw = allocation.data[offsets[:, None] + np.arange(width)]
         return raw.view(UNSIGNED[width]).reshape(-1) if width <= 8 else raw
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, width: int) -> None:
+    def store(
+        self, addresses: np.ndarray, values: np.ndarray, width: int, w=None, strong: bool = False
+    ) -> None:
         """Stores one word per address; where addresses repeat, one of the values stays."""
         allocation, offsets = self._locate(addresses, width, "global write")
         if allocation is None:
             for i in offsets:
-                self.store(addresses[i : i + 1], values[i : i + 1], width)
+                self.store(addresses[i : i + 1], values[i : i + 1], width, w, strong)
             return
         if allocation.read_only:
             raise Fault(f"write to read-only {allocation.name}")
+        if w is not None:
+            check_launched(allocation, w, "write to", writes=True)
+            if w.machine.global_accesses is not None:
+                raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
+                span = offsets[:, None] + np.arange(width)
+                w.machine.global_accesses.write(allocation, span, raw, w, strong)
         if allocation.state is not None:
             allocation.state[offsets[:, None] + np.arange(width)] = 1
         typed = allocation.typed(width) if allocation.base % width == 0 else None
@@ -194,17 +238,18 @@ class Mbarrier:
     """An mbarrier object: phase, pending arrivals and transaction count.
 
     Attributes:
-        clock: the machine, whose time ticks when a phase completes.
-        flip_time: tick of the last completed phase; -1 before the first.
-        init_time, init_agent: when and by whom it was initialized.
+        agent: in whose name copies write that complete on it.
+        init: stamp of its initialization.
+        known: what arrivals handed over so far; ``done`` is that of the last completed phase.
     """
 
-    def __init__(self, address: int, count: int, line: int, clock, agent: tuple) -> None:
+    def __init__(self, address: int, count: int, line: int, agents: Agents, init: int) -> None:
         self.address, self.expected, self.pending = address, count, count
         self.phase, self.tx, self.line = 0, 0, line
         self.waiters: list = []
-        self.clock, self.flip_time = clock, -1
-        self.init_time, self.init_agent = clock.time, agent
+        self.agent, self.init = agents.new_mbarrier(), init
+        self.known = Knowledge(agents)
+        self.done: Knowledge | None = None
 
     def arrive(self, count: int) -> int:
         """Counts arrivals; returns the phase they belong to."""
@@ -228,11 +273,16 @@ class Mbarrier:
     def settle(self) -> None:
         if self.pending == 0 and self.tx == 0:
             self.phase += 1
-            self.flip_time = self.clock.tick()
+            self.known.own[:, self.agent] = self.phase
+            self.done = self.known.copy()
             self.pending = self.expected
             for wake in self.waiters:
                 wake()
             self.waiters.clear()
+
+    def stamp(self) -> int:
+        """Stamp of what a copy writes that completes in the current phase."""
+        return stamp(self.agent, self.phase + 1)
 
     def describe(self) -> str:
         return (
@@ -244,24 +294,19 @@ class Mbarrier:
 class SharedMemory:
     """Shared memory of one CTA; addresses here are offsets (24 bits, no CTA rank)."""
 
-    def __init__(self, size: int, clock, rank: int) -> None:
+    def __init__(self, size: int, agents: Agents, races: bool) -> None:
         size = (size + 15) // 16 * 16
-        self.clock = clock
-        self.accesses = SharedAccesses(size, clock, rank)
+        self.agents = agents
+        self.accesses = SharedAccesses(size, agents, races)
         self.size = size
         self.data = np.full(size, POISON_BYTE, np.uint8)
         self.state = np.zeros(size, np.uint8)
-        # Generic-proxy writes not yet fenced: 1 + the agent that wrote.
-        self.dirty = np.zeros(size, np.uint8)
-        self.has_dirty = False
         self.barriers: dict[int, Mbarrier] = {}
         self.words = {w: self.data.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
         self.word_state = {w: self.state.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
-        self.word_dirty = {w: self.dirty.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
         # In chunks of 16 bytes, for matrix operands.
         self.chunks = self.data.reshape(-1, 16)
         self.chunk_state = self.state.view(np.uint64).reshape(-1, 2)
-        self.chunk_dirty = self.dirty.view(np.uint64).reshape(-1, 2)
 
     ALL_WRITTEN: ClassVar[dict[int, int]] = {
         w: int.from_bytes(bytes([WRITTEN] * w), "little") for w in (1, 2, 4, 8)
@@ -289,26 +334,18 @@ class SharedMemory:
         if self.barriers and (self.state[index] == BARRIER).any():
             raise Fault(f"{action} over an mbarrier object")
 
-    def check_fenced(self, index: object, action: str) -> None:
-        """Raises if the async proxy would read bytes the generic proxy wrote without a fence."""
-        if self.has_dirty and self.dirty[index].any():
-            marks = np.asarray(self.dirty[index]).reshape(-1)
-            bad = int(np.flatnonzero(marks)[0])
-            warp = int(marks[bad]) - 1
-            raise Fault(
-                f"{action} through the async proxy of shared memory that warp {warp} wrote "
-                "through the generic proxy, with no fence.proxy.async between"
-            )
-
-    def load(self, offsets: np.ndarray, width: int, w) -> np.ndarray:
-        """Loads one word per lane of a warp."""
+    def load(self, offsets: np.ndarray, width: int, w, strong: bool = False) -> np.ndarray:
+        """Loads one word per lane of a warp; ``strong`` if relaxed, volatile or of an atomic."""
         index = offsets // width
         if not (self.word_state[width][index] == self.ALL_WRITTEN[width]).all():
             self.check_readable(offsets[:, None] + np.arange(width), "read")
-        self.accesses.read(offsets, width, w)
+        if not strong:
+            self.accesses.read(offsets, width, w)
         return self.words[width][index]
 
-    def store(self, offsets: np.ndarray, values: np.ndarray, width: int, w) -> None:
+    def store(
+        self, offsets: np.ndarray, values: np.ndarray, width: int, w, strong: bool = False
+    ) -> None:
         """Stores one word per lane of a warp through the generic proxy."""
         index = offsets // width
         states = self.word_state[width][index]
@@ -318,26 +355,9 @@ class SharedMemory:
                 raise Fault("write over an mbarrier object")
             if (span == IN_FLIGHT).any():
                 raise Fault("write to shared memory that an asynchronous copy is writing")
-        self.accesses.write(offsets, width, w)
+        self.accesses.write(offsets, width, w, strong)
         self.words[width][index] = values
         self.word_state[width][index] = self.ALL_WRITTEN[width]
-        self.word_dirty[width][index] = self.ALL_WRITTEN[width] * (self.accesses.code(w) + 1)
-        self.has_dirty = True
-
-    def fence(self, warp: int, synced_epoch: int) -> None:
-        """fence.proxy.async of a warp: orders its own writes, and those it has synchronized with.
-
-        Args:
-            warp: index of the fencing warp in its CTA.
-            synced_epoch: writes of other warps before this epoch happen before the fence.
-        """
-        if not self.has_dirty:
-            return
-        index = np.flatnonzero(self.dirty)
-        mine = self.dirty[index] == warp + 1
-        older = self.accesses.write_time[index] < synced_epoch
-        self.dirty[index[mine | older]] = 0
-        self.has_dirty = bool((~(mine | older)).any())
 
     def barrier(self, offset: int) -> Mbarrier:
         """The mbarrier object at an offset."""
@@ -348,7 +368,8 @@ class SharedMemory:
             raise Fault(f"no mbarrier was initialized at shared memory offset {offset}")
         return found
 
-    def init_barrier(self, offset: int, count: int, line: int, agent: tuple) -> None:
+    def init_barrier(self, offset: int, count: int, line: int, init: int) -> None:
+        """Makes an mbarrier object; ``init`` is the stamp of the warp that does it."""
         if offset % 8:
             raise Fault(f"mbarrier address {offset:#x} is not 8-byte aligned")
         self.check_range(offset, offset + 8, "mbarrier.init")
@@ -356,7 +377,7 @@ class SharedMemory:
             raise Fault(f"mbarrier.init of a live mbarrier at offset {offset}")
         if not 1 <= count < (1 << 20):
             raise Fault(f"mbarrier.init with count {count}")
-        self.barriers[offset] = Mbarrier(offset, count, line, self.clock, agent)
+        self.barriers[offset] = Mbarrier(offset, count, line, self.agents, init)
         self.state[offset : offset + 8] = BARRIER
 
     def invalidate_barrier(self, offset: int) -> None:
@@ -377,13 +398,11 @@ class SharedMemory:
             raise Fault("asynchronous copy to bytes that another one is still writing")
         self.state[index] = IN_FLIGHT
 
-    def finish_write(self, index: object, values: np.ndarray, agent: int = ASYNC) -> None:
-        """A copy has arrived; ``agent`` is the warp that can wait for it on its own, if any."""
+    def finish_write(self, index: object, values: np.ndarray, code: int) -> None:
+        """A copy has arrived; its stamp says what to wait for before reading it."""
         self.data[index] = values
         self.state[index] = WRITTEN
-        self.accesses.async_written(index, agent)
-        if self.has_dirty:
-            self.dirty[index] = 0
+        self.accesses.async_written(index, code)
 
 
 class TensorMemory:
@@ -391,8 +410,8 @@ class TensorMemory:
 
     LANES, COLUMNS = 128, 512
 
-    def __init__(self, clock) -> None:
-        self.accesses = TensorAccesses(clock)
+    def __init__(self, agents: Agents, races: bool) -> None:
+        self.accesses = TensorAccesses(agents, races)
         self.data = np.zeros((0, 0), np.uint32)  # made at the first allocation
         self.written = np.zeros((0, 0), bool)
         self.owner = np.full(self.COLUMNS, -1, np.int32)  # allocation id of a column

@@ -149,8 +149,6 @@ def check_operand(shared: SharedMemory, index: np.ndarray, w, action: str) -> No
     if not (shared.chunk_state[index] == SharedMemory.ALL_WRITTEN[8]).all():
         shared.check_readable((index[..., None] * 16 + np.arange(16)).reshape(-1), action)
     shared.accesses.check_chunks(index, w, action)
-    if shared.has_dirty and shared.chunk_dirty[index].any():
-        shared.check_fenced((index[..., None] * 16 + np.arange(16)).reshape(-1), action)
 
 
 def element_values(raw: np.ndarray, kind: str, k_major: bool) -> np.ndarray:

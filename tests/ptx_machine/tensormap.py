@@ -211,6 +211,17 @@ class TensorMap:
             return padded.reshape(-1)
         return out.reshape(-1)
 
+    def box_bytes_at(self, memory, coordinates: tuple[int, ...], action: str) -> tuple | None:
+        """The allocation and the in-bounds bytes of a box in it, or None where there are none."""
+        rows, row_valid = self._rows(coordinates)
+        columns, column_valid = self._columns(coordinates[0])
+        if not (row_valid.any() and column_valid.any()):
+            return None
+        rows, columns = rows[row_valid], columns[column_valid]
+        low, high = int(rows.min() + columns.min()), int(rows.max() + columns.max()) + 1
+        allocation = memory.find(low, high, action)
+        return allocation, rows[:, None] + columns[None, :] - allocation.base
+
     def write_box(
         self, memory, coordinates: tuple[int, ...], values: np.ndarray, combine=None
     ) -> None:
@@ -221,13 +232,9 @@ class TensorMap:
         columns, column_valid = self._columns(coordinates[0])
         if not (row_valid.any() and column_valid.any()):
             return
-        good_rows, good_columns = rows[row_valid], columns[column_valid]
-        low = int(good_rows.min() + good_columns.min())
-        high = int(good_rows.max() + good_columns.max()) + 1
-        allocation = memory.find(low, high, "tensor copy writes")
+        allocation, index = self.box_bytes_at(memory, coordinates, "tensor copy writes")
         if allocation.read_only:
             raise Fault(f"write to read-only {allocation.name}")
-        index = good_rows[:, None] + good_columns[None, :] - allocation.base
         data = values.reshape(rows.size, columns.size)[np.ix_(row_valid, column_valid)]
         if combine is not None:
             old = np.ascontiguousarray(allocation.data[index])

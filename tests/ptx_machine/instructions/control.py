@@ -132,10 +132,11 @@ def setmaxnreg(ctx: Context, ins: Instruction) -> Closure:
 
 @op("griddepcontrol")
 def griddepcontrol(ctx: Context, ins: Instruction) -> Closure:
-    # A launch of the machine is the only grid: its dependencies are complete when it starts.
-    if ins.parts[1] not in ("launch_dependents", "wait"):
-        raise ctx.error("unknown griddepcontrol")
-    return lambda w: None
+    if ins.parts[1] == "wait":
+        return lambda w: w.ledger.waited_for_launch()
+    if ins.parts[1] == "launch_dependents":
+        return lambda w: None
+    raise ctx.error("unknown griddepcontrol")
 
 
 @op("prefetch", "prefetchu", "applypriority", "discard", "pmevent", "createpolicy_hint")

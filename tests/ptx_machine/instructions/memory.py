@@ -16,6 +16,7 @@ from ..memory import (
     PARAM_BASE,
     UNSIGNED,
 )
+from ..order import LEVELS
 from ..parser import TYPE_BYTES, Discard, Instruction, Mem, Reg, Sym, Vec
 from . import floating
 
@@ -190,6 +191,7 @@ def alloca(ctx: Context, ins: Instruction) -> Closure:
 
 # -- loads and stores --------------------------------------------------------------------------
 SPACES = ("global", "shared", "local", "param", "const")
+STRONG = ("volatile", "acquire", "release", "acq_rel", "relaxed", "mmio", "atom", "red")
 
 
 class Access:
@@ -206,7 +208,12 @@ class Access:
         if self.kind == "b128":
             self.width, self.vector = 8, 2 * self.vector
         self.total = self.width * self.vector
-        self.volatile = any(p in ("volatile", "acquire", "relaxed", "mmio") for p in parts)
+        # Strong: morally strong accesses do not race with each other, and carry messages.
+        self.strong = any(p in STRONG for p in parts)
+        self.acquire = any(p in ("acquire", "acq_rel") for p in parts)
+        self.release = any(p in ("release", "acq_rel") for p in parts)
+        scope = next((p for p in parts if p in LEVELS), "gpu")
+        self.level = LEVELS[scope]
 
 
 def _check_aligned(addresses: np.ndarray, total: int, what: str) -> None:
@@ -256,13 +263,13 @@ def load_words(w, addresses: np.ndarray, acc: Access) -> np.ndarray:
     spread = addresses if count == 1 else (
         addresses[:, None] + np.arange(0, acc.total, width)).reshape(-1)  # fmt: skip
     if space in ("global", "const"):
-        return w.machine.memory.load(spread.astype(U64), width).reshape(-1, count)
+        return w.machine.memory.load(spread.astype(U64), width, w, acc.strong).reshape(-1, count)
     if space in ("shared", "generic_shared"):
         cluster = acc.cluster or space == "generic_shared"
         out = np.empty(spread.size, UNSIGNED[width])
         for cta, selection, offsets in split_ranks(w, spread, cluster, "read"):
             cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "read")
-            out[selection] = cta.shared.load(offsets, width, w)
+            out[selection] = cta.shared.load(offsets, width, w, acc.strong)
         return out.reshape(-1, count)
     if space == "local":
         data, written = w.local_memory()
@@ -288,16 +295,14 @@ def store_words(w, addresses: np.ndarray, values: np.ndarray, acc: Access) -> No
         addresses[:, None] + np.arange(0, acc.total, width)).reshape(-1)  # fmt: skip
     flat = values.reshape(-1)
     if space == "global":
-        w.machine.memory.store(spread.astype(U64), flat, width)
+        w.machine.memory.store(spread.astype(U64), flat, width, w, acc.strong)
         w.machine.progress()
         return
     if space in ("shared", "generic_shared"):
         cluster = acc.cluster or space == "generic_shared"
         for cta, selection, offsets in split_ranks(w, spread, cluster, "write"):
             cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "write")
-            if cta is not w.cta:
-                w.remote.add(cta)
-            cta.shared.store(offsets, flat[selection], width, w)
+            cta.shared.store(offsets, flat[selection], width, w, acc.strong)
         w.machine.progress()
         return
     if space == "local":
@@ -310,6 +315,27 @@ def store_words(w, addresses: np.ndarray, values: np.ndarray, acc: Access) -> No
         written[lanes[:, None], index] = True
         return
     raise Fault(f"write to space {space}")
+
+
+def message_keys(w, addresses: np.ndarray, acc: Access) -> list:
+    """Names of the locations that lanes access, alike for every address that reaches them."""
+    space, addresses = resolve_space(addresses, acc.space)
+    flat = {int(a) for a in addresses}
+    return [a if space == "global" else (w.cta.cluster, a) for a in flat]
+
+
+def take_messages(w, addresses: np.ndarray, acc: Access) -> None:
+    """What an acquire learns at the locations it reads."""
+    messages = w.machine.messages
+    if messages.found:
+        for key in message_keys(w, addresses, acc):
+            messages.take(key, w, acc.acquire, acc.level)
+
+
+def leave_messages(w, addresses: np.ndarray, acc: Access, joined: bool) -> None:
+    """What a release leaves at the locations it writes."""
+    for key in message_keys(w, addresses, acc):
+        w.machine.messages.leave(key, w, acc.release, acc.level, joined)
 
 
 def lane_addresses(w, slot: int, offset: int) -> np.ndarray:
@@ -354,9 +380,10 @@ def ld(ctx: Context, ins: Instruction) -> Closure:
     extend = [_extend(acc.kind, k) for k in kinds]
 
     def run(w) -> None:
-        if acc.volatile:  # a flag: what its writer did before is ordered before what follows
-            w.sync(w.machine.tick())
-        words = load_words(w, lane_addresses(w, slot, offset), acc)
+        addresses = lane_addresses(w, slot, offset)
+        words = load_words(w, addresses, acc)
+        if acc.strong:
+            take_messages(w, addresses, acc)
         m = w.mask
         R = w.R
         for i, dst in enumerate(dsts):
@@ -457,6 +484,8 @@ def st(ctx: Context, ins: Instruction) -> Closure:
         values = np.empty((addresses.size, len(srcs)), dtype)
         for i, s in enumerate(srcs):
             values[:, i] = w.R[s] if m is None else w.R[s][m]
+        if acc.strong:
+            leave_messages(w, addresses, acc, False)
         store_words(w, addresses, values, acc)
 
     return run
@@ -492,8 +521,9 @@ def _st_async(ctx: Context, ins: Instruction) -> Closure:
             data = values[lane].view(np.uint8)
 
             def complete(cta=cta, span=span, data=data, bar_at=bar_at) -> None:
-                cta.shared.finish_write(span, data)
-                cta.shared.barrier(bar_at).add_tx(-acc.total)
+                barrier = cta.shared.barrier(bar_at)
+                cta.shared.finish_write(span, data, barrier.stamp())
+                barrier.add_tx(-acc.total)
 
             w.machine.async_op(complete, "st.async", line)
 
@@ -571,7 +601,8 @@ def atom(ctx: Context, ins: Instruction) -> Closure:
         lanes = w.lanes()
         order = list(range(len(lanes)))
         w.machine.rng.shuffle(order)
-        w.sync(w.machine.tick())
+        take_messages(w, addresses, acc)
+        leave_messages(w, addresses, acc, True)
         for e, x in enumerate(xs):
             old_values = np.zeros(WARP, word)
             values = w.R[x].astype(word)
@@ -619,8 +650,9 @@ def _red_async(ctx: Context, ins: Instruction) -> Closure:
                 cta.shared.check_readable(span, "red.async")
                 old = cta.shared.data[span].copy().view(UNSIGNED[width])
                 new = np.ascontiguousarray(fn(old, value, value)).view(np.uint8)
-                cta.shared.finish_write(span, new)
-                cta.shared.barrier(bar_at).add_tx(-width)
+                barrier = cta.shared.barrier(bar_at)
+                cta.shared.finish_write(span, new, barrier.stamp())
+                barrier.add_tx(-width)
 
             w.machine.async_op(complete, "red.async", line)
 

@@ -8,10 +8,10 @@ import numpy as np
 from ..decode import WARP, YIELD, Closure, Context, op, put
 from ..errors import Fault
 from ..memory import CTA_SHIFT, GENERIC_SHARED
+from ..order import CLOCK_BITS, LEVELS, PROXY, SEEN, Knowledge, late
 from ..parser import Instruction, Mem
 
 U64 = np.uint64
-REMOTE_WARP = 254
 
 
 # -- bar and barrier ---------------------------------------------------------------------------
@@ -20,7 +20,8 @@ def _named_barrier(cta, number: int) -> dict:
         raise Fault(f"barrier {number} is not in 0..15")
     state = cta.barriers.get(number)
     if state is None:
-        state = {"arrived": 0, "warps": [], "count": 0, "all": False, "members": []}
+        state = {"arrived": 0, "warps": [], "count": 0, "all": False, "members": [],
+                 "known": Knowledge(cta.cluster.agents)}  # fmt: skip
         cta.barriers[number] = state
 
         def check() -> None:
@@ -32,10 +33,10 @@ def _named_barrier(cta, number: int) -> dict:
                     f"barrier {number}: {state['arrived']} threads arrived, {needed} expected"
                 )
             if state["arrived"] == needed:
-                waiting = state["warps"]
-                state.update(arrived=0, warps=[], members=[])
-                cta.synchronize([warp for warp, _ in waiting])
+                waiting, known = state["warps"], state["known"]
+                state.update(arrived=0, warps=[], members=[], known=Knowledge(cta.cluster.agents))
                 for warp, key in waiting:
+                    warp.ledger.acquire(known)
                     warp.token[key] = True
                     warp.wake()
                 cta.machine.progress()
@@ -77,6 +78,7 @@ def bar(ctx: Context, ins: Instruction) -> Closure:
         if w in state["members"]:
             raise Fault("a warp arrived twice at a barrier that has not completed")
         state["members"].append(w)
+        state["known"].join(w.ledger.release())
         state["arrived"] += int(w.live.sum()) if count < 0 else WARP
         if action == "arrive":
             state["check"]()
@@ -117,6 +119,7 @@ def _bar_red(ctx: Context, ins: Instruction) -> Closure:
         box["threads"] += int(active.sum())
         box["warps"].append(w)
         state["members"].append(w)
+        state["known"].join(w.ledger.release())
         state["arrived"] += int(w.live.sum())
         state["warps"].append((w, key))
         result = w.block("barrier.red")
@@ -140,6 +143,7 @@ def _bar_warp(ctx: Context, ins: Instruction) -> Closure:
 
 def _barrier_cluster(ctx: Context, ins: Instruction) -> Closure:
     arrive = ins.parts[2] == "arrive"
+    relaxed = "relaxed" in ins.parts
 
     def run_arrive(w) -> None:
         cluster = w.cta.cluster
@@ -150,6 +154,9 @@ def _barrier_cluster(ctx: Context, ins: Instruction) -> Closure:
         if w.token.get("cluster") is not None:
             raise Fault("barrier.cluster.arrive before the wait of the one before")
         cluster.arrived.add(w)
+        known = w.ledger.fenced[LEVELS["cluster"]] if relaxed else w.ledger.release()
+        if known is not None:
+            cluster.known.join(known)
         w.token["cluster"] = cluster.phase
         _check_cluster(cluster)
 
@@ -160,7 +167,7 @@ def _barrier_cluster(ctx: Context, ins: Instruction) -> Closure:
             raise Fault("barrier.cluster.wait without arrive")
         if cluster.phase > phase:
             w.token["cluster"] = None
-            w.sync(cluster.phase_time)
+            w.ledger.acquire(cluster.done_known)
             return None
         cluster.__dict__.setdefault("waiters", []).append(w)
         return w.block("barrier.cluster.wait")
@@ -173,7 +180,7 @@ def _check_cluster(cluster) -> None:
     everyone = [w for cta in cluster.ctas for w in cta.warps if not w.done]
     if cluster.arrived and all(w in cluster.arrived for w in everyone):
         cluster.phase += 1
-        cluster.phase_time = cluster.machine.tick()
+        cluster.done_known, cluster.known = cluster.known, Knowledge(cluster.agents)
         cluster.arrived.clear()
         waiters = cluster.__dict__.get("waiters", [])
         cluster.waiters = []
@@ -197,12 +204,25 @@ def shared_target(w, address: int, cluster_space: bool, what: str) -> tuple:
     return w.cta.cluster.cta(rank), offset
 
 
-def check_initialized(barrier, w) -> None:
-    """Raises if the mbarrier was initialized by a warp this one has not synchronized with."""
-    if barrier.init_time >= w.epoch and barrier.init_agent != (w.cta.rank, w.index):
+def check_initialized(barrier, w, asynchronous: bool = False) -> None:
+    """Raises if the initialization of the mbarrier is not ordered before the warp's use of it.
+
+    For ``asynchronous`` use, by copies and commits, it must also be visible to the async proxy.
+    """
+    if not w.machine.races:
+        return
+    known, code = w.ledger.known.own, np.array([barrier.init], np.uint32)
+    if late(code, known[SEEN], w.ledger.init):
+        who = w.ledger.agents.text(barrier.init >> CLOCK_BITS)
         raise Fault(
-            f"mbarrier {barrier.address:#x} is used with no synchronization since warp "
-            f"{barrier.init_agent[1]} of rank {barrier.init_agent[0]} initialized it"
+            f"mbarrier {barrier.address:#x} is used with no synchronization since {who} "
+            f"(line {barrier.line})"
+        )
+    if asynchronous and late(code, known[PROXY]):
+        raise Fault(
+            f"mbarrier {barrier.address:#x} is used by an asynchronous operation with no "
+            f"fence.mbarrier_init or fence.proxy.async since its initialization "
+            f"(line {barrier.line})"
         )
 
 
@@ -231,8 +251,8 @@ def _init(ctx: Context, ins: Instruction) -> Closure:
     def run(w) -> None:
         for lane in w.lanes():
             cta, where = shared_target(w, int(w.R[slot][lane]) + offset, False, "mbarrier.init")
-            agent = (w.cta.rank, w.index)
-            cta.shared.init_barrier(where, int(w.R[count][lane]), line, agent)
+            number = int(w.R[count][lane])
+            cta.shared.init_barrier(where, number, line, w.ledger.init_stamp())
 
     return run
 
@@ -259,6 +279,8 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
     expect = "expect_tx" in parts
     drop = parts[1] == "arrive_drop"
     no_complete = "noComplete" in parts
+    relaxed = "relaxed" in parts
+    level = LEVELS["cluster" if "cluster" in parts else "cta"]
     count = ctx.src(operands[1], "u32") if len(operands) > 1 else -1
 
     def run(w) -> None:
@@ -281,6 +303,9 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
                 barrier.tx += number
             before = barrier.phase
             check_initialized(barrier, w)
+            known = w.ledger.fenced[level] if relaxed else w.ledger.release()
+            if known is not None:
+                barrier.known.join(known)
             barrier.arrive(arrivals)
             if barrier.phase != before:
                 w.machine.progress()
@@ -299,6 +324,7 @@ def _tx(ctx: Context, ins: Instruction) -> Closure:
         for lane in w.lanes():
             cta, where = shared_target(w, int(w.R[slot][lane]) + offset, True, "mbarrier tx")
             barrier = cta.shared.barrier(where)
+            check_initialized(barrier, w)
             # expect_tx alone never completes a phase.
             if sign > 0:
                 barrier.tx += int(w.R[count][lane])
@@ -315,6 +341,7 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
     parity = "parity" in parts
     token = ctx.src(ins.operands[2], "u32" if parity else "b64")
     blocking = parts[1] == "try_wait"
+    relaxed = "relaxed" in parts
 
     def run(w) -> int | None:
         R = w.R
@@ -326,12 +353,12 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         )
         result = np.zeros(WARP, bool)
         barrier = None
-        newest = -1
+        learned = []
         for lane in lanes[:1] if uniform else lanes:
             _, where = shared_target(w, int(addresses[lane]) + offset, False, "mbarrier wait")
             barrier = w.cta.shared.barrier(where)
             check_initialized(barrier, w)
-            newest = max(newest, barrier.flip_time)
+            learned.append(barrier.done)
             value = int(tokens[lane])
             if parity:
                 if value > 1:
@@ -345,7 +372,8 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         if result[first] or not uniform:
             w.spurious = 0
             if result[lanes].all():
-                w.sync(newest)
+                for known in learned if not relaxed else ():
+                    w.ledger.acquire(known)
             put(w, dst, result)
             return None if result[lanes].all() else YIELD
         # try_wait may time out: the schedule decides whether it reports that or keeps waiting.
@@ -369,21 +397,19 @@ def _pending_count(ctx: Context, ins: Instruction) -> Closure:
 def fence(ctx: Context, ins: Instruction) -> Closure:
     text = ins.opcode
     if text.startswith("fence.proxy.async"):
-
-        def run(w) -> None:
-            w.cta.shared.fence(w.index, w.epoch)
-            for cta in w.remote:
-                cta.shared.fence(REMOTE_WARP, 0)
-            w.remote.clear()
-
-        return run
+        return lambda w: w.ledger.fence_proxy()
     known = ("membar.", "fence.sc", "fence.acq_rel", "fence.acquire", "fence.release",
              "fence.mbarrier_init", "fence.proxy.alias", "fence.proxy.tensormap")  # fmt: skip
     if not text.startswith(known):
         raise ctx.error("unknown fence")
-    if text.startswith(("membar.", "fence.sc", "fence.acq_rel", "fence.acquire")):
-        # Part of a pattern with flags in memory: what the warp has seen is ordered before.
-        return lambda w: w.sync(w.machine.tick())
+    if text.startswith("fence.mbarrier_init"):
+        return lambda w: w.ledger.fence_init()
+    if text.startswith(("membar.", "fence.sc", "fence.acq_rel", "fence.acquire", "fence.release")):
+        scope = {"gl": "gpu"}.get(ins.parts[-1], ins.parts[-1])
+        if "sync_restrict" in text or scope not in LEVELS:
+            raise ctx.error("fence with a restriction or an unknown scope")
+        level = LEVELS[scope]
+        return lambda w: w.ledger.fence(level)
     return lambda w: None
 
 
@@ -425,6 +451,7 @@ def _try_cancel(ctx: Context, ins: Instruction) -> Closure:
             target.shared.check_range(where, where + 16, "try_cancel")
             span = slice(where, where + 16)
             target.shared.begin_write(span, span, w)
+            check_initialized(target.shared.barrier(barrier_at), w, asynchronous=True)
 
         def complete() -> None:
             origin = next(machine.next_cluster, None)
@@ -433,8 +460,10 @@ def _try_cancel(ctx: Context, ins: Instruction) -> Closure:
                 value[0] = 1
                 value[1] = origin[0] | origin[1] << 16 | origin[2] << 32
             for target in targets:
-                target.shared.finish_write(slice(where, where + 16), value.view(np.uint8))
-                target.shared.barrier(barrier_at).add_tx(-16)
+                barrier = target.shared.barrier(barrier_at)
+                span = slice(where, where + 16)
+                target.shared.finish_write(span, value.view(np.uint8), barrier.stamp())
+                barrier.add_tx(-16)
 
         machine.async_op(complete, "clusterlaunchcontrol.try_cancel", line)
 

@@ -26,8 +26,9 @@ from ..operands import (
     element_values,
     gather,
 )
+from ..order import stamp
 from ..parser import Imm, Instruction, Mem, Vec
-from .sync import shared_target
+from .sync import check_initialized, shared_target
 
 U32 = np.uint32
 LANE = np.arange(32)
@@ -164,7 +165,7 @@ def _dealloc(ctx: Context, ins: Instruction) -> Closure:
                 )
         count = int(w.R[columns][0])
         freed = np.arange(column, column + count)
-        cta.tensor.accesses.check_overwrite(freed[freed < 512], w, "tcgen05.dealloc")
+        cta.tensor.accesses.check_free(freed[freed < 512], w)
         cta.tensor.free(column, count)
         for waiter in cta.__dict__.pop("alloc_waiters", []):
             waiter.wake()
@@ -180,9 +181,11 @@ def _relinquish(ctx: Context, ins: Instruction) -> Closure:
 
 
 def _fence(ctx: Context, ins: Instruction) -> Closure:
-    if ins.parts[1] not in ("fence::before_thread_sync", "fence::after_thread_sync"):
-        raise ctx.error("unknown tcgen05.fence")
-    return lambda w: None
+    if ins.parts[1] == "fence::before_thread_sync":
+        return lambda w: w.ledger.before_thread_sync()
+    if ins.parts[1] == "fence::after_thread_sync":
+        return lambda w: w.ledger.after_thread_sync()
+    raise ctx.error("unknown tcgen05.fence")
 
 
 # -- ld and st ---------------------------------------------------------------------------------
@@ -333,12 +336,11 @@ def _st(ctx: Context, ins: Instruction) -> Closure:
 
         tensor.check(where, "tcgen05.st")
         used = np.unique(where)
-        tensor.accesses.store(used, w)
-        tensor.accesses.stored(used, w)
-        if w.machine.rng.random() < 0.5:
+        tensor.accesses.store_issued(used, w)
+        early = w.machine.rng.random() < 0.5
+        if early:
             write()
-        else:
-            _pending(w)["st"].append((write, tensor, used))
+        _pending(w)["st"].append((None if early else write, tensor, used))
 
     return run
 
@@ -354,17 +356,19 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
             _finish_loads(w)
         else:
             for write, tensor, used in state["st"]:
-                write()
+                if write is not None:
+                    write()
                 tensor.accesses.stored(used, w)
             state["st"] = []
 
     return run
 
 
-def finished(cta, tensor: TensorMemory, used: np.ndarray, written: np.ndarray) -> None:
-    """Notes that an operation of the CTA's queue is done; a later commit makes it visible."""
-    tensor.accesses.operation_done(used, written)
-    cta.__dict__.setdefault("uncommitted", []).append((tensor, used, written))
+def next_stamp(cta) -> int:
+    """Stamp of the next operation of the CTA's queue; a later commit hands it over."""
+    count = cta.__dict__.get("tensor_count", 0) + 1
+    cta.tensor_count = count
+    return stamp(cta.cluster.agents.tensor_queue(cta.rank), count)
 
 
 # -- cp and shift ------------------------------------------------------------------------------
@@ -407,25 +411,27 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
         index = chunk_index(desc, True, rows, bits // 8, 1)
         ctas = pair_of(cta) if size == 2 else [cta]
         written = np.arange(column, column + bits // 32)
+        queue = cta.cluster.agents.tensor_queue(cta.rank)
         for target in ctas:
             check_operand(target.shared, index, w, "tcgen05.cp reads")
             target.shared.accesses.pending[index] += 1
             target.tensor.check(written, "tcgen05.cp")
-            target.tensor.accesses.operation_issued(written, written, w, "tcgen05.cp")
+            target.tensor.accesses.operation_issued(written, written, w, queue, "tcgen05.cp")
+        code = next_stamp(cta)
         if base_lane % 32 and shape != "4x256b":
             raise Fault(f"tcgen05.cp to lane {base_lane}")
 
         def complete() -> None:
             for target in ctas:
                 raw = gather(target.shared, index, "tcgen05.cp reads")
-                target.shared.accesses.async_read_done(index)
+                target.shared.accesses.async_read_done(index, code)
                 words = np.ascontiguousarray(raw).view(U32)  # (rows, bits / 32)
                 where = np.arange(column, column + bits // 32)
                 for copy in lanes:
                     target.tensor.write(
                         (copy + base_lane)[:, None], where[None, :], words, "tcgen05.cp"
                     )
-                finished(cta, target.tensor, written, written)
+                target.tensor.accesses.operation_done(written, written, code)
 
         push(cta, complete, "tcgen05.cp", line, ctas)
 
@@ -444,7 +450,9 @@ def _shift(ctx: Context, ins: Instruction) -> Closure:
         ctas = pair_of(w.cta) if size == 2 else [w.cta]
         columns = np.arange(column, column + 8)
         for target in ctas:
-            target.tensor.accesses.operation_issued(columns, columns, w, "tcgen05.shift")
+            queue = w.cta.cluster.agents.tensor_queue(w.cta.rank)
+            target.tensor.accesses.operation_issued(columns, columns, w, queue, "tcgen05.shift")
+        code = next_stamp(w.cta)
 
         def complete() -> None:
             where = np.arange(column, column + 8)[None, :]
@@ -452,7 +460,7 @@ def _shift(ctx: Context, ins: Instruction) -> Closure:
             for target in ctas:
                 values = target.tensor.read(rows + 1, where, "tcgen05.shift")
                 target.tensor.write(rows, where, values, "tcgen05.shift")
-                finished(w.cta, target.tensor, columns, columns)
+                target.tensor.accesses.operation_done(columns, columns, code)
 
         push(w.cta, complete, "tcgen05.shift", line, ctas)
 
@@ -479,14 +487,21 @@ def _commit(ctx: Context, ins: Instruction) -> Closure:
                 targets = [cta.cluster.cta(r) for r in range(16) if mask >> r & 1]
             else:
                 targets = [target]
+            for t in targets:
+                check_initialized(t.shared.barrier(at), w, asynchronous=True)
+            # What the issuing thread did before counts as ordered too: its reads are complete.
+            known = w.ledger.release().copy()
+            agent = cta.cluster.agents.tensor_queue(cta.rank)
+            handed = known.own[:, agent]
+            np.maximum(handed, cta.__dict__.get("tensor_count", 0), out=handed)
 
-            def complete(targets=targets, at=at) -> None:
-                for tensor, used, written in cta.__dict__.pop("uncommitted", []):
-                    tensor.accesses.committed(used, written)
+            def complete(targets=targets, at=at, known=known) -> None:
                 for t in targets:
                     if t.done:
                         raise Fault(f"commit arrives at CTA rank {t.rank}, which has exited")
-                    t.shared.barrier(at).arrive(1)
+                    barrier = t.shared.barrier(at)
+                    barrier.known.join(known)
+                    barrier.arrive(1)
 
             push(cta, complete, "tcgen05.commit", line, targets)
 
@@ -726,11 +741,13 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
             raise Fault(f"tcgen05.mma with D at lane {d_lane}")
 
         used, written = _columns_used(idesc, size, d_column, sf, block, a_value if a_tensor else -1)
+        queue = cta.cluster.agents.tensor_queue(cta.rank)
+        code = next_stamp(cta)
         for target in ctas:
             if a_index is not None:
                 check_operand(target.shared, a_index, w, "tcgen05.mma reads A")
             check_operand(target.shared, b_index, w, "tcgen05.mma reads B")
-            target.tensor.accesses.operation_issued(used, written, w, "tcgen05.mma")
+            target.tensor.accesses.operation_issued(used, written, w, queue, "tcgen05.mma")
             if a_index is not None:
                 target.shared.accesses.pending[a_index] += 1
             target.shared.accesses.pending[b_index] += 1
@@ -789,9 +806,9 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
                     bits = D.astype(np.float32).view(U32)
                 target.tensor.write(d_at, d_where, bits, "tcgen05.mma writes D")
                 if a_index is not None:
-                    target.shared.accesses.async_read_done(a_index)
-                target.shared.accesses.async_read_done(b_index)
-                finished(cta, target.tensor, used, written)
+                    target.shared.accesses.async_read_done(a_index, code)
+                target.shared.accesses.async_read_done(b_index, code)
+                target.tensor.accesses.operation_done(used, written, code)
 
         if scaled:
             ids = {1: (0, 1, 2, 3), 2: (0, 2), 4: (0,), 3: (0, 1, 2, 3), 6: (0, 2)}

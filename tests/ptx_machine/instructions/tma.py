@@ -9,20 +9,25 @@ import numpy as np
 
 from ..decode import Closure, Context, op
 from ..errors import Fault
-from ..memory import UNSIGNED
+from ..memory import UNSIGNED, check_launched
+from ..order import BULK, BULK_READ, COPY, PROXY, SEEN, stamp
 from ..parser import TYPE_BYTES, Instruction, Mem
 from ..tensormap import TensorMap, swizzle_offsets
 from .memory import atomic_function, lane_addresses, split_ranks
-from .sync import shared_target
+from .sync import check_initialized, shared_target
 
 
 class Groups:
-    """Commit groups of a warp: lists of operations with ``read`` and ``done`` flags."""
+    """Commit groups of a warp: lists of operations with ``read`` and ``done`` flags.
+
+    Attributes:
+        waited: count of the newest operation that a wait covered.
+    """
 
     def __init__(self) -> None:
         self.open: list[Transfer] = []
         self.committed: list[list[Transfer]] = []
-        self.time = -1  # when the last operation that a wait covered was complete
+        self.waited = 0
 
     def commit(self) -> None:
         self.committed.append(self.open)
@@ -35,7 +40,7 @@ class Groups:
         waiting = [t for t in covered if not (t.read if read else t.done)]
         if waiting:
             return waiting
-        self.time = max([self.time] + [t.time for t in covered])
+        self.waited = max([self.waited] + [t.count for t in covered])
         unfinished = [g for g in self.committed[:limit] if any(not t.done for t in g)]
         self.committed = unfinished + self.committed[limit:]
         return []
@@ -44,15 +49,14 @@ class Groups:
 class Transfer:
     """One asynchronous copy: ``read`` once its source was read, ``done`` once it is visible."""
 
-    __slots__ = ("done", "read", "time", "waiters")
+    __slots__ = ("count", "done", "read", "waiters")
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self.read = self.done = False
-        self.time = -1
+        self.count = count
         self.waiters: list = []
 
-    def notify(self, time: int) -> None:
-        self.time = time
+    def notify(self) -> None:
         for wake in self.waiters:
             wake()
         self.waiters.clear()
@@ -77,11 +81,13 @@ def cp(ctx: Context, ins: Instruction) -> Closure:
         return lambda w: async_groups(w).commit()
     if text in ("cp.async.wait_group", "cp.async.wait_all"):
         keep = int(ins.operands[0].value) if ins.operands else 0
-        return _wait(async_groups, keep, False, everything=text.endswith("all"))
+        return _wait(async_groups, keep, False, (COPY,), everything=text.endswith("all"))
     if text == "cp.async.bulk.commit_group":
         return lambda w: bulk_groups(w).commit()
     if text.startswith("cp.async.bulk.wait_group"):
-        return _wait(bulk_groups, int(ins.operands[0].value), text.endswith(".read"))
+        read = text.endswith(".read")
+        kinds = (BULK_READ,) if read else (BULK_READ, BULK)
+        return _wait(bulk_groups, int(ins.operands[0].value), read, kinds)
     if text.startswith("cp.async.mbarrier.arrive"):
         return _cp_async_arrive(ctx, ins)
     if text.startswith("cp.async.bulk.prefetch.tensor"):
@@ -98,14 +104,17 @@ def cp(ctx: Context, ins: Instruction) -> Closure:
     raise ctx.error("unknown copy instruction")
 
 
-def _wait(groups: Callable, keep: int, read: bool, everything: bool = False) -> Closure:
+def _wait(
+    groups: Callable, keep: int, read: bool, kinds: tuple[int, ...], everything: bool = False
+) -> Closure:
     def run(w) -> int | None:
         mine = groups(w)
         if everything and mine.open:
             mine.commit()
         waiting = mine.pending(keep, read)
         if not waiting:
-            w.sync_reads(mine.time)
+            for kind in kinds:
+                w.ledger.completed(kind, mine.waited)
             return None
         for transfer in waiting:
             transfer.waiters.append(w.wake)
@@ -146,9 +155,13 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
         for i in range(dst.size):
             row = slice(int(dst[i]), int(dst[i]) + size)
             cta.shared.begin_write(row, row, w)
-        transfer = Transfer()
+        transfer = Transfer(w.ledger.next(COPY))
+        code = stamp(w.ledger.agent(COPY), transfer.count)
         async_groups(w).open.append(transfer)
         memory = w.machine.memory
+        if (counts > 0).any():
+            copied = src[counts > 0]
+            check_global_read(w, copied[:, None] + np.arange(size), counts[counts > 0], SEEN)
 
         def complete() -> None:
             values = np.zeros((dst.size, size), np.uint8)
@@ -163,9 +176,9 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
                 for i, n in enumerate(counts):
                     if n:
                         values[i, :n] = memory.read_bytes(int(src[i]), int(n))
-            cta.shared.finish_write(index, values, cta.shared.accesses.code(w))
+            cta.shared.finish_write(index, values, code)
             transfer.read = transfer.done = True
-            transfer.notify(w.machine.tick())
+            transfer.notify()
 
         complete.smem_owner = cta
         w.machine.async_op(complete, "cp.async", line)
@@ -190,9 +203,14 @@ def _cp_async_arrive(ctx: Context, ins: Instruction) -> Closure:
         groups = async_groups(w)
         before = [t for g in groups.committed for t in g if not t.done]
         before += [t for t in groups.open if not t.done]
+        agent, count = w.ledger.agent(COPY), w.ledger.counts[COPY]
+        for barrier in barriers:
+            check_initialized(barrier, w)
 
         def arrive() -> None:
             for barrier in barriers:
+                known = barrier.known.own[:, agent]
+                np.maximum(known, count, out=known)
                 barrier.arrive(1)
 
         if not before:
@@ -234,11 +252,67 @@ def _signal(w, pair: bool, mask: int | None, target, bar_cta, bar_at: int):
     if mask is None:
         if bar_cta is not target and not (pair and bar_cta.rank // 2 == target.rank // 2):
             raise Fault("copy to one CTA completes on an mbarrier of another")
-        return bar_cta.shared.barrier(bar_at)
-    if pair:
+        barrier = bar_cta.shared.barrier(bar_at)
+    elif pair:
         rank = (target.rank & ~1) | (bar_cta.rank & 1)
-        return w.cta.cluster.cta(rank).shared.barrier(bar_at)
-    return target.shared.barrier(bar_at)
+        barrier = w.cta.cluster.cta(rank).shared.barrier(bar_at)
+    else:
+        barrier = target.shared.barrier(bar_at)
+    check_initialized(barrier, w, asynchronous=True)
+    return barrier
+
+
+# -- global memory of copies -------------------------------------------------------------------
+def check_global_read(
+    w, addresses: slice | np.ndarray, counts: np.ndarray | None, row: int
+) -> None:
+    """Checks that what a copy will read from global memory is there for it.
+
+    Args:
+        addresses: a range, or addresses (copies, bytes) of which each copy reads ``counts``.
+        row: whether generic writes must be visible to the async proxy (PROXY) or not (SEEN).
+    """
+    memory = w.machine.memory
+    if isinstance(addresses, slice):
+        allocation = memory.find(addresses.start, addresses.stop, "global read")
+        index: object = slice(addresses.start - allocation.base, addresses.stop - allocation.base)
+    else:
+        flat = addresses[np.arange(addresses.shape[1]) < counts[:, None]]
+        allocation = memory.find(int(flat.min()), int(flat.max()) + 1, "global read")
+        index = flat - allocation.base
+    _note_read(w, allocation, index, row)
+
+
+def check_global_write(w, addresses: slice, number: int, strong: bool) -> None:
+    """Notes that a bulk store will write a range of global memory."""
+    allocation = w.machine.memory.find(addresses.start, addresses.stop, "global write")
+    index = slice(addresses.start - allocation.base, addresses.stop - allocation.base)
+    _note_write(w, allocation, index, number, strong)
+
+
+def _check_box_read(w, tensor: TensorMap, boxes: list) -> None:
+    memory, accesses = w.machine.memory, w.machine.global_accesses
+    allocation = memory.find(tensor.address, tensor.address + 1, "tensor copy reads")
+    check_launched(allocation, w, "copy from")
+    if accesses is None or allocation.base not in accesses.writes:
+        return
+    for box in boxes:
+        found = tensor.box_bytes_at(memory, box, "tensor copy reads")
+        if found is not None:
+            _note_read(w, *found, PROXY)
+
+
+def _note_read(w, allocation, index: object, row: int) -> None:
+    check_launched(allocation, w, "copy from")
+    if w.machine.global_accesses is not None:
+        w.machine.global_accesses.read(allocation, index, w, row=row)
+
+
+def _note_write(w, allocation, index: object, number: int, strong: bool) -> None:
+    check_launched(allocation, w, "copy to", writes=True)
+    if w.machine.global_accesses is not None:
+        values = np.zeros(0, np.uint8)  # not known yet
+        w.machine.global_accesses.write(allocation, index, values, w, strong, copy=number)
 
 
 REDUCTIONS = ("and", "or", "xor", "add", "inc", "dec", "min", "max")
@@ -294,14 +368,15 @@ def _bulk(ctx: Context, ins: Instruction) -> Closure:
             _, source_at = shared_target(w, origin, False, "cp.async.bulk source")
             own.shared.check_range(source_at, source_at + count, "cp.async.bulk source")
             source_span = slice(source_at, source_at + count)
-            own.shared.check_fenced(source_span, "cp.async.bulk reads")
             source_chunks = slice(source_at >> 4, (source_at + count) >> 4)
             own.shared.accesses.async_read_issued(source_chunks, w, "cp.async.bulk reads")
+        else:
+            check_global_read(w, slice(origin, origin + count), None, PROXY)
 
         def complete() -> None:
             if source.startswith("shared"):
                 own.shared.check_readable(source_span, "cp.async.bulk reads")
-                own.shared.accesses.async_read_done(source_chunks)
+                own.shared.accesses.async_read_done(source_chunks, signals[0].stamp())
                 values = own.shared.data[source_span].copy()
             else:
                 values = own.machine.memory.read_bytes(origin, count)
@@ -311,7 +386,7 @@ def _bulk(ctx: Context, ins: Instruction) -> Closure:
                     result = combine(target.shared.data[span].copy(), values)
                 else:
                     result = values
-                target.shared.finish_write(span, result)
+                target.shared.finish_write(span, result, signal.stamp())
                 signal.add_tx(-count)
 
         complete.smem_owner = targets[0]
@@ -338,23 +413,23 @@ def _combine(name: str, kind: str) -> Callable:
     return run
 
 
-def _store_transfer(w, line: int, what: str, read: Callable, write: Callable) -> None:
+def _store_transfer(w, count: int, line: int, what: str, read: Callable, write: Callable) -> None:
     """Schedules a store: first the source is read, later the destination is written."""
     from ..machine import AsyncOp, OpQueue
 
-    transfer = Transfer()
+    transfer = Transfer(count)
     bulk_groups(w).open.append(transfer)
     box: list = []
 
     def do_read() -> None:
         box.append(read())
         transfer.read = True
-        transfer.notify(w.machine.tick())
+        transfer.notify()
 
     def do_write() -> None:
         write(box[0])
         transfer.done = True
-        transfer.notify(w.machine.tick())
+        transfer.notify()
 
     do_read.smem_owner = w.cta
     queue = OpQueue(w.machine)
@@ -374,14 +449,16 @@ def _bulk_store(dst_slot, dst_offset, src_slot, src_offset, size, combine, line)
             shared = w.cta.shared
             shared.check_range(at, at + count, "cp.async.bulk reads")
             span = slice(at, at + count)
-            shared.check_fenced(span, "cp.async.bulk reads")
             shared.check_readable(span, "cp.async.bulk reads")
             chunks = slice(at >> 4, (at + count) >> 4)
             shared.accesses.async_read_issued(chunks, w, "cp.async.bulk reads")
+            number = w.ledger.next(BULK)
+            code = stamp(w.ledger.agent(BULK_READ), number)
+            check_global_write(w, slice(address, address + count), number, combine is not None)
 
-            def read(shared=shared, span=span, chunks=chunks) -> np.ndarray:
+            def read(shared=shared, span=span, chunks=chunks, code=code) -> np.ndarray:
                 shared.check_readable(span, "cp.async.bulk reads")
-                shared.accesses.async_read_done(chunks)
+                shared.accesses.async_read_done(chunks, code)
                 return shared.data[span].copy()
 
             def write(values: np.ndarray, address=address, count=count) -> None:
@@ -389,7 +466,7 @@ def _bulk_store(dst_slot, dst_offset, src_slot, src_offset, size, combine, line)
                     values = combine(memory.read_bytes(address, count), values)
                 memory.write_bytes(address, values)
 
-            _store_transfer(w, line, "cp.async.bulk", read, write)
+            _store_transfer(w, number, line, "cp.async.bulk", read, write)
 
     return run
 
@@ -450,6 +527,7 @@ def _tensor(ctx: Context, ins: Instruction) -> Closure:
             for target in targets:
                 target.shared.check_range(at, at + count, "tensor copy")
                 target.shared.begin_write(index, slice(at, at + count), w)
+            _check_box_read(w, tensor, boxes)
 
             def complete(
                 tensor=tensor, boxes=boxes, targets=targets, signals=signals, index=index,
@@ -459,7 +537,7 @@ def _tensor(ctx: Context, ins: Instruction) -> Closure:
                 values = [tensor.read_box(memory, b) for b in boxes]
                 data = values[0] if len(values) == 1 else np.concatenate(values)
                 for target, signal in zip(targets, signals, strict=True):
-                    target.shared.finish_write(index, data)
+                    target.shared.finish_write(index, data, signal.stamp())
                     signal.add_tx(-count)
 
             complete.smem_owner = targets[0]
@@ -511,21 +589,25 @@ def _tensor_store(ctx: Context, ins: Instruction, rank: int) -> Closure:
                 index: object = slice(at, at + count)
             else:
                 index = swizzle_offsets(at, count, tensor.swizzle)
-            shared.check_fenced(index, "tensor copy reads")
             shared.check_readable(index, "tensor copy reads")
             chunks = slice(at >> 4, (at + count) >> 4)
             shared.accesses.async_read_issued(chunks, w, "tensor copy reads")
             combine = combine_for(tensor)
+            number = w.ledger.next(BULK)
+            code = stamp(w.ledger.agent(BULK_READ), number)
+            found = tensor.box_bytes_at(memory, where, "tensor copy writes")
+            if found is not None:
+                _note_write(w, *found, number, combine is not None)
 
-            def read(shared=shared, index=index, chunks=chunks) -> np.ndarray:
+            def read(shared=shared, index=index, chunks=chunks, code=code) -> np.ndarray:
                 shared.check_readable(index, "tensor copy reads")
-                shared.accesses.async_read_done(chunks)
+                shared.accesses.async_read_done(chunks, code)
                 return np.array(shared.data[index])
 
             def write(values: np.ndarray, tensor=tensor, where=where, combine=combine) -> None:
                 tensor.write_box(memory, where, values, combine)
 
-            _store_transfer(w, line, "tensor store", read, write)
+            _store_transfer(w, number, line, "tensor store", read, write)
 
     return run
 

@@ -12,9 +12,11 @@ import re
 import numpy as np
 
 from .. import formats as fmt
+from ..accumulate import FRACTION_BITS, fused_dot_add
 from ..decode import Closure, Context, op
 from ..errors import Fault
 from ..operands import check_operand, chunk_index, decode_hopper, element_values, gather
+from ..order import WGMMA, stamp
 from ..parser import Imm, Instruction, Vec
 from .mma import a_layout, split_elements
 
@@ -25,14 +27,13 @@ KIND_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "
 class Operation:
     """One wgmma of a warpgroup."""
 
-    __slots__ = ("done", "issued", "line", "results", "time", "waiters")
+    __slots__ = ("count", "done", "issued", "line", "results", "waiters")
 
-    def __init__(self, line: int) -> None:
-        self.line, self.done = line, False
+    def __init__(self, line: int, count: int) -> None:
+        self.line, self.done, self.count = line, False, count
         self.issued: dict[int, tuple] = {}
         self.results: dict[int, dict[int, np.ndarray]] = {}
         self.waiters: list = []
-        self.time = -1
 
 
 class WarpGroup:
@@ -42,6 +43,7 @@ class WarpGroup:
         from ..machine import OpQueue
 
         self.cta, self.first = cta, first
+        self.agent = cta.cluster.agents.of_warp(cta.rank, first, WGMMA)
         self.members = [w for w in cta.warps if first <= w.index < first + 4]
         self.operations: list[Operation] = []
         self.queue = OpQueue(cta.machine)
@@ -119,7 +121,10 @@ def _wait(keep: int) -> Closure:
                 operation.waiters.append(w.wake)
             return w.block(f"wgmma.wait_group {keep}")
         covered = {id(o) for g in state.committed[:limit] for o in g}
-        w.sync_reads(max([o.time for g in state.committed[:limit] for o in g], default=-1))
+        count = max([o.count for g in state.committed[:limit] for o in g], default=0)
+        if count:
+            agent, known = state.group.agent, w.ledger.known.own
+            known[:, agent] = np.maximum(known[:, agent], count)
         state.committed = state.committed[limit:]
         for register, operation in list(state.holder.items()):
             if id(operation) in covered:
@@ -204,7 +209,7 @@ class Multiply:
         position = state.count
         state.count += 1
         if position == len(group.operations):
-            group.operations.append(Operation(self.line))
+            group.operations.append(Operation(self.line, position + 1))
         operation = group.operations[position]
         if operation.line != self.line:
             raise Fault(
@@ -267,9 +272,8 @@ class Multiply:
         def compute() -> None:
             self._compute(group, operation, descriptors, keep)
             for index in read:
-                accesses.async_read_done(index)
+                accesses.async_read_done(index, stamp(group.agent, operation.count))
             operation.done = True
-            operation.time = group.cta.machine.tick()
             for wake in operation.waiters:
                 wake()
             operation.waiters.clear()
@@ -296,15 +300,23 @@ class Multiply:
                 A[self.a_places] = split_elements(a_values, self.akind, self.bits)
             else:
                 A = A64[16 * q : 16 * q + 16]
-            acc = ((A * self.sign_a) @ B.T)[self.row, self.column]  # (32, n / 2)
+            before = None
             if keep:
                 old = [
                     p.results[index][d] if isinstance(p, Operation) else p
                     for d, p in previous.items()
                 ]
-                acc = acc + self._decode(np.stack(old, axis=1))
-            columns = np.ascontiguousarray(self._encode(acc).T)
+                before = np.empty((16, self.n))
+                before[self.row, self.column] = self._decode(np.stack(old, axis=1))
+            total = self._add(A * self.sign_a, B, before)
+            columns = np.ascontiguousarray(self._encode(total[self.row, self.column]).T)
             operation.results[index] = {d: columns[i] for i, d in enumerate(self.dst)}
+
+    def _add(self, A: np.ndarray, B: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        """The sum of products and accumulator: the hardware's bits where they are known."""
+        if self.dkind == "f32" and self.akind == self.bkind in FRACTION_BITS:
+            return fused_dot_add(A, B, before, self.akind)
+        return A @ B.T if before is None else A @ B.T + before
 
     def _decode(self, registers: np.ndarray) -> np.ndarray:
         if self.half:
