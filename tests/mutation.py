@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import gc
 import importlib.util
 import inspect
 import itertools
@@ -211,6 +212,7 @@ def verdict(substitution: Substitution, mutant: mutate.Mutant, calls: list[Call]
     finally:
         substitution.text = ""
         machine._PROGRAMS.pop((mutant.text, None), None)  # a decoded kernel takes megabytes
+        gc.collect()
     return result | {"seconds": round(time.process_time() - started, 2)}
 
 
