@@ -516,3 +516,71 @@ def test_store_over_columns_that_a_load_has_yet_to_read():
             else:
                 with pytest.raises(PtxRuntimeError, match=r"yet to read \(no wait::ld\)"):
                     run(kernel(body, ["u64"], shared=SHARED), [out], block=128, schedule_seed=seed)
+
+
+# -- ordering between threads ----------------------------------------------------------------------
+# Warps store to tensor memory, warp 0's thread 0 copies over the columns, all read them again, and
+# thread 0 copies once more: each handover from one thread's tcgen05 operation to another's.
+HANDOVER = """
+tcgen05.st.sync.aligned.32x32b.x4.b32 [%r6], {%r20, %r21, %r22, %r23};
+STORED
+BEFORE1 bar.sync 0; AFTER1
+ld.param.u64 %rd10, [p1];
+@%p2 tcgen05.cp.cta_group::1.128x128b [%r3], %rd10;
+@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];
+WAIT0: mbarrier.try_wait.parity.shared.b64 %p4, [%r4], 0; @!%p4 bra WAIT0;
+AFTER2
+tcgen05.ld.sync.aligned.32x32b.x4.b32 {%r20, %r21, %r22, %r23}, [%r6];
+LOADED
+BEFORE3 bar.sync 0; AFTER3
+@%p2 tcgen05.cp.cta_group::1.128x128b [%r3], %rd10;
+@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];
+WAIT1: mbarrier.try_wait.parity.shared.b64 %p4, [%r4], 1; @!%p4 bra WAIT1;
+"""
+HANDED = {
+    "STORED": "tcgen05.wait::st.sync.aligned;",
+    "LOADED": "tcgen05.wait::ld.sync.aligned;",
+    "BEFORE1": "tcgen05.fence::before_thread_sync;",
+    "AFTER1": "tcgen05.fence::after_thread_sync;",
+    "AFTER2": "tcgen05.fence::after_thread_sync;",
+    "BEFORE3": "tcgen05.fence::before_thread_sync;",
+    "AFTER3": "tcgen05.fence::after_thread_sync;",
+}
+MISSING = {
+    "STORED": r"yet to write \(no wait::st\)",
+    "LOADED": r"yet to read \(no wait::ld\)",
+    "BEFORE1": "no tcgen05.fence::before_thread_sync before it",
+    "AFTER1": "no tcgen05.fence::after_thread_sync since",
+    "AFTER2": "no tcgen05.fence::after_thread_sync since",
+    "BEFORE3": "no tcgen05.fence::before_thread_sync before it",
+    "AFTER3": "no tcgen05.fence::after_thread_sync since",
+}
+
+
+def handover(without, seed, **options):
+    zeros = "".join(f"mov.b32 %r{20 + i}, 0;" for i in range(4))
+    body = ALLOC1 + fill(STAGE, rank="") + zeros + HANDOVER
+    for key, instruction in HANDED.items():
+        body = body.replace(key, "" if key in without else instruction)
+    image, _ = no_swizzle(128, 16, 256, 128)
+    text = kernel(body + FREE1, ["u64", "u64"], shared=SHARED)
+    run(text, [image, blackwell(BASE, 256, 128)], block=128, schedule_seed=seed, **options)
+
+
+@pytest.mark.parametrize("without", HANDED)
+def test_handing_tensor_memory_from_thread_to_thread(without):
+    for seed in SEEDS:
+        handover((), seed)
+        with pytest.raises(PtxRuntimeError, match=MISSING[without]):
+            handover((without,), seed)
+
+
+def test_fences_are_not_asked_of_code_that_has_none():
+    """NVIDIA's code generator leaves the fences out; waits and synchronization it has."""
+    fences = tuple(k for k, v in HANDED.items() if "fence" in v)
+    for seed in SEEDS:
+        handover(fences, seed, tensor_fences=False)
+        with pytest.raises(PtxRuntimeError, match="tcgen05.fence"):
+            handover(fences, seed, tensor_fences=True)
+        with pytest.raises(PtxRuntimeError, match=r"no wait::st"):
+            handover((*fences, "STORED"), seed, tensor_fences=False)

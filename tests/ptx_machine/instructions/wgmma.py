@@ -67,6 +67,7 @@ class WarpState:
         self.fenced = False  # a wgmma.fence since the last wait that handed registers back
         self.ever_fenced = False
         self.results: dict[int, np.ndarray] = {}  # registers as the last wait left them
+        self.operands: dict[int, list[tuple[int, np.ndarray]]] = {}  # of A, by operation's id
 
     def pending(self) -> bool:
         return bool(self.open or self.holder)
@@ -126,6 +127,14 @@ def _wait(keep: int) -> Closure:
             agent, known = state.group.agent, w.ledger.known.own
             known[:, agent] = np.maximum(known[:, agent], count)
         state.committed = state.committed[limit:]
+        for identity in covered:
+            for register, value in state.operands.pop(identity, ()):
+                if w.R[register] is not value:
+                    name = w.program.context.slot_names[register].split("~")[0]
+                    raise Fault(
+                        f"register {name}, an operand of a wgmma, was written before the wait that"
+                        " covers it"
+                    )
         for register, operation in list(state.holder.items()):
             if id(operation) in covered:
                 value = operation.results[w.index][register]
@@ -225,6 +234,7 @@ class Multiply:
             if any(R[s] is None for s in self.registers_a):
                 raise Fault("wgmma A register is held by an operation in flight")
             a_values = np.stack([R[s] for s in self.registers_a], axis=1)
+            state.operands[id(operation)] = [(s, R[s]) for s in self.registers_a]
         values = (int(R[self.desc_a][0]) if self.desc_a >= 0 else 0, int(R[self.desc_b][0]))
         shared = w.cta.shared
         if self.desc_a >= 0:
