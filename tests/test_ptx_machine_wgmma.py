@@ -233,6 +233,21 @@ def test_mistakes(core, message):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_operand_registers_stay_until_the_wait(committed):
+    """The wait lets one group be in flight, or there is no group yet."""
+    _, _, a_image, b_image = operands()
+    registers = "{%r10, %r11, %r12, %r13}"
+    one = mma("m64n8k16", 4, a=registers, tail="1, 1, 1, 0")
+    commit = "wgmma.commit_group.sync.aligned;\n"
+    core = "".join(f"mov.b32 %r{i}, 0;\n" for i in range(10, 14)) + zero(4)
+    core += "wgmma.fence.sync.aligned;\n" + one + commit * committed
+    core += "wgmma.wait_group.sync.aligned 1;\nmov.b32 %r12, 1;\n" + one + END
+    for seed in SEEDS:
+        with pytest.raises(PtxRuntimeError, match="register %r12, an operand of a wgmma"):
+            run_wgmma(a_image, b_image, 0, descriptor(BASE_B, "128B", 1024, 16), core, 4, seed=seed)
+
+
 def test_missing_proxy_fence():
     _, _, a_image, b_image = operands()
     core = zero(4) + "wgmma.fence.sync.aligned;\n" + mma("m64n8k16", 4) + END
