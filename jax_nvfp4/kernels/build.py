@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -47,11 +48,11 @@ RUNTIME_LIBRARIES = {
     "libcudart_static.a": ("nvidia-cuda-runtime-cu12",),
 }
 # Raised when the contents of an entry, or how a kernel is compiled, change.
-FORMAT = 2
+FORMAT = 3
 
-# Without a named CPU the host code is compiled for the machine that builds it, and would stop
-# with SIGILL on an older one.
-_COMPILE_OPTIONS = "--host-target 'llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64-v2'"
+# The oldest CPU that host code is compiled for, by machine. Without one it would be the one that
+# builds, and older ones would stop with SIGILL.
+HOSTS = {"x86_64": "x86-64-v2", "aarch64": "generic"}
 
 # More would each import CuTeDSL to compile a kernel or two.
 _MOST_JOBS = 12
@@ -109,6 +110,10 @@ def _is_module(name: str) -> bool:
         return False
 
 
+def _compile_options(host: str) -> str:
+    return f"--host-target 'llvm -mtriple={host}-unknown-linux-gnu -mcpu={HOSTS[host]}'"
+
+
 def _module_digest(module: str) -> str:
     sources: dict[str, bytes] = {}
     _imported_sources(module, sources)
@@ -118,12 +123,12 @@ def _module_digest(module: str) -> str:
     return digest.hexdigest()
 
 
-def _source_hash(variant: KernelVariant, module_digest: str) -> str:
+def _source_hash(variant: KernelVariant, module_digest: str, host: str) -> str:
     """Hash of all that decides what a kernel's object file holds."""
     parts = (
         FORMAT,
         _dsl_version(),
-        _COMPILE_OPTIONS,
+        _compile_options(host),
         module_digest,
         variant.name,
         variant.op,
@@ -151,12 +156,14 @@ def _entry_symbol(variant: KernelVariant, header: str) -> str:
     return entry[1]
 
 
-def _compile(variant: KernelVariant, source_hash: str, out: pathlib.Path, keep: bool) -> dict:
+def _compile(
+    variant: KernelVariant, host: str, source_hash: str, out: pathlib.Path, keep: bool
+) -> dict:
     """Compiles one kernel into `out`; returns its manifest entry."""
     import cutlass.cute as cute
 
     started = time.perf_counter()
-    compiled = cute.compile(variant.host, *variant.args, options=_COMPILE_OPTIONS)
+    compiled = cute.compile(variant.host, *variant.args, options=_compile_options(host))
     compiled.export_to_c(str(out), variant.name, variant.name)
     image = cubin.cubin_of_object((out / f"{variant.name}.o").read_bytes())
     if keep:
@@ -167,12 +174,14 @@ def _compile(variant: KernelVariant, source_hash: str, out: pathlib.Path, keep: 
         "name": variant.name,
         "op": variant.op,
         "arch": variant.arch,
+        "host": host,
         "config": dataclasses.asdict(variant.config),
         "entry": _entry_symbol(variant, (out / f"{variant.name}.h").read_text()),
         "registers": max(k.registers for k in kernels),
         "shared_bytes": max(k.shared_bytes for k in kernels),
         "stack_bytes": max(k.stack_bytes for k in kernels),
         "local_bytes": max(k.local_bytes for k in kernels),
+        "launch": dataclasses.asdict(variant.launch) if variant.launch else None,
         "kernels": [dataclasses.asdict(k) for k in kernels],
         "dsl_version": _dsl_version(),
         "source_hash": source_hash,
@@ -224,13 +233,13 @@ def _work(args: argparse.Namespace) -> int:
     entries, failures = [], []
     mine = [pair for pair in collect(arch, args.module) if _selected(pair[1].name, args.only)]
     for module, variant in mine[shard::shards]:
-        source_hash = _source_hash(variant, digests[module])
+        source_hash = _source_hash(variant, digests[module], args.host)
         old = previous.get(variant.name)
         if _unchanged(old, source_hash, args.out, args.keep_ptx):
             entries.append(old)
             continue
         try:
-            entry = _compile(variant, source_hash, args.out, args.keep_ptx)
+            entry = _compile(variant, args.host, source_hash, args.out, args.keep_ptx)
         except Exception:
             traceback.print_exc()
             failures.append(variant.name)
@@ -251,6 +260,7 @@ def _start_worker(
     result = scratch / f"{arch}.{shard}.json"
     command = [sys.executable, str(pathlib.Path(__file__).parent), "--arch", arch]
     command += ["--out", str(args.out), "--worker", f"{shard}/{shards}", "--result", str(result)]
+    command += ["--host", args.host]
     command += [word for name in args.module for word in ("--module", name)]
     command += [word for pattern in args.only for word in ("--only", pattern)]
     environment = os.environ | {"CUTE_DSL_ARCH": arch}
@@ -321,7 +331,8 @@ def build(args: argparse.Namespace) -> int:
         elif old["name"] not in entries:
             for path in args.out.glob(f"{old['name']}.*"):
                 path.unlink()
-    _copy_runtime_libraries(args.out)
+    if args.host == platform.machine():
+        _copy_runtime_libraries(args.out)
     manifest = {
         "format": FORMAT,
         "dsl_version": _dsl_version(),
@@ -361,6 +372,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"architectures, comma-separated (default: {','.join(DEFAULT_ARCHES)})",
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--host",
+        choices=HOSTS,
+        default=platform.machine(),
+        help="machine that the host code is for (default: this one); of another one the static "
+        "libraries are not copied",
+    )
     parser.add_argument("--keep-ptx", action="store_true", help="write NAME.ptx and NAME.cubin too")
     parser.add_argument(
         "--jobs",

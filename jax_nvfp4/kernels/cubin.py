@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 
 _ELF_MAGIC = b"\x7fELF"
-_EM_X86_64 = 62
+_EM_HOSTS = {62: "x86-64", 183: "aarch64"}
 _EM_CUDA = 190
 _SHT_SYMTAB = 2
 _SHT_NOBITS = 8
@@ -100,11 +100,12 @@ def cubin_of_object(object_file: bytes) -> bytes:
         object_file: contents of the `.o`.
 
     Raises:
-        ValueError: not an x86-64 ELF object, or it does not hold exactly one cubin.
+        ValueError: not an ELF object for a known host, or it does not hold exactly one cubin.
     """
     host = _Elf(object_file)
-    if host.machine != _EM_X86_64:
-        raise ValueError(f"host object is for ELF machine {host.machine}, expected {_EM_X86_64}")
+    if host.machine not in _EM_HOSTS:
+        known = ", ".join(f"{number} ({name})" for number, name in _EM_HOSTS.items())
+        raise ValueError(f"host object is for ELF machine {host.machine}, expected one of {known}")
     found = []
     for section in host.sections:
         contents = b"" if section.kind == _SHT_NOBITS else host.bytes_of(section)

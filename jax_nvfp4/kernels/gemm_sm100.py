@@ -23,16 +23,16 @@ block follow each other along K. The tensor maps of the scales therefore have th
 and never reads the next row block's scales.
 """
 
-import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils
 from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint16
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
-from cutlass.cute.runtime import make_ptr
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels import gemm_sm120 as sm120
+from jax_nvfp4.kernels.gemm_host import example_args, host_function
 from jax_nvfp4.kernels.gemm_sm100_epilogue import PairEpilogue, SwapEpilogue
 from jax_nvfp4.kernels.gemm_sm100_ops import (
     ANSWERS,
@@ -55,9 +55,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     tcgen05_fence_after,
     wait_cluster,
 )
-from jax_nvfp4.kernels.gemm_sm120 import example_args as weight_only_args
-from jax_nvfp4.kernels.gemm_sm120 import host_function
-from jax_nvfp4.kernels.variant import KernelVariant
+from jax_nvfp4.kernels.variant import KernelVariant, Launch
 
 
 class GemmSm100:
@@ -71,6 +69,7 @@ class GemmSm100:
         self.cta_group = tcgen05.CtaGroup.TWO if self.shape.pair else tcgen05.CtaGroup.ONE
         self.mma_tile = (ROWS * self.shape.ctas, self.shape.columns, 256)
         self.red_buffers = reduce_buffers(config)
+        self.shared_bytes = self._storage().size_in_bytes()
 
     # ------------------------------------------------------------------------------- host
 
@@ -101,29 +100,11 @@ class GemmSm100:
         return self._tma_load(words, (256, box_tiles, 1), False, multicast)
 
     @cute.jit
-    def __call__(
-        self,
-        x: cute.Pointer,
-        sfx: cute.Pointer,
-        w: cute.Pointer,
-        sfw: cute.Pointer,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-        num_sms: Int32,
-        stream: cuda.CUstream,
-    ):
-        """Encodes the tensor maps and launches the kernel. See the package's GEMM signature."""
+    def launch(self, operands, scales, out, k: Int32, split_k: Int32, num_sms: Int32, stream):
+        """Encodes the tensor maps and launches the kernel; arguments as of `gemm_host`."""
+        x, sfx, w, sfw = operands
+        x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype = scales
+        y, _, m, n, out_dtype = out
         s = self.shape
         k_tiles = cute.ceil_div(k, 64)
         row_bytes = cute.assume(k_tiles * 32, divby=32)
@@ -482,8 +463,6 @@ class GemmSm100:
             index = next_tile(tiles, count)
             count += 1
 
-        if waited == 0:
-            cute.arch.griddepcontrol_wait()
         # The next kernel may start its own prologue: it waits for this one's end before it reads.
         cute.arch.griddepcontrol_launch_dependents()
         # Each MMA that reads this CTA's loads signals its barriers: they must outlive that.
@@ -612,21 +591,6 @@ class GemmSm100:
                 tcgen05.commit(barrier, None, self.cta_group)
 
 
-def _example_args() -> tuple:
-    """Arguments that give the host function's parameters their types."""
-
-    def pointer(kind: type) -> cute.Pointer:
-        return make_ptr(kind, 1024, cute.AddressSpace.gmem, assumed_align=16)
-
-    return (
-        *(pointer(Uint8) for _ in range(4)),
-        *(pointer(Float32) for _ in range(2)),
-        *(pointer(Uint8) for _ in range(3)),
-        *(Int32(1) for _ in range(9)),
-        cuda.CUstream(0),
-    )
-
-
 def variants(arch: str) -> list[KernelVariant]:
     """The GEMM kernels to compile for `arch`.
 
@@ -641,8 +605,15 @@ def variants(arch: str) -> list[KernelVariant]:
     found = []
     for config in configs(arch):
         if config.kind == "weight_only":
-            host, args = host_function(config), weight_only_args()
-        else:
-            host, args = GemmSm100(config), _example_args()
-        found.append(KernelVariant(config.name, "gemm", arch, config, host, args))
+            found.append(sm120.variant(config))
+            continue
+        gemm = GemmSm100(config)
+        launch = Launch(
+            threads=THREADS,
+            dynamic_shared_bytes=gemm.shared_bytes,
+            tmem_columns=gemm.shape.tmem_columns,
+            cluster_ctas=gemm.shape.cluster_a * gemm.shape.cluster_b * config.split_k,
+        )
+        host = host_function(gemm.launch)
+        found.append(KernelVariant(config.name, "gemm", arch, config, host, example_args(), launch))
     return found

@@ -188,20 +188,6 @@ def mma_16bit(d, a, b, kind, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_shared_x4(address, *, loc=None, ip=None):
-    """The four Int32 at a shared-memory address that is a multiple of 16."""
-    return asm(
-        [Int32] * 4,
-        [address],
-        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
-        "=r,=r,=r,=r,r",
-        True,
-        loc,
-        ip,
-    )
-
-
-@dsl_user_op
 def permute(low, high, selector, *, loc=None, ip=None):
     """Four of the eight bytes of two Int32, picked by the nibbles of `selector`."""
     return asm(

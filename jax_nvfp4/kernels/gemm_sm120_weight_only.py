@@ -28,6 +28,7 @@ from jax_nvfp4.kernels.gemm_sm120_stream import (
     Stream,
     weight_tma,
 )
+from jax_nvfp4.kernels.inline_ptx import load_shared_x4
 
 _KINDS = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -97,7 +98,7 @@ class WeightOnly(Stream):
             blocks = []
             for j in range(2):
                 address = x_address + i * 16 * ROW_BYTES + j * 8 * ROW_BYTES
-                blocks.append([ops.load_shared_x4(address ^ (64 * g)) for g in range(2)])
+                blocks.append([load_shared_x4(address ^ (64 * g)) for g in range(2)])
             x.append(blocks)
         return codes, scales, x
 

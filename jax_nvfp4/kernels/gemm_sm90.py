@@ -38,7 +38,7 @@ from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels import gemm_sm90_ops as ops
-from jax_nvfp4.kernels.inline_ptx import fma_to
+from jax_nvfp4.kernels.inline_ptx import fma_to, load_shared_x4
 from jax_nvfp4.kernels.variant import KernelVariant
 from jax_nvfp4.layout import sm90 as layout
 
@@ -474,8 +474,8 @@ class GemmSm90:
             for b in cutlass.range_constexpr(self.blocks):
                 slot = stage * self.tile_blocks + b
                 at = code_at + slot * CODE_BYTES
-                codes.append([*ops.load_shared_x4(at), *ops.load_shared_x4(at + CODE_BYTES // 2)])
-                scales.append(ops.load_shared_x4(scale_at + slot * SCALE_BYTES))
+                codes.append([*load_shared_x4(at), *load_shared_x4(at + CODE_BYTES // 2)])
+                scales.append(load_shared_x4(scale_at + slot * SCALE_BYTES))
             for part in cutlass.range_constexpr(STEPS // self.group_steps):
                 # The group before the last is done: it was the reader of this set of registers.
                 warpgroup.wait_group(1)

@@ -144,20 +144,6 @@ def decode_pair(even, odd, scales, exponent, bf16):
 
 
 @dsl_user_op
-def load_shared_x4(address, *, loc=None, ip=None):
-    """The four Uint32 at a shared-memory address that is a multiple of 16."""
-    return asm(
-        [Uint32] * 4,
-        [address],
-        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
-        "=r,=r,=r,=r,r",
-        True,
-        loc,
-        ip,
-    )
-
-
-@dsl_user_op
 def store_shared(address, value, *, loc=None, ip=None):
     """Stores a Float32 at a shared-memory address."""
     return asm([], [address, value], "st.shared.f32 [$0], $1;", "r,f", True, loc, ip)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inline PTX with typed results: what the kernels' own instructions are made with."""
 
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
@@ -82,3 +82,10 @@ def fma_to(a, b, c, out_dtype, *, loc=None, ip=None):
     }"""
     operands = [*(Float32(v) for v in (a, b, c)), Int32(out_dtype)]
     return asm([Float32], operands, text, "=f,f,f,f,r", False, loc, ip)
+
+
+@dsl_user_op
+def load_shared_x4(address, *, loc=None, ip=None):
+    """The four Uint32 at a shared-memory address that is a multiple of 16."""
+    text = "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"
+    return asm([Uint32] * 4, [address], text, "=r,=r,=r,=r,r", True, loc, ip)

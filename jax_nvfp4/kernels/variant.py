@@ -13,6 +13,23 @@ OPS: tuple[Op, ...] = ("quantize", "gemm")
 
 
 @dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a launch asks for that the machine code does not say.
+
+    Attributes:
+        threads: threads of a CTA.
+        dynamic_shared_bytes: shared memory of a CTA, in bytes.
+        tmem_columns: columns of tensor memory that a CTA allocates.
+        cluster_ctas: CTAs of a cluster, at most.
+    """
+
+    threads: int
+    dynamic_shared_bytes: int
+    tmem_columns: int = 0
+    cluster_ctas: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelVariant:
     """A kernel for one architecture and config, ready for `cute.compile(host, *args)`.
 
@@ -23,6 +40,7 @@ class KernelVariant:
         config: the frozen dataclass instance the kernel was specialized for.
         host: the `@cute.jit` host function.
         args: example arguments of `host` (fake pointers, integers, a fake stream).
+        launch: what its launches ask for, for the manifest; None: not said.
 
     Raises:
         ValueError: a name that is no C identifier, or an unknown op or arch.
@@ -35,6 +53,7 @@ class KernelVariant:
     config: Any
     host: Callable[..., Any]
     args: tuple[Any, ...]
+    launch: Launch | None = None
 
     def __post_init__(self) -> None:
         if not (self.name.isascii() and self.name.isidentifier()) or keyword.iskeyword(self.name):
