@@ -293,12 +293,6 @@ def test_disable_jit():
 # ---- Sharding -----------------------------------------------------------------------------------
 
 
-def mesh():
-    if jax.device_count() < 8:
-        pytest.skip("needs 8 devices")
-    return jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-
 SHARDED = [
     (P("x", None), P(), P("x", None)),
     (P(("x", "y"), None), P(), P(("x", "y"), None)),
@@ -311,8 +305,9 @@ SHARDED = [
 
 @pytest.mark.parametrize("x_spec,w_spec,y_spec", SHARDED)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_sharded(x_spec, w_spec, y_spec, activation):
-    devices = mesh()
+@machine.each_mesh()
+def test_sharded(sizes, x_spec, w_spec, y_spec, activation):
+    devices = machine.mesh(sizes)
     x = jnp.asarray(RNG.standard_normal((16, 128)), jnp.float32)
     w = nvfp4.quantize(jnp.asarray(RNG.standard_normal((64, 128)), jnp.float32))
     expected = linear(activation)(x, w, jnp.ones(64))
@@ -326,8 +321,9 @@ def test_sharded(x_spec, w_spec, y_spec, activation):
 
 @pytest.mark.parametrize("activation", ["token", 0.002, None])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(activation, check_vma):
-    devices = mesh()
+@machine.each_mesh()
+def test_shard_map(sizes, activation, check_vma):
+    devices = machine.mesh(sizes)
     x = jnp.asarray(RNG.standard_normal((16, 128)), jnp.float32)
     w = nvfp4.quantize(jnp.asarray(RNG.standard_normal((64, 128)), jnp.float32))
     f = linear(activation, batch_invariant=True)

@@ -186,6 +186,7 @@ def _measure(report: Report, args: argparse.Namespace, compiler: Compiler) -> No
         report.errors += errors
         print(f"\n{layers} layers, one token", *tables.stack_lines(report.stack), sep="\n")
         save()
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
 def _progress(ready: int, of: int) -> None:

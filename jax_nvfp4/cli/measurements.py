@@ -78,8 +78,10 @@ def _make_weight(key: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, Any
     return w, jax_nvfp4.repack(jax_nvfp4.quantize(w))
 
 
-def _make_inputs(key: jax.Array, count: int, m: int, k: int) -> list[jax.Array]:
-    return list(jax.random.normal(key, (count, m, k), jnp.bfloat16))
+def _inputs(compiler: Compiler, count: int, m: int, k: int) -> Callable[[], list[jax.Array]]:
+    """Has a program compiled that makes one x; the result makes `count` of them."""
+    make = compiler.add(lambda key: jax.random.normal(key, (m, k), jnp.bfloat16), _KEY)
+    return lambda: [make.result()(_key(i)) for i in range(count)]
 
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -144,10 +146,10 @@ def check_time(
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A number of rows: the program that makes inputs, and the loops to be timed, by name."""
+    """A number of rows: what makes the inputs, and the loops to be timed, by name."""
 
     m: int
-    make: Any
+    inputs: Callable[[], list[jax.Array]]
     loops: dict[str, Loop]
 
 
@@ -193,8 +195,7 @@ class Linear:
             w = self._shapes[0 if plain else 1]
             loops[name] = Loop.of(compiler, function, x, w, planned, tuned=plain)
         calls = max(loop.plan.calls for loop in loops.values())
-        inputs = functools.partial(_make_inputs, count=calls, m=m, k=k)
-        return _Case(m, compiler.add(inputs, _KEY), loops)
+        return _Case(m, _inputs(compiler, calls, m, k), loops)
 
     def _weights(self) -> tuple[list[jax.Array], list[Any]]:
         """As many weights, in bf16 and packed, as the loops take."""
@@ -215,7 +216,7 @@ class Linear:
         plain, packed = self._weights()
         while self._cases:
             case = self._cases.pop(0)
-            xs = case.make.result()(_key(case.m))
+            xs = case.inputs()
             rows = np.asarray(xs[0])[_picked(case.m)]
             some = np.zeros((_CHECKED_ROWS, self.k), rows.dtype)
             some[: len(rows)] = rows
@@ -302,14 +303,14 @@ class Quantize:
             planned = plan(size, size / most.copy + 2e-6, rotate)
             self._loops[name] = Loop.of(compiler, function, x, scale, planned, single_w=True)
         calls = max(loop.plan.calls for loop in self._loops.values())
-        self._make = compiler.add(functools.partial(_make_inputs, count=calls, m=m, k=k), _KEY)
+        self._inputs = _inputs(compiler, calls, m, k)
 
     def _bytes(self, name: str) -> float:
         return self.m * self.k * (2 + (2 if name == "copy" else BYTES_PER_WEIGHT))
 
     def measure(self) -> tuple[QuantizeRow, list[str]]:
         """Times the calls; also says what is wrong with the times."""
-        xs = self._make.result()(_key(self.m))
+        xs = self._inputs()
         scale = jnp.float32(0.002)
         figures: dict[str, float | None] = dict.fromkeys(self._loops)
         errors = []

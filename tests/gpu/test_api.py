@@ -11,8 +11,12 @@ import pytest
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)
 
-from test_linear import *  # noqa: F403
-from test_linen import *  # noqa: F403
-from test_nnx import *  # noqa: F403
-from test_numerics import *  # noqa: F403
-from test_transformations import *  # noqa: F403
+import machine
+import test_linear
+import test_linen
+import test_nnx
+import test_numerics
+import test_transformations
+
+for module in (test_linear, test_linen, test_nnx, test_numerics, test_transformations):
+    globals().update(machine.tests_of(module))

@@ -2,6 +2,7 @@
 """`linear` through the GPU's kernels: thousands of shapes, poison, long graphs, threads."""
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,82 @@ def test_wide_layers(m, activation):
     oracle.assert_linear_close(np.asarray(y)[rows], exact, magnitude, 4096)
 
 
+@pytest.mark.parametrize("m", [1, 16, 48, 64, 128, 300])
+@pytest.mark.parametrize("activation", ["token", 0.0021, None])
+def test_canonical_and_repacked_weights_give_the_same_bits(m, activation):
+    rng = np.random.default_rng(m)
+    x = rng.standard_normal((m, 2048)).astype(ml_dtypes.bfloat16)
+    w = nvfp4.quantize(rng.standard_normal((1000, 2048)).astype(np.float32))
+    expected = np.asarray(nvfp4.linear(x, nvfp4.repack(w), activation_scale=activation))
+    np.testing.assert_array_equal(
+        np.asarray(nvfp4.linear(x, w, activation_scale=activation)), expected
+    )
+
+
+@pytest.mark.parametrize("m", [1, 16, 40, 64, 200, 600])
+def test_float16_activations_keep_their_precision(m):
+    """Each element of x is 1 and a half unit of bf16: rounded to bf16, all of them would be 1."""
+    rng = np.random.default_rng(m)
+    x = (rng.choice([-1, 1], (m, 512)) * (1 + 2.0**-10)).astype(np.float16)
+    w = nvfp4.quantize(rng.standard_normal((256, 512)).astype(np.float32))
+    y = nvfp4.linear(x, nvfp4.repack(w), activation_scale=None, out_dtype=np.float32)
+    exact, magnitude = oracle.linear(x.astype(np.float64), dequantized(w))
+    oracle.assert_linear_close(np.asarray(y), exact, magnitude, 512)
+    rounded, _ = oracle.linear(np.sign(x).astype(np.float64), dequantized(w))
+    assert np.abs(y - exact).max() < 0.05 * np.abs(y - rounded).max()
+
+
+@pytest.mark.parametrize("m", [1, 16, 48, 64, 130, 300])
+@pytest.mark.parametrize("out_dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("activation", ["token", None])
+def test_a_bias_that_outweighs_the_product_is_rounded_once(m, out_dtype, activation):
+    """Biases on the ties of the dtype: the product, however small, decides which way."""
+    rng = np.random.default_rng(m)
+    x = (rng.standard_normal((m, 256)) * 2.0 ** -rng.uniform(5, 30, (m, 1))).astype(np.float32)
+    w = nvfp4.quantize(rng.standard_normal((384, 256)).astype(np.float32) * 0.05)
+    step = oracle.ulp(1.5, out_dtype)
+    bias = np.float32(1 + step * (rng.integers(0, 100, 384) + 0.5))
+    y = nvfp4.linear(x, nvfp4.repack(w), bias, activation_scale=activation, out_dtype=out_dtype)
+    values = activation_values(x, activation)
+    exact, magnitude = oracle.linear(values, dequantized(w), bias)
+    oracle.assert_linear_close(np.asarray(y), exact, magnitude, 256)
+
+
+@pytest.mark.parametrize("m", [1, 40, 300])
+@pytest.mark.parametrize("activation", ["token", None])
+def test_what_pads_a_weight_is_not_looked_at(m, activation):
+    """Rows past N in the last tile hold anything, NaN scales too."""
+    rng = np.random.default_rng(m)
+    n, k = 200, 320
+    x = rng.standard_normal((m, k)).astype(ml_dtypes.bfloat16)
+    kernel = rng.standard_normal((256, k)).astype(np.float32)
+    clean = nvfp4.repack(nvfp4.quantize(kernel[:n], global_scale=0.002))
+    codes, bits, _ = oracle.quantize(kernel, global_scale=0.002)
+    bits[n:] = 0x7F
+    codes[n:] = 0x7
+    arch = backend.local_arch()
+    parts = pack_weight(arch, oracle.pack(codes), bits)
+    poisoned = nvfp4.RepackedWeight(*map(jnp.asarray, parts), clean.global_scale, arch, n, k)
+    assert [p.shape for p in jax.tree.leaves(poisoned)] == [p.shape for p in jax.tree.leaves(clean)]
+    expected = np.asarray(nvfp4.linear(x, clean, activation_scale=activation))
+    assert np.isfinite(expected.astype(np.float32)).all()
+    y = nvfp4.linear(x, poisoned, activation_scale=activation)
+    np.testing.assert_array_equal(np.asarray(y), expected)
+
+
+@pytest.mark.parametrize("activation", ["token", "tensor", None])
+def test_every_run_gives_the_same_bits(activation):
+    """Shapes whose sums are divided among CTAs, which finish in any order."""
+    rng = np.random.default_rng(11)
+    w = nvfp4.repack(nvfp4.quantize(rng.standard_normal((512, 8192)).astype(np.float32)))
+    for m in (1, 16, 64, 128, 256):
+        x = jnp.asarray(rng.standard_normal((m, 8192)), jnp.bfloat16)
+        function = jax.jit(lambda x, w: nvfp4.linear(x, w, activation_scale=activation))
+        first = np.asarray(function(x, w))
+        for _ in range(20):
+            np.testing.assert_array_equal(np.asarray(function(x, w)), first)
+
+
 @pytest.mark.parametrize("activation", ["token", None])
 def test_batch_invariant_for_every_m(activation):
     rng = np.random.default_rng(3)
@@ -139,6 +216,60 @@ def test_a_hundred_layers_in_one_jit():
     for w in layers:
         x = step(x, w)
     np.testing.assert_array_equal(np.asarray(whole), np.asarray(x))
+
+
+def layers_of(count, activation):
+    """A chain of layers, each of which waits for the one before, and its operands."""
+    rng = np.random.default_rng(count)
+    w = nvfp4.repack(nvfp4.quantize(rng.standard_normal((256, 256)).astype(np.float32)))
+
+    def function(x, w):
+        for _ in range(count):
+            x = nvfp4.linear(x, w, activation_scale=activation) * jnp.bfloat16(1 / 16)
+        return x
+
+    return function, w, rng
+
+
+@pytest.mark.parametrize("activation", ["token", None])
+def test_layers_are_captured_and_inputs_can_be_rebound(activation, tmp_path):
+    function, w, rng = layers_of(3, activation)
+    x = jnp.ones((5, 256), jnp.bfloat16)
+    options = {
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_dump_to": str(tmp_path),
+        "xla_dump_hlo_as_text": True,
+    }
+    compiled = jax.jit(function).lower(x, w).compile(compiler_options=options)
+    # XLA's own listing of what it runs: nested under a command buffer is what the graph holds.
+    (listing,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    lines = [line for line in listing.read_text().splitlines() if "kCustomCall" in line]
+    calls = 3 if activation is None else 6
+    assert (len(lines), [line for line in lines if not line.startswith(" ")]) == (calls, [])
+    for _ in range(4):
+        x = jnp.asarray(rng.standard_normal((5, 256)), jnp.bfloat16)
+        expected = x
+        for _ in range(3):
+            expected = layers_of(1, activation)[0](expected, w)
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(compiled(x, w)), np.asarray(expected))
+
+
+def test_the_host_does_not_wait_for_layers():
+    """Layers are enqueued behind work that takes long: their dispatch must not take as long."""
+    big = jnp.ones((8192, 8192), jnp.bfloat16)
+    slow = jax.jit(lambda a: jax.lax.fori_loop(0, 300, lambda _, b: (a @ b) * 1e-4, a))
+    function, w, _ = layers_of(4, "token")
+    behind = jax.jit(lambda x, w, a: function(x + a[:5, :256] * 0, w))
+    x = jnp.ones((5, 256), jnp.bfloat16)
+    jax.block_until_ready(behind(x, w, slow(big)))
+    started = time.perf_counter()
+    y = behind(x, w, slow(big))
+    dispatched = time.perf_counter() - started
+    jax.block_until_ready(y)
+    total = time.perf_counter() - started
+    assert total > 0.2
+    assert dispatched < 0.25 * total
 
 
 def test_two_threads_at_once():
