@@ -309,7 +309,7 @@ def test_what_the_launch_before_writes_is_read_after_the_wait():
 def test_nothing_is_written_before_the_wait():
     """The launch before may still read the output's memory."""
     early = DEPENDENT.replace("griddepcontrol.launch_dependents;", "st.global.u32 [%rd6], %r2;")
-    with pytest.raises(PtxRuntimeError, match="write to .* before griddepcontrol.wait"):
+    with pytest.raises(PtxRuntimeError, match=r"write to .* before griddepcontrol.wait"):
         dependent(early, 0, previous=False)
     # A kernel without the instruction is not launched early.
     dependent(early.replace("griddepcontrol.wait;", ""), 0, previous=False)
@@ -339,8 +339,9 @@ WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r4], 0; @!%p2 bra WAIT;
 
     def launch(text, seed):
         source = np.zeros((8, 32), np.uint8)
-        run(kernel(text, ["tensormap"], shared=SHARED),
-            [TensorMap(source, (32, 8), (32,), (32, 8))], schedule_seed=seed, previous=[source])  # fmt: skip
+        tensor = TensorMap(source, (32, 8), (32,), (32, 8))
+        text = kernel(text, ["tensormap"], shared=SHARED)
+        run(text, [tensor], schedule_seed=seed, previous=[source])
 
     both(text, "griddepcontrol.wait;", "copy from .* before griddepcontrol.wait", launch)
 
