@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels a graph for an NVIDIA GPU calls, by the weight's architecture; needs no GPU."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_nvfp4 as nvfp4
+import kernel_objects
+from jax_nvfp4.config import GemmProblem, select
+from jax_nvfp4.ops import backend
+
+N, K = 512, 1024
+BLACKWELL = ("sm_100f", "sm_120f")
+
+
+@pytest.fixture
+def kernels_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package as it is with the extension, which a machine without a GPU need not have."""
+    for name in ("backend", "linear", "quantize"):
+        module = importlib.import_module(f"jax_nvfp4.ops.{name}")
+        monkeypatch.setattr(module, "ffi", kernel_objects.ffi())
+    # The GPU that a graph is planned for is the weight's, whatever this machine has.
+    monkeypatch.setattr(backend, "_cuda_device", lambda: None)
+
+
+def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list[tuple[str, int]]:
+    """(kernel, split of K) of each custom call in the graph of `linear`."""
+    w = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
+    packed = nvfp4.repack(nvfp4.quantize(w), arch)
+    traced = jax.jit(lambda x: nvfp4.linear(x, packed, **options)).trace(jnp.zeros((m, K), dtype))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    found = []
+    for line in text.splitlines():
+        if match := re.search(r'kernel = "(\w+)"', line):
+            split = re.search(r"split_k = (\d+)", line)
+            found.append((match[1], int(split[1]) if split else 0))
+    return found
+
+
+@pytest.mark.parametrize("m", [1, 33, 64, 128, 300, 4096])
+@pytest.mark.parametrize("arch", BLACKWELL)
+def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> None:
+    """One call quantizes, one multiplies, and the table says by which config."""
+    config, split = select(GemmProblem(m, N, K, arch, "e2m1"), backend._TYPICAL_SMS[arch])
+    short = arch.replace("_", "")
+    for scaling, kind in (("token", "rows"), ("tensor", "grid"), (0.5, "flat")):
+        found = calls(arch, m, activation_scale=scaling)
+        assert found == [(f"quantize_{short}_{kind}_bf16", 0), (config.name, split)]
+
+
+@pytest.mark.parametrize(("dtype", "short"), [("bfloat16", "bf16"), ("float16", "f16")])
+@pytest.mark.parametrize("arch", BLACKWELL)
+def test_weight_only(kernels_built_in: None, arch: str, dtype: str, short: str) -> None:
+    """Few rows by the kernel; many, and a batch-invariant call, by XLA's dot."""
+    kernel = f"gemm_{arch.replace('_', '')}_weight_only_{short}_t16x64"
+    for m in (1, 64):
+        assert [name for name, _ in calls(arch, m, dtype, activation_scale=None)] == [kernel]
+    assert calls(arch, 65, dtype, activation_scale=None) == []
+    assert calls(arch, 1, dtype, activation_scale=None, batch_invariant=True) == []
+
+
+@pytest.mark.parametrize("arch", BLACKWELL)
+def test_batch_invariant(kernels_built_in: None, arch: str) -> None:
+    chosen = {calls(arch, m, batch_invariant=True)[1] for m in (1, 64, 300)}
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("arch", BLACKWELL)
+def test_no_rows(kernels_built_in: None, arch: str) -> None:
+    assert calls(arch, 0) == []
