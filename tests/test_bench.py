@@ -50,8 +50,10 @@ def test_what_cannot_be_is_an_error_and_no_figure(
     monkeypatch.setattr(measurements, "CHAIN", 3)
     seconds = timing.Loop.seconds
 
-    def too_fast(loop: timing.Loop, xs: list[jax.Array], ws: list[jax.Array]) -> float:
-        took = seconds(loop, xs, ws)
+    def too_fast(
+        loop: timing.Loop, xs: list[jax.Array], ws: list[jax.Array], best: bool = False
+    ) -> float:
+        took = seconds(loop, xs, ws, best=best)
         return 1e-9 if loop.plan.rounds == 1 else took  # the ceiling's has two
 
     monkeypatch.setattr(timing.Loop, "seconds", too_fast)
@@ -149,15 +151,24 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.plan(1 << 30, 5e-3, 512 << 20) == timing.Plan(2, 2, 1)
 
 
-def test_a_program_that_does_not_compile_is_named() -> None:
-    def fails(x: jax.Array) -> jax.Array:
-        raise ValueError("no")
+def test_a_program_that_does_not_compile_says_so_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
+    seen = []
     with timing.Compiler() as compiler:
-        compiler.add(lambda x: x + 1, jnp.ones(3))
-        assert compiler.wait(lambda ready, of: None) == 1
-        with pytest.raises(ValueError, match="no"):
-            compiler.add(fails, jnp.ones(3))
+        right = [compiler.add(lambda x: x + 1, jnp.ones(3), tuned=tuned) for tuned in (False, True)]
+        monkeypatch.setattr(jax.stages.Lowered, "compile", fails)
+        wrong = [compiler.add(lambda x: x - 1, jnp.ones(3), tuned=tuned) for tuned in (False, True)]
+        monkeypatch.undo()
+        assert compiler.wait(lambda ready, of: seen.append((ready, of))) == 4
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [float(program.result()(jnp.ones(3))[0]) for program in right] == [2, 2]
+    for program in wrong:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            program.result()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -110,15 +111,16 @@ def in_turn(function: Callable[[Any, Any], Any], rounds: int) -> Callable[[Any, 
 class Compiler:
     """Compiles programs while others are still being traced: XLA needs neither Python nor its lock.
 
-    Programs in which XLA chooses among algorithms by timing them on the device are compiled one at
-    a time, so that none disturbs another's choice. Nothing may be measured before `wait`.
+    Programs in which XLA chooses among algorithms by timing them on the device are compiled after
+    all others, one at a time, so that nothing disturbs the choice. Nothing may be measured before
+    `wait`.
     """
 
     def __init__(self) -> None:
         cores = os.cpu_count() or 1
-        self._many = ThreadPoolExecutor(max(1, min(12, cores - 2)))
-        self._single = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(max(1, min(12, cores - 2)))
         self._futures: list[Future[Any]] = []
+        self._tuned: list[tuple[Future[Any], Callable[[], Any]]] = []
 
     def add(
         self,
@@ -138,16 +140,19 @@ class Compiler:
             donate: numbers of the arguments whose memory the results take.
 
         Returns:
-            The compiled program to come, which takes `args`.
+            The compiled program to come, which takes `args`; one that is tuned comes in `wait`.
         """
         lowered = jax.jit(function, donate_argnums=donate).lower(*args)
         options = (_GRAPH_OPTIONS if graph else _NO_GRAPH_OPTIONS) if on_gpu() else None
-        pool = self._single if tuned else self._many
-        self._futures.append(pool.submit(lowered.compile, compiler_options=options))
+        compile_it = functools.partial(lowered.compile, compiler_options=options)
+        if tuned:
+            self._tuned.append((Future(), compile_it))
+            return self._tuned[-1][0]
+        self._futures.append(self._pool.submit(compile_it))
         return self._futures[-1]
 
-    def wait(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Waits for all programs.
+    def wait(self, progress: Callable[[int, int], None] = lambda ready, of: None) -> int:
+        """Waits for all programs; one that does not compile says so when it is asked for.
 
         Args:
             progress: called with the number of programs that are ready and with that of all.
@@ -155,18 +160,23 @@ class Compiler:
         Returns:
             How many there are.
         """
-        for count, future in enumerate(as_completed(self._futures), 1):
-            future.result()
-            if progress is not None:
-                progress(count, len(self._futures))
-        return len(self._futures)
+        count, of = 0, len(self._futures) + len(self._tuned)
+        for count, _ in enumerate(as_completed(self._futures), 1):
+            progress(count, of)
+        for tuned, (future, compile_it) in enumerate(self._tuned, 1):
+            try:
+                future.set_result(compile_it())
+            except jax.errors.JaxRuntimeError as error:
+                future.set_exception(error)
+            progress(count + tuned, of)
+        self._futures, self._tuned = [], []
+        return of
 
     def __enter__(self) -> Compiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (self._many, self._single):
-            pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass
@@ -221,12 +231,13 @@ class Loop:
         )
         return cls(program, plan, result)
 
-    def seconds(self, xs: Sequence[Any], ws: Sequence[Any]) -> float:
+    def seconds(self, xs: Sequence[Any], ws: Sequence[Any], *, best: bool = False) -> float:
         """Seconds of one call.
 
         Args:
             xs: as many as the plan has calls, or more.
             ws: likewise for its distinct operands.
+            best: as of `measure`.
 
         Returns:
             The median over batches of runs. `results` are those of the last run.
@@ -242,7 +253,7 @@ class Loop:
             self.results = program(*operands, self.results)[1]
             return self.results
 
-        return measure(run) / self.plan.all_calls
+        return measure(run, best=best) / self.plan.all_calls
 
 
 # ---- Times --------------------------------------------------------------------------------------
@@ -316,5 +327,5 @@ def ceilings(size: int) -> Ceilings:
     # Random values: a product of equal ones needs less power, and runs at a higher clock.
     keys = jax.random.split(jax.random.key(0), 4)
     matrices = [jax.random.normal(key, square.shape, square.dtype) for key in keys]
-    dot_seconds = dot.seconds(matrices[:2], matrices[2:])
+    dot_seconds = dot.seconds(matrices[:2], matrices[2:], best=True)
     return Ceilings(fastest, 2 * ones.nbytes / copy_seconds, 2.0 * side**3 / dot_seconds)
