@@ -92,7 +92,9 @@ compiled.export_to_c(file_path=folder, file_name="example", function_prefix="exa
 HOPPER = "cute/hopper/kernel/dense_gemm/"
 B200 = "cute/blackwell/kernel/blockscaled_gemm/dense_blockscaled_gemm_persistent.py"
 B200_CLASS = "Sm100BlockScaledPersistentDenseGemmKernel"
-DENSE = "cute/blackwell/kernel/dense_gemm/dense_gemm_persistent.py"
+SM100 = "cute/blackwell/kernel/dense_gemm/"
+DENSE = SM100 + "dense_gemm_persistent.py"
+SCALED = "cute/blackwell/kernel/blockscaled_gemm/"
 RTX = "cute/blackwell_geforce/kernel/blockscaled_gemm/dense_blockscaled_gemm_persistent_"
 NVFP4, MXF8 = "Float4E2M1FN,Float8E4M3FN,", "Float8E4M3FN,Float8E8M0FNU,"
 BF16 = "BFloat16,BFloat16,Float32"
@@ -122,6 +124,31 @@ CASES = {
                                 NVFP4 + "Float32", "pointers"),
     "tcgen05-mxf8": ("sm_100f", B200, B200_CLASS, "(32, (128, 128), (1, 1))",
                      MXF8 + "Float32", "pointers"),
+    "tcgen05-f16-one-tile": ("sm_100f", SM100 + "dense_gemm.py", "DenseGemmKernel",
+                             "(cutlass.Float32, True, (256, 128), (2, 1), True)", BF16, "once"),
+    "tcgen05-f16-software-pipeline": (
+        "sm_100f", SM100 + "dense_gemm_software_pipeline.py", "DenseGemmKernel",
+        "(cutlass.Float32, False, (128, 64), (1, 1), True)", BF16, "once"),
+    "tcgen05-f16-launch-control": (
+        "sm_100f", SM100 + "dense_gemm_persistent_dynamic.py", "PersistentDenseGemmKernel",
+        "(cutlass.Float32, True, (256, 128), (2, 1), True)", BF16, "once"),
+    "tcgen05-f16-prefetch": (
+        "sm_100f", SM100 + "dense_gemm_persistent_prefetch.py", "PersistentDenseGemmKernel",
+        "(cutlass.Float32, False, (128, 128), (1, 1), True)", BF16, "dense"),
+    "tcgen05-nvfp4-prefetch": (
+        "sm_100f", SCALED + "dense_blockscaled_gemm_persistent_prefetch.py", B200_CLASS,
+        "(16, (128, 128), (1, 1))", NVFP4 + "Float32", "tensors"),
+    "tcgen05-nvfp4-k96": (
+        "sm_103a", SCALED + "sm103_dense_blockscaled_gemm_persistent.py",
+        "Sm103BlockScaledPersistentDenseGemmKernel", "(16, (128, 128), (1, 1), True)",
+        NVFP4 + "Float32", "tensors"),
+    "tcgen05-nvfp4-k96-pair": (
+        "sm_103a", SCALED + "sm103_dense_blockscaled_gemm_persistent.py",
+        "Sm103BlockScaledPersistentDenseGemmKernel", "(16, (256, 256), (2, 1), True)",
+        NVFP4 + "Float32", "tensors"),
+    "mma-sync-bf16": (
+        "sm_120f", "cute/blackwell_geforce/kernel/dense_gemm/dense_gemm.py", "Sm120GemmKernel",
+        "(cutlass.Float32, (64, 64, 64))", BF16, "dense"),
     "mma-sync-nvfp4-pingpong": (
         "sm_120f", RTX + "pingpong.py", "Sm120BlockScaledGemmKernel",
         "(cutlass.Float32, 16, (128, 128, 128), (128, 128))", NVFP4 + "BFloat16", "tensors"),

@@ -262,7 +262,7 @@ def test_cluster_barrier_mistakes():
     with pytest.raises(PtxRuntimeError, match="wait without arrive"):
         run(kernel("barrier.cluster.wait;"), [], grid=2, cluster=(2, 1, 1))
     with pytest.raises(PtxError, match="rank 2"):
-        run(kernel("mov.u32 %r1, 0; mapa.shared::cluster.u32 %r2, %r1, 2;"), [], grid=2,
+        run(kernel("mapa.shared::cluster.u32 %r2, 1024, 2; ld.shared::cluster.u32 %r3, [%r2];"), [], grid=2,
             cluster=(2, 1, 1))  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class WarpState:
         self.ever_fenced = False
         self.results: dict[int, np.ndarray] = {}  # registers as the last wait left them
         self.operands: dict[int, list[tuple[int, np.ndarray]]] = {}  # of A, by operation's id
+        self.at_fence: list = []  # all registers
 
     def pending(self) -> bool:
         return bool(self.open or self.holder)
@@ -102,6 +103,7 @@ def _fence(w) -> None:
     _whole_warp(w, "wgmma.fence")
     state = warp_state(w)
     state.fenced = state.ever_fenced = True
+    state.at_fence = list(w.R)
 
 
 def _commit(w) -> None:
@@ -233,6 +235,8 @@ class Multiply:
         if self.registers_a is not None:
             if any(R[s] is None for s in self.registers_a):
                 raise Fault("wgmma A register is held by an operation in flight")
+            if any(R[s] is not state.at_fence[s] for s in self.registers_a):
+                raise Fault("wgmma A register was written after the last wgmma.fence")
             a_values = np.stack([R[s] for s in self.registers_a], axis=1)
             state.operands[id(operation)] = [(s, R[s]) for s in self.registers_a]
         values = (int(R[self.desc_a][0]) if self.desc_a >= 0 else 0, int(R[self.desc_b][0]))
