@@ -12,7 +12,7 @@ import pytest
 
 from jax_nvfp4 import cli
 from jax_nvfp4.cli import bench, measurements, timing
-from jax_nvfp4.cli.report import LinearRow, QuantizeRow, linear_line
+from jax_nvfp4.cli.report import LinearRow, QuantizeRow, linear_line, stack_lines
 
 SMALL = ["bench", "--shape", "512x1024", "--rows", "1,5", "--quantize-shape", "128x1024"]
 SMALL += ["--layers", "1", "--layer-width", "64,96,128", "--rotate-mb", "1"]
@@ -91,6 +91,13 @@ def test_bytes_and_operations_of_a_call() -> None:
     empty = LinearRow(32, 64, 4, None, None, None, None)
     assert (empty.main, empty.best) == (None, None)
     assert linear_line(empty, 1.0).split("|")[1].split() == ["-"] * 3
+
+
+def test_the_stack_beside_bf16() -> None:
+    stack = {"bytes": {"bf16": 32e9, "nvfp4": 9e9}, "seconds": {"bf16": 0.016, "W4A16": 0.004}}
+    assert stack_lines(stack)[1].split()[-1] == "4.00x"
+    del stack["seconds"]["bf16"]  # was not credible
+    assert stack_lines(stack)[0].split()[-1] == "-"
 
 
 def test_a_wrong_result_is_not_timed() -> None:

@@ -180,6 +180,6 @@ def stack_lines(stack: dict[str, Any]) -> list[str]:
         size = stack["bytes"]["bf16" if name == "bf16" else "nvfp4"]
         lines.append(
             f"  {name:<6} {value * 1e3:8.3f} ms  {size / value / 1e12:5.2f} TB/s of weights  "
-            f"{seconds['bf16'] / value:5.2f}x"
+            f"{_ratio(seconds.get('bf16'), value):>6}"
         )
     return lines
