@@ -192,6 +192,35 @@ st.global.v4.u32 [%rd2], {%r10, %r11, %r12, %r13};
             np.testing.assert_array_equal(halves[lane, matrix], source[row, column : column + 2])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_ldmatrix_m16n16_of_bytes(count):
+    """16 x 16 bytes, transposed: a lane holds four columns' neighbors of its rows.
+
+    Byte e of register r of lane t is element (row, column) = (4 (t mod 4) + 2 (r mod 2) + e mod 2,
+    t / 4 + 8 (e / 2)) of matrix r / 2, as CUTLASS's copy atom of this instruction has it.
+    """
+    data = np.random.default_rng(0).integers(0, 256, (2, 16, 16)).astype(np.uint8)
+    out = np.zeros((32, 4), U32)
+    vector = "%r10, %r11" if count == 1 else "%r10, %r11, %r12, %r13"
+    body = (
+        STAGE
+        + f"mov.b32 %r12, 0; mov.b32 %r13, 0; ldmatrix.sync.aligned.m16n16.x{count}"
+        + (
+            f".trans.shared.b8 {{{vector}}}, [%r4];"
+            "ld.param.u64 %rd1, [p1]; mad.wide.u32 %rd2, %r1, 16, %rd1;"
+            "st.global.v4.u32 [%rd2], {%r10, %r11, %r12, %r13};"
+        )
+    )
+    run(kernel(body, ["u64", "u64"], shared=SHARED), [data, out])
+    loaded = out.view(np.uint8).reshape(32, 4, 4)
+    for lane in range(32):
+        for register in range(2 * count):
+            for byte in range(4):
+                row = 4 * (lane % 4) + 2 * (register % 2) + byte % 2
+                column = lane // 4 + 8 * (byte // 2)
+                assert loaded[lane, register, byte] == data[register // 2, row, column]
+
+
 def test_stmatrix_is_the_inverse_of_ldmatrix():
     for trans in ("", ".trans"):
         data = np.arange(256, dtype=np.uint16)

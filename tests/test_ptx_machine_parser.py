@@ -63,6 +63,7 @@ def test_line_numbers_survive_comments():
         "mbarrier.pending_count.b64 %r1, %rd1;",
         "cp.async.bulk.tensor.3d.shared::cta.global.im2col.mbarrier::complete_tx::bytes "
         "[%r1], [%rd1, {%r2, %r3, %r4}], [%r5];",
+        "tcgen05.shift.cta_group::1.down [%r1];",
         "tcgen05.mma.ws.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p1;",
         "cvt.rs.satfinite.e2m1x4.f32 %rs1, {%r1, %r2, %r3, %r4}, %r5;",
         "mov.u32 %r1, %no_such_register;",

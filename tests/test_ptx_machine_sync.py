@@ -262,8 +262,8 @@ def test_cluster_barrier_mistakes():
     with pytest.raises(PtxRuntimeError, match="wait without arrive"):
         run(kernel("barrier.cluster.wait;"), [], grid=2, cluster=(2, 1, 1))
     with pytest.raises(PtxError, match="rank 2"):
-        run(kernel("mapa.shared::cluster.u32 %r2, 1024, 2; ld.shared::cluster.u32 %r3, [%r2];"), [], grid=2,
-            cluster=(2, 1, 1))  # fmt: skip
+        text = kernel("mapa.shared::cluster.u32 %r2, 1024, 2; ld.shared::cluster.u32 %r3, [%r2];")
+        run(text, [], grid=2, cluster=(2, 1, 1))
 
 
 def test_store_async_counts_its_bytes():
@@ -301,3 +301,63 @@ END: bar.sync 0;
     counter = np.zeros(1, U32)
     run(kernel(body, ["u64"]), [counter], grid=4, block=64)
     assert counter[0] == 4
+
+
+RED_ASYNC = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, bar; mov.u32 %r3, buf; setp.eq.u32 %p1, %r1, 0;
+mov.u32 %r5, %cluster_ctarank; xor.b32 %r6, %r5, 1;
+@%p1 mbarrier.init.shared.b64 [%r2], 1; @%p1 st.shared.u32 [%r3], 1000;
+fence.mbarrier_init.release.cluster;
+@%p1 mbarrier.arrive.expect_tx.shared.b64 %rd3, [%r2], BYTES;
+barrier.cluster.arrive; barrier.cluster.wait;
+mapa.shared::cluster.u32 %r7, %r2, %r6; mapa.shared::cluster.u32 %r8, %r3, %r6;
+red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.NAME.u32 [%r8], %r1, [%r7];
+W: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra W;
+ld.shared.u32 %r9, [%r3]; ld.param.u64 %rd1, [p0]; mad.wide.u32 %rd2, %r5, 4, %rd1;
+@%p1 st.global.u32 [%rd2], %r9; barrier.cluster.arrive; barrier.cluster.wait;
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("add", 1000 + 31 * 16), ("max", 1000), ("min", 0), ("and", 0)]
+)
+def test_reduction_into_another_cta_counts_its_bytes(name, expected):
+    """Four bytes for each of 32 lanes, on the mbarrier next to the word."""
+    text = RED_ASYNC.replace("NAME", name)
+    for seed in SEEDS:
+        out = np.zeros(2, U32)
+        run(kernel(text.replace("BYTES", "128"), ["u64"], shared=SHARED), [out], grid=2,
+            cluster=(2, 1, 1), schedule_seed=seed)  # fmt: skip
+        assert out.tolist() == [expected] * 2
+    with pytest.raises(DeadlockError, match="transaction count 4"):
+        run(kernel(text.replace("BYTES", "132"), ["u64"], shared=SHARED), [out], grid=2,
+            cluster=(2, 1, 1))  # fmt: skip
+
+
+# Counts the CTAs whose work this one does: its own, then those of clusters that never start.
+LAUNCH_CONTROL = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, bar; mov.u32 %r3, buf; setp.eq.u32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
+mov.u32 %r10, %ctaid.x; mov.u32 %r11, %ctaid.y; mov.b32 %r12, 0; ld.param.u64 %rd1, [p0];
+NEXT:
+@%p1 mbarrier.arrive.expect_tx.shared.b64 %rd3, [%r2], 16;
+@%p1 clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r3], [%r2];
+mad.lo.u32 %r13, %r11, 5, %r10; mad.wide.u32 %rd2, %r13, 4, %rd1;
+@%p1 atom.global.add.u32 %r14, [%rd2], 1;
+W: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], %r12; @!%p2 bra W;
+ld.shared.b128 %rq0, [%r3];
+clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 %p3, %rq0;
+@!%p3 bra DONE;
+clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128 {%r10, %r11, %r15, %r16}, %rq0;
+fence.proxy.async.shared::cta; bar.sync 0; xor.b32 %r12, %r12, 1; bra NEXT;
+DONE: mov.b32 %r9, 0;
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("resident", [1, 3, 160])
+def test_launch_control_hands_out_every_cluster_once(resident):
+    for seed in SEEDS:
+        counts = np.zeros((2, 5), U32)
+        run(kernel(LAUNCH_CONTROL, ["u64"], shared=SHARED), [counts], grid=(5, 2, 1), block=64,
+            schedule_seed=seed, resident_clusters=resident)  # fmt: skip
+        assert (counts == 1).all()

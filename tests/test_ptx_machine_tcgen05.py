@@ -580,7 +580,7 @@ def test_fences_are_not_asked_of_code_that_has_none():
     fences = tuple(k for k, v in HANDED.items() if "fence" in v)
     for seed in SEEDS:
         handover(fences, seed, tensor_fences=False)
-        with pytest.raises(PtxRuntimeError, match="tcgen05.fence"):
+        with pytest.raises(PtxRuntimeError, match=r"tcgen05\.fence"):
             handover(fences, seed, tensor_fences=True)
         with pytest.raises(PtxRuntimeError, match=r"no wait::st"):
             handover((*fences, "STORED"), seed, tensor_fences=False)

@@ -342,3 +342,29 @@ mov.b64 %rd5, p0; add.u32 %r3, %r3, 64;
     body = body.replace("TENSOR_LOAD", LOAD.format(2))
     with pytest.raises(PtxRuntimeError, match="128-byte aligned"):
         run(kernel(fill(body, bytes=256), ["tensormap"], shared=SHARED), [map2(data, (32, 8))])
+
+
+@pytest.mark.parametrize("swizzle", ["none", "64B"])
+def test_gather_of_four_rows(swizzle):
+    """One column coordinate and four rows; a row out of bounds reads as zeros."""
+    source = np.random.default_rng(0).integers(0, 256, (16, 128)).astype(np.uint8)
+    tensor = map2(source, (64, 1), swizzle=swizzle)
+    rows = (3, 15, 0, 77)
+    coordinate = ", ".join(str(c) for c in (32, *rows))
+    load = LOAD.format(2).replace(".tile", ".tile::gather4")
+    body = HEAD + f"""
+mov.b64 %rd5, p0; cvta.param.u64 %rd5, %rd5;
+@%p1 {load} [%r3], [%rd5, {{{coordinate}}}], [%r2];
+"""  # fmt: skip
+    expected = np.zeros((4, 64), np.uint8)
+    expected[:3] = source[list(rows[:3]), 32:96]
+    if swizzle == "64B":  # address bits 4 and 5 are xored with bits 7 and 8
+        flat, moved = expected.reshape(-1), np.zeros(256, np.uint8)
+        for at in range(256):
+            moved[at ^ ((at >> 7 & 3) << 4)] = flat[at]
+        expected = moved.reshape(4, 64)
+    for seed in SEEDS:
+        out = np.zeros(256, np.uint8)
+        text = fill(body + WAIT + DUMP, bytes=256, words=64)
+        run(kernel(text, ["tensormap", "u64"], shared=SHARED), [tensor, out], schedule_seed=seed)
+        np.testing.assert_array_equal(out, expected.reshape(-1))

@@ -439,32 +439,8 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
 
 
 def _shift(ctx: Context, ins: Instruction) -> Closure:
-    size = _group_size(ctx, ins)
-    slot, offset = ctx.address(ins.operands[0])
-    line = ins.line
-
-    def run(w) -> None:
-        base, column = split_address(int(w.R[slot][w.first()]) + offset)
-        if base % 32:
-            raise Fault(f"tcgen05.shift at lane {base}")
-        ctas = pair_of(w.cta) if size == 2 else [w.cta]
-        columns = np.arange(column, column + 8)
-        for target in ctas:
-            queue = w.cta.cluster.agents.tensor_queue(w.cta.rank)
-            target.tensor.accesses.operation_issued(columns, columns, w, queue, "tcgen05.shift")
-        code = next_stamp(w.cta)
-
-        def complete() -> None:
-            where = np.arange(column, column + 8)[None, :]
-            rows = np.arange(base, base + 31)[:, None]
-            for target in ctas:
-                values = target.tensor.read(rows + 1, where, "tcgen05.shift")
-                target.tensor.write(rows, where, values, "tcgen05.shift")
-                target.tensor.accesses.operation_done(columns, columns, code)
-
-        push(w.cta, complete, "tcgen05.shift", line, ctas)
-
-    return run
+    # The ISA's text leaves open how many rows move when the address names a lane above 0.
+    raise ctx.error("tcgen05.shift is not modeled")
 
 
 # -- commit ------------------------------------------------------------------------------------
