@@ -66,21 +66,23 @@ def family(kernel: str) -> str:
 
 
 @functools.cache
+def module_of(stem: str) -> ModuleType:
+    """A module of the kernels' tests, by the name of its file."""
+    spec = importlib.util.spec_from_file_location(f"mutation_{stem}", FOLDER / f"{stem}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def tests_of(name: str) -> tuple[ModuleType, ...]:
     """The modules with a family's tests."""
     arch = name[:2] + name[3:-1]
-    patterns = {"quantize": ("test_quantize*.py",)}.get(
-        name, (f"test_gemm_{arch}.py", "test_gemm_blackwell.py", "test_gemm_outputs.py")
-    )
-    modules = []
-    for path in sorted(path for pattern in patterns for path in FOLDER.glob(pattern)):
-        spec = importlib.util.spec_from_file_location(f"mutation_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        modules.append(module)
-    assert modules, f"no tests of {name}"
-    return tuple(modules)
+    gemm = (f"test_gemm_{arch}.py", "test_gemm_blackwell.py", "test_gemm_outputs.py")
+    patterns = ("test_quantize*.py",) if name == "quantize" else gemm
+    found = sorted(path.stem for pattern in patterns for path in FOLDER.glob(pattern))
+    assert found, f"no tests of {name}"
+    return tuple(module_of(stem) for stem in found)
 
 
 class Interception:

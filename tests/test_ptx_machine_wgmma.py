@@ -242,10 +242,22 @@ def test_operand_registers_stay_until_the_wait(committed):
     commit = "wgmma.commit_group.sync.aligned;\n"
     core = "".join(f"mov.b32 %r{i}, 0;\n" for i in range(10, 14)) + zero(4)
     core += "wgmma.fence.sync.aligned;\n" + one + commit * committed
-    core += "wgmma.wait_group.sync.aligned 1;\nmov.b32 %r12, 1;\n" + one + END
+    core += "wgmma.wait_group.sync.aligned 1;\nmov.b32 %r12, 1;\nwgmma.fence.sync.aligned;\n"
+    core += one + END
     for seed in SEEDS:
         with pytest.raises(PtxRuntimeError, match="register %r12, an operand of a wgmma"):
             run_wgmma(a_image, b_image, 0, descriptor(BASE_B, "128B", 1024, 16), core, 4, seed=seed)
+
+
+def test_operand_registers_are_written_before_the_fence():
+    _, _, a_image, b_image = operands()
+    core = "".join(f"mov.b32 %r{i}, 0;\n" for i in range(10, 13)) + zero(4)
+    core += "wgmma.fence.sync.aligned;\nmov.b32 %r13, 0;\n"
+    core += mma("m64n8k16", 4, a="{%r10, %r11, %r12, %r13}", tail="1, 1, 1, 0") + END
+    with pytest.raises(
+        PtxRuntimeError, match=r"A register was written after the last wgmma\.fence"
+    ):
+        run_wgmma(a_image, b_image, 0, descriptor(BASE_B, "128B", 1024, 16), core, 4)
 
 
 def test_missing_proxy_fence():

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each quantize kernel in each shape of its threads: the shapes and formats that share no code.
+
+An object holds a kernel for few rows, for long ones, for rows that vectors cannot load, and for
+each format. All of them meet rows of several warps, and padding in a tile of scales that has rows.
+"""
+
+import mutation
+import numpy as np
+import pytest
+
+from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS, OutFormat
+
+tests = mutation.module_of("test_quantize_kernels")
+# (m, k, multiprocessors)
+SHAPES = {
+    "flat": ((67, 64, 132), (70, 17, 132)),
+    "rows": ((66, 528, 132), (66, 1048, 4), (66, 1033, 132), (67, 64, 2), (67, 17, 132)),
+    "grid": ((67, 64, 3), (70, 17, 3), (67, 144, 132), (66, 1033, 2)),
+}
+
+
+@pytest.mark.parametrize("out_format", [OutFormat.OPERAND, OutFormat.VALUES])
+@pytest.mark.parametrize("config", QUANTIZE_CONFIGS, ids=[c.name for c in QUANTIZE_CONFIGS])
+def test_each_shape_of_threads(config, out_format):
+    rng = np.random.default_rng(6)
+    for seed, (m, k, sms) in enumerate(SHAPES[config.kind]):
+        x = rng.standard_normal((m, k)).astype(config.x_dtype)
+        x[m - 1, k // 2] = 11  # the largest, in the last warp of its row or near it
+        x[3, k - 1] = -13
+        for mode in tests.MODES[config.kind]:
+            g = tests.given_scales(rng, x, mode, bad=False)
+            tests.check(config, x, mode, out_format, g, seed=seed, sms=sms)
