@@ -399,9 +399,10 @@ def test_explicit_quantize(explicit, how, scale_spec):
 
 def test_explicit_quantize_where_blocks_do_not_divide(explicit):
     x = X[:, :240]
+    columns = "y" if explicit.shape["y"] == 1 else None  # 15 blocks
     for t in everyhow(explicit, nvfp4.quantize, put(explicit, x, P("x", "y"))):
         assert_same(t, nvfp4.quantize(x))
-        assert specs(t) == [P("x", None), P("x", None), P()]
+        assert specs(t) == [P("x", columns), P("x", columns), P()]
 
 
 @pytest.mark.parametrize("arch", ARCHES)
