@@ -3,10 +3,11 @@
 
 import numpy as np
 import pytest
-from gemm_sm100_cases import BY_NAME, check
+from gemm_blackwell import BF16, F16, F32, Case, Problem
 from ptx_machine import PtxError, mutate
 
 import kernel_objects
+from jax_nvfp4.config import sm100
 
 MUTANTS = 44
 # Left out: proxy fences between reads of an answer about the next tile and the write of the fourth
@@ -17,36 +18,37 @@ SURVIVORS = 3
 """Faults in paths that these cases do not take, and in waits that another wait implies."""
 
 CASES = {
-    "swap_t32": (
-        (40, 330, 2344, {"sms": 1, "padding": 0x7F}),
-        (29, 200, 1400, {"out": 0, "bias": 0, "split": 2, "sms": 2}),
-        (29, 100, 700, {"bias": 2, "split": 2, "sms": 2}),
-        (29, 100, 700, {"out": 2, "split": 2, "sms": 2}),
-        (32, 100, 64, {"out": 0}),
-        (32, 100, 64, {"out": 2}),
+    sm100.SWAP_32: (
+        Case(40, 330, 2344, bias=BF16, x_scaling="token", w_scaling="token"),
+        Case(29, 200, 1400, split=2, sms=2, out=F32, bias=F32, x_scaling="token"),
+        Case(29, 100, 700, split=2, sms=2, bias=F16, w_scaling="token"),
+        Case(29, 100, 700, split=2, sms=2, out=F16, bias=BF16, x_scaling="token"),
+        Case(32, 100, 64, sms=2, out=F32, bias=BF16, x_scaling="token"),
+        Case(32, 100, 64, sms=2, out=F16, bias=BF16, w_scaling="token"),
     ),
-    "pair_t256x128": (
-        (300, 264, 600, {"sms": 2, "padding": 0x7F}),
-        (40, 75, 64, {"out": 0, "bias": 0}),
-        (40, 75, 64, {"out": 2, "bias": 2}),
-        (33, 128, 320, {"out": 0}),
-        (33, 128, 64, {"out": 2}),
+    sm100.PAIR_128: (
+        Case(300, 264, 600, sms=2, bias=BF16, x_scaling="token", w_scaling="token"),
+        Case(40, 75, 64, sms=2, out=F32, bias=F32, x_scaling="token"),
+        Case(40, 75, 64, sms=2, out=F16, bias=F16, w_scaling="token"),
+        Case(33, 128, 320, sms=2, out=F32, bias=BF16, x_scaling="token"),
+        Case(33, 128, 64, sms=2, out=F16, bias=BF16, w_scaling="token"),
     ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_planted_faults_show(name, monkeypatch):
+@pytest.mark.parametrize("config", CASES, ids=lambda c: c.name)
+def test_planted_faults_show(config, monkeypatch):
     monkeypatch.setattr("ptx_machine.machine.LIVELOCK_INSTRUCTIONS", 300_000)
-    text = (kernel_objects.folder() / f"gemm_sm100f_{name}.ptx").read_text()
+    text = (kernel_objects.folder() / f"{config.name}.ptx").read_text()
 
     def shows(ptx):
-        for case in CASES[name]:
-            m, n, k, options = case
+        for case in CASES[config]:
+            problem = Problem(config, case)
+            problem.poison = True
             try:
                 with np.errstate(invalid="ignore"):
-                    check(BY_NAME[name], m, n, k, ptx=ptx, **options)
+                    problem.check(problem.run(ptx=ptx))
             except (PtxError, AssertionError):
                 return True
         return False
