@@ -254,9 +254,7 @@ def test_operand_registers_are_written_before_the_fence():
     core = "".join(f"mov.b32 %r{i}, 0;\n" for i in range(10, 13)) + zero(4)
     core += "wgmma.fence.sync.aligned;\nmov.b32 %r13, 0;\n"
     core += mma("m64n8k16", 4, a="{%r10, %r11, %r12, %r13}", tail="1, 1, 1, 0") + END
-    with pytest.raises(
-        PtxRuntimeError, match=r"A register was written after the last wgmma\.fence"
-    ):
+    with pytest.raises(PtxRuntimeError, match=r"written after the last wgmma\.fence"):
         run_wgmma(a_image, b_image, 0, descriptor(BASE_B, "128B", 1024, 16), core, 4)
 
 
