@@ -60,9 +60,16 @@ def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
     )
 
 
+# Tiles of 192 rows, for the numbers of tiles that 128 and 256 divide badly over multiprocessors.
+_BETWEEN = (
+    _config("tile", "bfloat16", 64, 192, 6, split_k=2, warpgroups=3),
+    _config("tile", "bfloat16", 128, 192, 4, split_k=2, warpgroups=3),
+)
+
 CONFIGS: tuple[GemmConfig, ...] = (
     *_turns("bfloat16"),
     *_whole("bfloat16", (8, 16)),
+    *_BETWEEN,
     _turns("float16")[1],
     *_whole("float16", (16,)),
 )
@@ -195,10 +202,16 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 "x is read once for 128 rows of the weight: with 64 the L2 cache is the limit",
             ),
             rule(
+                _rows(64, _one_wave(192)),
+                "tile_64x192",
+                _whole_k,
+                "one tile for each multiprocessor (24576x1536: 13.4 us, stream_64x128 14.8)",
+            ),
+            rule(
                 _rows(64),
                 "stream_64x128",
                 _whole_k,
-                "as for 32 rows (28672x4096: 32.9 us, turns_64x128 35.4)",
+                "as for 32 rows (28672x4096: 30.2 us, turns_64x128 33.2)",
             ),
         ]
     else:
@@ -218,14 +231,38 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 "x is read once for 128 rows of the weight",
             ),
         ]
-    rules += [
+    rules.append(
         rule(
             _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
-            "stream_64x128",
+            "turns_64x128" if x_dtype == "bfloat16" else "stream_64x128",
             _split_to_fill(64, 128, 2),
             "two tiles of 64 rows fill more multiprocessors than one of 128"
-            " (4096x14336: 30.4 us, 32.1)",
-        ),
+            " (4096x4096: 11.1 us, 14.7; stream_64x128 11.5)",
+        )
+    )
+    if x_dtype == "bfloat16":
+        rules += [
+            rule(
+                _rows(128, lambda p, sms: 2 * _tiles(p, 64, 192) <= sms),
+                "tile_64x192",
+                _split_to_fill(64, 192, 2),
+                "the same where tiles of 128 would be too many (6144x4096: 14.2 us, 128x128 15.0)",
+            ),
+            rule(
+                lambda p, sms: 2 * _tiles(p, 128, 192) <= sms < 2 * _tiles(p, 128, 128),
+                "tile_128x192",
+                _split_to_fill(128, 192, 2),
+                "K split over two CTAs fills the multiprocessors (6144x4096, 256 rows: 22.0 us,"
+                " 128x128 23.4)",
+            ),
+            rule(
+                lambda p, sms: _tiles(p, 128, 192) <= sms < _tiles(p, 128, 128),
+                "tile_128x192",
+                _whole_k,
+                "one tile for each multiprocessor (24576x1536, 128 rows: 18.5 us, 128x256 20.0)",
+            ),
+        ]
+    rules += [
         rule(
             _wide_wins,
             "tile_128x256",

@@ -11,12 +11,15 @@ reads codes in the order of its registers, decodes a group of `wgmma` steps whil
 work on the group before, and has two sets of A registers so that neither waits for the other.
 
 K may be split over the CTAs of a cluster, and over groups of a CTA's warpgroups (`k_groups`), which
-take its stages in turns. Each leaves its sums in its CTA's shared memory; after a barrier of the
-cluster each thread adds up some places of the tile, in the order of ranks and groups. No atomics,
-no scratch memory, no state from one launch to the next: what a launch computes depends on its
-arguments alone. The order in which one output is summed is fixed by K, the split and `k_groups`:
-columns in rising order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same
-in every config.
+take its stages in turns. Then each group adds up some rows of x: the others hand it their sums of
+these through shared memory. Of these rows in turn each CTA adds up some, and gets the others' sums
+by asynchronous stores that an mbarrier counts. They go to a place of their own or, where there is
+no room for one, to its ring, once its threads have told the others that they are done with it. (A
+barrier of the cluster would say so too, and would wait for a fence at the scope of the GPU.) No
+atomics, no scratch memory, no state from one launch to the next: what a launch computes depends on
+its arguments alone.
+The order in which one output is summed is fixed by K, the split and `k_groups`: columns in rising
+order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same in every config.
 """
 
 import cuda.bindings.driver as cuda
@@ -47,6 +50,7 @@ TILE_K = layout.TILE_K
 # A block is what a `wgmma` takes of a tile of the weight: half of its 128 rows.
 BLOCK_N = 64
 CODE_BYTES = BLOCK_N * TILE_K // 2
+HALF_BYTES = CODE_BYTES // 2
 SCALE_BYTES = BLOCK_N * TILE_K // layout.BLOCK
 STEPS = TILE_K // 16
 # Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
@@ -54,11 +58,9 @@ STEPS = TILE_K // 16
 RASTER_TILES = 8
 # How an output is stored, by the code of its dtype.
 FORMS = ("f32", "bf16x2", "f16x2")
-# Rows of sums that a thread loads at a time when it adds up.
-REDUCE_ROWS = 8
 # Registers of a producer's and of a consumer's thread once the warpgroup of producers has handed
 # over, by CTAs of a multiprocessor and warpgroups of consumers in one.
-REGISTERS = {(1, 2): (40, 232), (2, 2): (24, 104), (1, 4): (24, 112)}
+REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (24, 112)}
 # Shared memory of a CTA when a multiprocessor holds so many.
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
 
@@ -79,10 +81,10 @@ class GemmSm90:
         self.row_groups = config.warpgroups // config.k_groups
         # Blocks of 64 rows of the weight in a tile, in one copy, and those a warpgroup works on.
         self.tile_blocks = config.tile_n // BLOCK_N
-        self.copy_blocks = min(self.tile_blocks, 2)
+        self.copy_blocks = 2 if self.tile_blocks % 2 == 0 else 1
         self.blocks = self.tile_blocks // self.row_groups
         # Steps of 16 columns between waits: two where that is work enough to hide a decode.
-        self.group_steps = 2 if self.tile_m >= 64 else 4
+        self.group_steps = 2 if self.tile_m >= 128 else 4
         # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
         # over most of its own.
         self.moves_registers = self.blocks * self.tile_m >= 64
@@ -92,12 +94,33 @@ class GemmSm90:
         self.threads = self.consumers + self.producers
         self.x_bytes = self.tile_m * TILE_K * 2
         self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
-        self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16)
+        self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16) + 16
+        # Rows of x are divided by eights, as the accumulators are: those of a tile, and those whose
+        # sums one of the groups adds up.
+        self.eights = self.tile_m // 8
+        self.group_eights = -(-self.eights // self.k_groups)
+        # Whether there is room for other CTAs' sums beside the ring.
+        inbox = max(self._inbox_bytes(split) for split in range(1, config.split_k + 1))
+        self.apart = self.smem_bytes + inbox <= SMEM_BYTES[config.ctas_per_sm]
+        if self.apart:
+            self.smem_bytes += inbox
         self._check()
 
     def reduces(self, split: int) -> bool:
         """Whether a tile's sums meet in shared memory before they are stored."""
         return split * self.k_groups > 1
+
+    def _cta_eights(self, split: int) -> int:
+        """How many of a group's eights one CTA of a cluster adds up, at most."""
+        return -(-self.group_eights // split)
+
+    def _groups_bytes(self) -> int:
+        """Shared memory for the sums that groups hand to one another."""
+        return (self.k_groups - 1) * self.group_eights * self.blocks * self.consumers * 16
+
+    def _inbox_bytes(self, split: int) -> int:
+        """Shared memory for the sums that a CTA gets from the others of its cluster."""
+        return (split - 1) * self._cta_eights(split) * self.blocks * self.consumers * 16
 
     def _check(self) -> None:
         c = self.config
@@ -105,17 +128,16 @@ class GemmSm90:
             raise ValueError(f"{c.name}: tiles of {c.tile_m} x {c.tile_n} x {c.tile_k}")
         if c.warpgroups % c.k_groups or self.tile_blocks % self.row_groups:
             raise ValueError(f"{c.name}: {c.warpgroups} warpgroups in {c.k_groups} groups")
-        if self.consumers % c.tile_n and self.reduces(c.split_k):
-            raise ValueError(f"{c.name}: {self.consumers} threads for {c.tile_n} columns")
         if self.moves_registers and self.registers is None:
             raise ValueError(f"{c.name}: no division of the registers")
         if c.stages % c.k_groups:
             raise ValueError(f"{c.name}: {c.stages} stages for {c.k_groups} groups")
         if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
             raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
-        sums = self.k_groups * self.tile_m * (self.tile_n + 1) * 4
-        if self.reduces(c.split_k) and sums > self.stages * self.stage_bytes:
-            raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
+        for split in range(1, c.split_k + 1):
+            inbox = 0 if self.apart else self._inbox_bytes(split)
+            if self._groups_bytes() + inbox > self.stages * self.stage_bytes:
+                raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
 
     def _tiled_mma(self):
         op = warpgroup.MmaF16BF16Op(
@@ -244,15 +266,28 @@ class GemmSm90:
 
         smem = cutlass.utils.SmemAllocator()
         buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
-        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2)
-        full, empty = barriers, barriers + self.stages
+        inbox = buffers
+        if const_expr(self.apart and split > 1):
+            inbox = smem.allocate(self._inbox_bytes(split), byte_alignment=16)
+        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2 + 2)
+        full, empty, ready = barriers, barriers + self.stages, barriers + self.stages * 2
+        received = ready + 1
         if warp == self.consumers // 32:
             cpasync.prefetch_descriptor(tma_atom)
         if thread == 0:
             for stage in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(full + stage, 1)
-                cute.arch.mbarrier_init(empty + stage, self.row_groups * 4)
+                cute.arch.mbarrier_init(empty + stage, self.row_groups * WARPGROUP)
+            if const_expr(split > 1):
+                cute.arch.mbarrier_init(received, 1)
+                if const_expr(not self.apart):
+                    cute.arch.mbarrier_init(ready, (split - 1) * self.consumers)
             cute.arch.mbarrier_init_fence()
+            if const_expr(split > 1):
+                cute.arch.mbarrier_arrive_and_expect_tx(received, self._inbox_bytes(split))
+        if const_expr(split > 1):
+            # Waited for before the first access to another CTA.
+            cute.arch.cluster_arrive_relaxed()
         cute.arch.sync_threads()
 
         x_smem = cute.make_tensor(
@@ -267,48 +302,20 @@ class GemmSm90:
                     tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
                     m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
                 )  # fmt: skip
-            if const_expr(self.reduces(split)):
-                # The consumers' barriers below, which all threads take part in.
-                self._barrier(split)
-                if const_expr(split > 1):
-                    self._barrier(split)
+            if const_expr(split > 1):
+                cute.arch.cluster_wait()
         else:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_increase(self.registers[1])
-            if const_expr(self.reduces(split)):
-                tile_x, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
-                share = self._share(
-                    x_scale, w_scale, bias, tile_x, tile_w, m, n, rank, thread,
-                    x_scale_stride, w_scale_stride, bias_dtype, split,
-                )  # fmt: skip
             self._consume(
-                x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
-                m_tiles, tiles, m, n, k_count, first_tile, tile_step,
+                x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
+                m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
                 x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
             )  # fmt: skip
-            if const_expr(self.reduces(split)):
-                self._barrier(split)
-                self._reduce(
-                    buffers, x_scale, w_scale, y, tile_x, m, n, share,
-                    x_scale_stride, out_dtype, split,
-                )  # fmt: skip
-                if const_expr(split > 1):
-                    # No CTA leaves while another reads its shared memory.
-                    self._barrier(split)
-
-    @cute.jit
-    def _barrier(self, split: cutlass.Constexpr[int]):
-        """A barrier of all threads of the CTAs that share a tile."""
-        if const_expr(split > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier(barrier_id=2, number_of_threads=self.threads)
 
     def _n_tiles(self, n):
-        """Tiles along N. A tile of 64 rows is one of two that share 128, a few rows in turn."""
-        whole = self.copy_blocks * BLOCK_N
-        return cute.ceil_div(n, max(self.tile_n, layout.TILE_N)) * (layout.TILE_N // whole)
+        """Tiles along N, of the blocks of the weight's whole tiles."""
+        return cute.ceil_div(cute.ceil_div(n, layout.TILE_N) * 2, self.tile_blocks)
 
     @cute.jit
     def _tile_coordinates(self, tile, m_tiles, n):
@@ -324,9 +331,12 @@ class GemmSm90:
             tile_w = inside // rows
         return tile_x, tile_w
 
-    def _flat(self, j, b, half, e):
-        """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is."""
-        return e + 2 * half + 4 * j + (self.tile_m // 2) * b
+    def _flat(self, j, b, half, e, eights):
+        """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is.
+
+        Of its sums for so many eights of rows of x.
+        """
+        return e + 2 * half + 4 * (j + eights * b)
 
     def _code_offset(self):
         """Where codes start in the buffers; scales follow all codes."""
@@ -399,8 +409,8 @@ class GemmSm90:
 
     @cute.jit
     def _consume(
-        self, x_smem, buffers, full, empty, x_scale, w_scale, bias, y,
-        m_tiles, tiles, m, n, k_count, first_tile, tile_step,
+        self, x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
+        m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
         x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
     ):  # fmt: skip
         """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
@@ -418,33 +428,53 @@ class GemmSm90:
         k_count = (k_count - k_group + self.k_groups - 1) // self.k_groups
         stage = k_group
         phase = Int32(0)
+        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
+        # A thread's share of the tile. What scales it is loaded before the multiplication if there
+        # are registers to hold it; else after it, if possible before the sums of others come.
+        eights = self._cta_eights(split)
+        early = self.blocks == 1 and (self.reduces(split) or self.tile_m <= 64)
+        rows_early = self.blocks == 1 and eights <= 4
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
             tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
             first_block = tile_w * self.tile_blocks + row_group * self.blocks
-            # Small tiles have registers to load these before the multiplication, not after.
-            early = const_expr(not self.reduces(split) and self.blocks == 1 and self.tile_m <= 64)
+            first, end = self._rows(tile_x, k_group, rank, m, split)
+            columns = (first_block, n, thread, w_scale_stride)
+            rows = (x_scale, w_scale, x_scale_stride, first, m, thread)
             if const_expr(early):
-                constants = self._constants(
-                    w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype
-                )
+                constants = self._constants(w_scale, bias, columns, bias_dtype)
+            if const_expr(rows_early):
+                row_scales = [self._row_scales(rows, j) for j in range(eights)]
             sums.fill(0.0)
             stage, phase = self._multiply(
                 tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
                 k_count, stage, phase, k_group, exponent,
             )  # fmt: skip
-            if const_expr(not self.reduces(split)):
-                if const_expr(not early):
-                    constants = self._constants(
-                        w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype
-                    )
-                self._store(
-                    sums, x_scale, w_scale, y, tile_x, first_block, m, n, thread, constants,
-                    x_scale_stride, out_dtype,
-                )  # fmt: skip
-            else:
-                # All warpgroups are done with the ring that the sums go to.
-                cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-                self._leave(sums, buffers, thread, row_group, k_group)
+            if const_expr(not early):
+                constants = self._constants(w_scale, bias, columns, bias_dtype)
+            share = flat
+            if const_expr(self.reduces(split)):
+                if const_expr(not rows_early):
+                    row_scales = [self._row_scales(rows, j) for j in range(eights)]
+                # The only tile of this cluster.
+                share = self._reduce(
+                    flat, buffers, inbox, ready, received, thread, row_group, k_group, rank, split
+                )
+            elif const_expr(not rows_early):
+                row_scales = None
+            self._store(
+                share, rows, row_scales, constants, y, first, end, first_block, n, thread,
+                out_dtype, eights,
+            )  # fmt: skip
+
+    def _rows(self, tile_x, k_group, rank, m, split):
+        """The rows of y that a thread stores: the first, and where they end.
+
+        The next eights of a tile's rows go to the next group, of a group's to the next CTA.
+        """
+        first = k_group * self.group_eights + rank * self._cta_eights(split)
+        end = cutlass.min(first + self._cta_eights(split), (k_group + 1) * self.group_eights)
+        tile_row = tile_x * self.tile_m
+        return tile_row + first * 8, cutlass.min(tile_row + cutlass.min(end * 8, self.tile_m), m)
 
     @cute.jit
     def _multiply(
@@ -461,34 +491,39 @@ class GemmSm90:
             registers.append(cute.make_tensor(words.iterator, cute.make_layout(cute.size(words))))
         base = ops.shared_address(buffers)
         lane_row = (thread // 32) * 8 + (thread % 32) // 4
-        is_first_lane = Int32(thread % 32 == 0)
-        releases = Int32(0)
+        # Every lane arrives that has read: one for its warp, after a barrier of the warp, takes as
+        # long. Nothing is there to release in the first round. 1 is written so that no compiler
+        # knows it: it would peel that round, and compute the ring's addresses for each lane.
+        releases, one = Int32(0), Int32(thread - stage < WARPGROUP)
         first = row_group * self.blocks
         code_at = base + self._code_offset() + first * CODE_BYTES + thread * 16
         scale_at = base + self._scale_offset() + first * SCALE_BYTES + lane_row * 16
         last = stage
         for _ in cutlass.range(k_count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
-            codes = []
-            scales = []
-            for b in cutlass.range_constexpr(self.blocks):
-                slot = stage * self.tile_blocks + b
-                at = code_at + slot * CODE_BYTES
-                codes.append([*load_shared_x4(at), *load_shared_x4(at + CODE_BYTES // 2)])
-                scales.append(load_shared_x4(scale_at + slot * SCALE_BYTES))
+            slot = stage * self.tile_blocks
+            scales = [
+                load_shared_x4(scale_at + (slot + b) * SCALE_BYTES) for b in range(self.blocks)
+            ]
             for part in cutlass.range_constexpr(STEPS // self.group_steps):
+                if const_expr(part * self.group_steps % 4 == 0):
+                    # Half of the codes at a time: the assembler would else decode all at once, and
+                    # leave nothing to do while the last groups multiply.
+                    at = code_at + slot * CODE_BYTES + part * self.group_steps // 4 * HALF_BYTES
+                    codes = [load_shared_x4(at + b * CODE_BYTES) for b in range(self.blocks)]
                 # The group before the last is done: it was the reader of this set of registers.
                 warpgroup.wait_group(1)
                 if const_expr(part == 1):
                     # So is all of the stage before this one.
                     cute.arch.sync_warp()
                     ops.arrive_if(releases, ops.shared_address(empty + last))
-                    releases = is_first_lane
+                    releases = one
                 for pair in cutlass.range_constexpr(self.group_steps // 2):
                     p = part * (self.group_steps // 2) + pair
+                    word = 2 * p % 4
                     for b in cutlass.range_constexpr(self.blocks):
                         decoded = ops.decode_pair(
-                            codes[b][2 * p], codes[b][2 * p + 1], scales[b][p], exponent, bf16
+                            codes[b][word], codes[b][word + 1], scales[b][p], exponent, bf16
                         )
                         for step in cutlass.range_constexpr(2):
                             for r in cutlass.range_constexpr(4):
@@ -554,9 +589,16 @@ class GemmSm90:
         tile = (first_block // 2) * layout.TILE_N
         return tile + (thread // 32) * 32 + (first_block % 2) * 4
 
+    def _row_scales(self, rows, j):
+        """The scales of the two rows of eight `j` that a thread's sums are of."""
+        x_scale, w_scale, stride, first, m, thread = rows
+        row = first + 8 * j + thread % 4 * 2
+        return [self._x_scale(x_scale, w_scale, stride, row + e, m) for e in range(2)]
+
     @cute.jit
-    def _constants(self, w_scale, bias, first_block, n, thread, w_scale_stride, bias_dtype):
+    def _constants(self, w_scale, bias, columns, bias_dtype):
         """The scales and the biases of the rows of the weight that a thread sums."""
+        first_block, n, thread, w_scale_stride = columns
         lane = thread % 32
         g = lane // 4
         warp_n = self._warp_column(first_block, thread)
@@ -572,10 +614,10 @@ class GemmSm90:
 
     @cute.jit
     def _store(
-        self, sums, x_scale, w_scale, y, tile_x, first_block, m, n, thread, constants,
-        x_scale_stride, out_dtype,
+        self, sums, rows, row_scales, constants, y, first, end, first_block, n, thread,
+        out_dtype, eights: cutlass.Constexpr[int],
     ):  # fmt: skip
-        """Scales a tile and stores it, from registers.
+        """Scales so many eights of a tile's rows and stores them up to row `end`, from registers.
 
         A lane 4*g + t holds rows g of 8 of the weight for rows 2*t and 2*t + 1 of 8 of x. Once
         transposed it holds row g of x and, the order of the weight's rows being what it is, eight
@@ -583,39 +625,39 @@ class GemmSm90:
         """
         lane = thread % 32
         g, t = lane // 4, lane % 4
-        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
         warp_n = self._warp_column(first_block, thread)
         scales, biases = constants
         column = warp_n + t * 8
-        place = (tile_x * self.tile_m, column, m, n)
+        place = (first, end, column, n)
         # A branch for each way of storing, and no branch within: code that is run once, and is
         # long, should at least be contiguous.
         if n % (4 * self.blocks) != 0:
-            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
-                             x_scale_stride, out_dtype, "any")  # fmt: skip
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "any"
+            )
         elif out_dtype == 0:
-            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
-                             x_scale_stride, out_dtype, "f32")  # fmt: skip
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f32"
+            )
         elif out_dtype == 1:
-            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
-                             x_scale_stride, out_dtype, "bf16x2")  # fmt: skip
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "bf16x2"
+            )
         else:
-            self._store_tile(flat, scales, biases, x_scale, w_scale, y, place, g, t,
-                             x_scale_stride, out_dtype, "f16x2")  # fmt: skip
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f16x2"
+            )
 
     @cute.jit
     def _store_tile(
-        self, flat, scales, biases, x_scale, w_scale, y, place, g, t,
-        x_scale_stride, out_dtype, form: cutlass.Constexpr[str],
+        self, sums, rows, row_scales, scales, biases, y, place, g, out_dtype,
+        eights: cutlass.Constexpr[int], form: cutlass.Constexpr[str],
     ):  # fmt: skip
-        """Stores a tile in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
-        first, column, m, n = place
-        for j in cutlass.range_constexpr(self.tile_m // 8):
-            row_scale = [
-                self._x_scale(x_scale, w_scale, x_scale_stride, first + 8 * j + 2 * t + e, m)
-                for e in range(2)
-            ]
+        """Stores rows in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
+        first, end, column, n = place
+        for j in cutlass.range_constexpr(eights):
             pairs = []
+            row_scale = self._row_scales(rows, j) if row_scales is None else row_scales[j]
             for b in cutlass.range_constexpr(self.blocks):
                 for half in cutlass.range_constexpr(2):
                     c = 2 * b + half
@@ -623,7 +665,8 @@ class GemmSm90:
                         [
                             fma_to(
                                 row_scale[e] * scales[c],
-                                flat[self._flat(j, b, half, e)] * Float32(ops.ACCUMULATOR_SCALE),
+                                sums[self._flat(j, b, half, e, eights)]
+                                * Float32(ops.ACCUMULATOR_SCALE),
                                 biases[c],
                                 out_dtype if form == "any" else FORMS.index(form),
                             )
@@ -634,13 +677,13 @@ class GemmSm90:
             row = first + 8 * j + g
             at = Int64(row) * Int64(n) + Int64(column)
             if const_expr(form == "any"):
-                if row < m:
+                if row < end:
                     for i in cutlass.range_constexpr(len(words)):
                         if column + i < n:
                             self._store_element(y, out_dtype, at + i, ops.float_of(words[i]))
             else:
                 address = ops.element_address(y, at, 4 if form == "f32" else 2)
-                if row < m and column < n:
+                if row < end and column < n:
                     if const_expr(len(words) == 2):
                         ops.store_x2(address, words)
                     else:
@@ -663,114 +706,109 @@ class GemmSm90:
         return words
 
     @cute.jit
-    def _leave(self, sums, buffers, thread, row_group, k_group):
-        """Leaves the sums in shared memory, a row of them for each row of x.
-
-        Rows are tile_n + 1 apart, so that a warp's 32 stores go to as many banks. A tile of 64 rows
-        of the weight has every other four of 128: here they are neighbors.
-        """
-        lane = thread % 32
-        g, t = lane // 4, lane % 4
-        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
-        spread = self.copy_blocks
-        first = row_group * self.blocks
-        at = (first // 2) * layout.TILE_N + (first % 2) * 4
-        at += ((thread // 32) * 16 + (g // 2) * 4) * spread + g % 2
-        at += (k_group * self.tile_m + 2 * t) * (self.tile_n + 1)
-        base = ops.shared_address(buffers) + at * 4
-        for j in cutlass.range_constexpr(self.tile_m // 8):
-            for b in cutlass.range_constexpr(self.blocks):
-                for half in cutlass.range_constexpr(2):
-                    for e in cutlass.range_constexpr(2):
-                        offset = (8 * j + e) * (self.tile_n + 1) + 4 * b + 2 * half
-                        ops.store_shared(base + 4 * offset, flat[self._flat(j, b, half, e)])
-
-    def _column(self, tile_w, inside):
-        """The column of y of a place in a row of sums."""
-        if self.copy_blocks == 2:
-            return tile_w * self.tile_n + inside
-        tile = tile_w // 2 * layout.TILE_N
-        return tile + tile_w % 2 * 4 + inside // 4 * 8 + inside % 4
-
-    @cute.jit
-    def _share(
-        self, x_scale, w_scale, bias, tile_x, tile_w, m, n, rank, thread,
-        x_scale_stride, w_scale_stride, bias_dtype, split: cutlass.Constexpr[int],
-    ):  # fmt: skip
-        """What a thread adds up in `_reduce`: (place in a row, first row, column, scales, bias).
-
-        Called before the multiplication, so that its loads are long done after it.
-        """
-        # Consumers are a multiple of tile_n: a thread stays in its column.
-        place = rank * self.consumers + thread
-        inside = place % self.tile_n
-        column = self._column(tile_w, inside)
-        first_row = place // self.tile_n
-        last = cutlass.min(column, n - 1)
-        w = ops.load_element(w_scale, Float32, last * w_scale_stride)
-        x = self._x_scale(x_scale, w_scale, x_scale_stride, tile_x * self.tile_m + first_row, m)
-        return inside, first_row, column, w, x, self._bias(bias, bias_dtype, last)
-
-    @cute.jit
     def _reduce(
-        self, buffers, x_scale, w_scale, y, tile_x, m, n, share,
-        x_scale_stride, out_dtype, split: cutlass.Constexpr[int],
+        self, sums, buffers, inbox, ready, received, thread, row_group, k_group, rank,
+        split: cutlass.Constexpr[int],
     ):  # fmt: skip
-        """Adds up a thread's share of a tile, in the order of ranks and groups; stores it."""
-        if share[2] < n:
-            if out_dtype == 0:
-                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
-                                x_scale_stride, "f32", split)  # fmt: skip
-            elif out_dtype == 1:
-                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
-                                x_scale_stride, "bf16x2", split)  # fmt: skip
-            else:
-                self._reduce_as(buffers, x_scale, w_scale, y, tile_x, m, n, share,
-                                x_scale_stride, "f16x2", split)  # fmt: skip
+        """Adds up the sums of groups, then of CTAs; returns those of the thread's share."""
+        if const_expr(split > 1):
+            # All CTAs have set up their mbarriers.
+            cute.arch.cluster_wait()
+        if const_expr(split > 1 and not self.apart):
+            # This thread is done with its CTA's ring: sums may come.
+            for to in cutlass.range_constexpr(split):
+                barrier = ops.map_shared(ops.shared_address(ready), Int32(to))
+                ops.arrive_remote_if(Int32(rank != to), barrier)
+        base = ops.shared_address(buffers)
+        count = self.eights
+        if const_expr(self.k_groups > 1):
+            count = self.group_eights
+            group_threads = self.row_groups * WARPGROUP
+            place = base + (row_group * WARPGROUP + thread) * 16
+            step = count * self.blocks * group_threads * 16
+            # All groups are done with the ring.
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            for to in cutlass.range_constexpr(self.k_groups):
+                at = place + (to * (self.k_groups - 1) + k_group - Int32(k_group > to)) * step
+                part = self._part(sums, self.eights, to, count)
+                if k_group != to:
+                    for i in cutlass.range_constexpr(len(part) // 4):
+                        ops.store_vector(at + i * (group_threads * 16), part[4 * i : 4 * i + 4])
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            sums = self._in_order(
+                self._own_part(sums, self.eights, k_group, self.k_groups, count),
+                k_group,
+                self.k_groups,
+                place + k_group * ((self.k_groups - 1) * step),
+                step,
+                group_threads * 16,
+            )
+        if const_expr(split > 1):
+            eights, count = count, self._cta_eights(split)
+            place = ops.shared_address(inbox)
+            if const_expr(not self.apart):
+                place += self._groups_bytes()
+            place += (k_group * self.row_groups + row_group) * (WARPGROUP * 16) + thread * 16
+            step = count * self.blocks * self.consumers * 16
+            if const_expr(not self.apart):
+                # All threads of the others are done with their rings.
+                cute.arch.mbarrier_wait(ready, 0)
+            for to in cutlass.range_constexpr(split):
+                inbox_there = ops.map_shared(place + (rank - Int32(rank > to)) * step, Int32(to))
+                received_there = ops.map_shared(ops.shared_address(received), Int32(to))
+                part = self._part(sums, eights, to, count)
+                if rank != to:
+                    for i in cutlass.range_constexpr(len(part) // 4):
+                        ops.send_vector(
+                            inbox_there + i * (self.consumers * 16),
+                            part[4 * i : 4 * i + 4],
+                            received_there,
+                        )
+            own = self._own_part(sums, eights, rank, split, count)
+            cute.arch.mbarrier_wait(received, 0)
+            sums = self._in_order(own, rank, split, place, step, self.consumers * 16)
+        return sums
 
-    @cute.jit
-    def _reduce_as(
-        self, buffers, x_scale, w_scale, y, tile_x, m, n, share,
-        x_scale_stride, form: cutlass.Constexpr[str], split: cutlass.Constexpr[int],
-    ):  # fmt: skip
-        inside, first_row, column, scale, first_x_scale, offset = share
-        row_bytes = 4 * (self.tile_n + 1)
-        step = split * self.consumers // self.tile_n
-        base = ops.shared_address(buffers) + inside * 4
-        tile_row = tile_x * self.tile_m
-        for first in cutlass.range_constexpr(0, self.tile_m, step * REDUCE_ROWS):
-            # All loads of some rows, then their sums: one latency for all.
-            count = min(REDUCE_ROWS, -(-(self.tile_m - first) // step))
-            parts = []
-            x_scales = []
-            for i in cutlass.range_constexpr(count):
-                tile_place = cutlass.min(first_row + first + i * step, self.tile_m - 1)
-                at = base + tile_place * row_bytes
-                row_parts = []
-                for r in cutlass.range_constexpr(split):
-                    for group in cutlass.range_constexpr(self.k_groups):
-                        group_at = at + group * (self.tile_m * row_bytes)
-                        if const_expr(split > 1):
-                            row_parts.append(ops.load_cluster(group_at, Int32(r)))
-                        else:
-                            row_parts.append(ops.load_shared(group_at))
-                parts.append(row_parts)
-                if const_expr(first + i > 0):
-                    x_scales.append(
-                        self._x_scale(x_scale, w_scale, x_scale_stride, tile_row + tile_place, m)
-                    )
-                else:
-                    x_scales.append(first_x_scale)
-            for i in cutlass.range_constexpr(count):
-                total = parts[i][0]
-                for p in cutlass.range_constexpr(1, len(parts[i])):
-                    total = total + parts[i][p]
-                tile_place = first_row + first + i * step
-                row = tile_row + tile_place
-                total = total * Float32(ops.ACCUMULATOR_SCALE)
-                value = fma_to(x_scales[i] * scale, total, offset, FORMS.index(form))
-                if tile_place < self.tile_m and row < m:
-                    self._store_as(y, form, Int64(row) * Int64(n) + Int64(column), value)
+    def _part(self, sums, eights, index, count):
+        """Part `index` of sums for so many eights, `count` eights long: a list in `_flat`'s order.
+
+        Where the last parts are shorter, or empty, their ends repeat the last eight.
+        """
+        return [
+            sums[self._flat(min(index * count + j, eights - 1), b, half, e, eights)]
+            for b in range(self.blocks)
+            for j in range(count)
+            for half in range(2)
+            for e in range(2)
+        ]
+
+    def _own_part(self, sums, eights, index, parts, count):
+        """The same where `index` is known at run time only: one of `parts`."""
+        own = self._part(sums, eights, 0, count)
+        for other in range(1, parts):
+            part = self._part(sums, eights, other, count)
+            own = [ops.select(index == other, *pair) for pair in zip(part, own, strict=True)]
+        return own
+
+    def _in_order(self, own, index, parts, place, step, stride):
+        """Adds up the sums of `parts` agents in their order; those of agent `index` are `own`."""
+        if parts == 2:  # The order makes no difference.
+            return self._added(own, self._loaded(place, len(own), stride))
+        total = None
+        for source in range(parts):
+            # The agent itself has no place; for it another's sums are loaded, and not used.
+            other = cutlass.min(source - Int32(index < source), parts - 2)
+            part = self._loaded(place + other * step, len(own), stride)
+            part = [ops.select(index == source, *pair) for pair in zip(own, part, strict=True)]
+            total = self._added(total, part) if source else part
+        return total
+
+    def _added(self, a, b):
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    def _loaded(self, at, count, stride):
+        """So many sums, in vectors of four that are `stride` apart."""
+        return [v for i in range(count // 4) for v in ops.load_vector(at + i * stride)]
 
 
 def _arguments(config: GemmConfig) -> tuple:

@@ -144,22 +144,40 @@ def decode_pair(even, odd, scales, exponent, bf16):
 
 
 @dsl_user_op
-def store_shared(address, value, *, loc=None, ip=None):
-    """Stores a Float32 at a shared-memory address."""
-    return asm([], [address, value], "st.shared.f32 [$0], $1;", "r,f", True, loc, ip)
+def load_vector(address, *, loc=None, ip=None):
+    """The four Float32 at a shared-memory address that is a multiple of 16."""
+    text = "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];"
+    return asm([Float32] * 4, [address], text, "=f,=f,=f,=f,r", True, loc, ip)
 
 
 @dsl_user_op
-def load_shared(address, *, loc=None, ip=None):
-    """The Float32 at a shared-memory address."""
-    return asm([Float32], [address], "ld.shared.f32 $0, [$1];", "=f,r", True, loc, ip)
+def store_vector(address, values, *, loc=None, ip=None):
+    """Stores four Float32 at a shared-memory address that is a multiple of 16."""
+    text = "st.shared.v4.f32 [$0], {$1,$2,$3,$4};"
+    return asm([], [address, *values], text, "r,f,f,f,f", True, loc, ip)
 
 
 @dsl_user_op
-def load_cluster(address, rank, *, loc=None, ip=None):
-    """The Float32 at a shared-memory address of the cluster's CTA `rank`."""
-    text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"
-    return asm([Float32], [address, rank], text, "=f,r,r", True, loc, ip)
+def map_shared(address, rank, *, loc=None, ip=None):
+    """Where a shared-memory address is in the cluster's CTA `rank`."""
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
+    return asm([Int32], [address, rank], text, "=r,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def send_vector(address, values, barrier, *, loc=None, ip=None):
+    """Stores four Float32 in a CTA of the cluster, whose mbarrier counts the bytes as they come.
+
+    Args:
+        address: Int32, as `map_shared` gives it; a multiple of 16.
+        values: four Float32.
+        barrier: Int32, as `map_shared` gives it, in the same CTA.
+    """
+    text = (
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+        "[$0], {$1,$2,$3,$4}, [$5];"
+    )
+    return asm([], [address, *values, barrier], text, "r,f,f,f,f,r", True, loc, ip)
 
 
 @dsl_user_op
@@ -191,6 +209,13 @@ def arrive_if(condition, barrier, *, loc=None, ip=None):
         "{ .reg .pred p; .reg .b64 s; setp.ne.b32 p, $0, 0; "
         "@p mbarrier.arrive.shared.b64 s, [$1]; }"
     )
+    return asm([], [condition, barrier], text, "r,r", True, loc, ip)
+
+
+@dsl_user_op
+def arrive_remote_if(condition, barrier, *, loc=None, ip=None):
+    """The same at an mbarrier of the cluster, given as `map_shared` gives it."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $0, 0; @p mbarrier.arrive.shared::cluster.b64 _, [$1]; }"
     return asm([], [condition, barrier], text, "r,r", True, loc, ip)
 
 
