@@ -70,7 +70,7 @@ def _assert_up_to_date() -> None:
             name=name, op=entry["op"], arch=entry["arch"], config=known.get(name)
         )
         with unittest.mock.patch.object(build, "_dsl_version", lambda version=version: version):
-            current = {build._source_hash(variant, digest) for digest in digests}
+            current = {build._source_hash(variant, digest, entry["host"]) for digest in digests}
         assert entry["source_hash"] in current, (
             f"{FOLDER}: the sources of {name} have changed since, and nvidia-cutlass-dsl, which"
             " would compile them, is not installed"
