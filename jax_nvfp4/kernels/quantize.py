@@ -12,10 +12,14 @@ tensor crosses threads. Three kinds of kernel share that code, one launch each:
     rows    Dynamic per row. One or more warps hold a row in registers, reduce its amax and
             quantize what they hold. Of a row that is longer than the registers the last chunk
             stays in them and the others are read again, backwards, from the L1 cache mostly.
+            Where rows are few, several CTAs share one: each reads all of it, so that it knows the
+            amax without the others, and quantizes a part.
     grid    Dynamic per tensor. A co-resident grid (cooperative launch, one CTA for each
             multiprocessor at most) does the same with the whole tensor; `share_in_grid` says how
             the CTAs agree on the amax through uninitialized scratch memory. A small tensor is left
-            to one cluster, which agrees through its shared memory.
+            to one cluster, which agrees through its shared memory. In 16 bits and without padding
+            x is one run of blocks ("whole"), which takes the second pass, all issue slots, fewer
+            instructions.
 
 Rows are read by 16-byte loads where k and the address of x allow it ("vector"), and element by
 element elsewhere. Blocks that pad a row to 64 columns are loaded as zeros and quantized like any
@@ -46,6 +50,7 @@ WARP = 32
 MIN_THREADS = 128  # of a CTA of a "grid" kernel that exchanges messages
 CLUSTER = 8  # CTAs of a "grid" kernel's launch for a small tensor: the largest portable cluster
 CLUSTER_THREADS = (64, 256)  # of its CTAs, at least and at most
+GROUP = 4 * WARP  # a warp for each scheduler of a multiprocessor: the least part of a shared row
 ROWS_THREADS = 256  # short rows share a CTA up to this many threads
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns
 E4M3_MAX = 448.0
@@ -68,6 +73,8 @@ class Call:
         swizzled: block scales go to the 128x4 order.
         vector: compile-time: 16-byte loads.
         values: compile-time: bfloat16 values are written.
+        whole: compile-time: the format of the codes of a "grid" kernel for rows of whole blocks
+            without padding, so that x is one run of blocks; else None.
     """
 
     x: Int64
@@ -80,6 +87,7 @@ class Call:
     swizzled: Boolean
     vector: bool
     values: bool
+    whole: OutFormat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +163,13 @@ class Shape:
         units: blocks that a thread holds.
         threads: threads of a CTA, at most.
         min_ctas: CTAs that a multiprocessor should have registers for.
+        shared: "rows": several CTAs may share a row.
     """
 
     units: int
     threads: int
     min_ctas: int
+    shared: bool = False
 
 
 def has_e2m1(arch: str) -> bool:
@@ -180,6 +190,7 @@ class QuantizeKernel:
         units: blocks that a thread holds.
         threads: threads of a CTA, at most.
         min_ctas: CTAs that a multiprocessor should have registers for.
+        shared: "rows": several CTAs may share a row.
         hardware: Blackwell's conversion to e2m1 exists.
     """
 
@@ -197,6 +208,7 @@ class QuantizeKernel:
         self.block_words = ops.BLOCK * self.item // 4
         self.hardware = has_e2m1(config.arch)
         self.units, self.threads, self.min_ctas = shape.units, shape.threads, shape.min_ctas
+        self.shared = shape.shared
 
     # One block
 
@@ -287,15 +299,23 @@ class QuantizeKernel:
                     values[i] = ops.select_f32(tiny, Float32(0.0), cut)
         codes = []
         for half in range_constexpr(2):
-            if const_expr(self.hardware):
-                scaled8 = [ops.mul(values[8 * half + i], inverse) for i in range(8)]
-                codes.append(ops.e2m1_codes_hardware(scaled8))
-            else:
-                scaled8 = [ops.mul_abs(values[8 * half + i], inverse) for i in range(8)]
-                first = half * (self.block_words // 2)
-                signs = ops.sign_nibbles(words[first : first + self.block_words // 2], self.dtype)
-                codes.append(ops.e2m1_magnitudes(scaled8, signs))
+            first = half * (self.block_words // 2)
+            part = words[first : first + self.block_words // 2]
+            codes.append(self.codes(part, [values[8 * half + i] for i in range(8)], inverse))
         return codes[0], codes[1], byte, scale, infinite
+
+    def codes(self, words, values, inverse: Float32) -> Int32:
+        """The codes of 8 elements.
+
+        Args:
+            words: the elements, for their signs.
+            values: the same as float32; without hardware for e2m1, their magnitudes will do.
+            inverse: what they are multiplied by.
+        """
+        if self.hardware:
+            return ops.e2m1_codes_hardware([ops.mul(value, inverse) for value in values])
+        scaled = [ops.mul_abs(value, inverse) for value in values]
+        return ops.e2m1_magnitudes(scaled, ops.sign_nibbles(words, self.dtype))
 
     @cute.jit
     def store(self, call: Call, place: Place, codes, byte: Int32, scale: Float32, bad: Boolean):
@@ -309,13 +329,11 @@ class QuantizeKernel:
         else:
             words = [ops.select(bad, Int32(ops.NAN_CODES), word) for word in codes]
             ops.store_8_bytes(call.data + Int64(place.unit) * (ops.BLOCK // 2), *words)
-            offset = Int64(place.unit)
+            address = call.block_scale + Int64(place.unit)
             if call.swizzled:
-                tile = (place.row >> 7) * (call.blocks >> 2) + (place.block >> 2)
-                inner = (place.row & 31) * 16 + ((place.row >> 5) & 3) * 4 + (place.block & 3)
-                offset = Int64(tile) * SCALE_TILE_BYTES + inner
+                address = swizzled_address(call, place.row, place.block)
             byte = ops.select(bad, Int32(ops.NAN_SCALE), byte)
-            ops.store_byte(call.block_scale + offset, byte)
+            ops.store_byte(address, byte)
 
     @cute.jit
     def quantize_and_store(self, call: Call, place: Place, words, largest: Int32, scales: Scales):
@@ -421,18 +439,20 @@ class QuantizeKernel:
         sizes: tuple,
         row_ctas: Int32,
         chunks: Int32,
+        share_threads: Int32,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
         """Dynamic per row. CTAs are (threads of a row) x (rows of the CTA).
 
         A row has `chunks` times what its threads hold, or less. CTAs from `row_ctas` on write the
-        scales' padding.
+        scales' padding. CTAs that share a row (y of the grid) all read the whole of it, so that
+        each knows its amax by itself; then each quantizes what `share_threads` of its threads hold.
         """
         call, _, g_out, _ = unpack(pointers, sizes, vector, values)
         thread, group, _ = cute.arch.thread_idx()
         row_threads, rows, _ = cute.arch.block_dim()
-        cta, _, _ = cute.arch.block_idx()
+        cta, share, _ = cute.arch.block_idx()
         shared = cutlass.utils.SmemAllocator().allocate_array(Int32, WARP)
         if cta < row_ctas:
             row = cta * rows + group
@@ -446,13 +466,17 @@ class QuantizeKernel:
             warps = row_threads >> 5
             amax = self.warps_max(amax, warps, group * warps, shared)
             scales = dynamic_scales(amax)
-            if (thread == 0) & (row < call.m):
+            if (thread == 0) & (share == 0) & (row < call.m):
                 ops.store_f32(g_out + Int64(row) * 4, scales.decode)
             for c in cutlass.range(chunks, unroll=1):
                 last = chunks - 1 - c
                 for i in range_constexpr(self.units):
                     place = self.place_in_row(call, row, last, i, row_threads, thread)
-                    if place.active:
+                    active = place.active
+                    if const_expr(self.shared):
+                        first = share * share_threads
+                        active = active & (thread >= first) & (thread < first + share_threads)
+                    if active:
                         self.quantize_and_store(
                             call, place, self.words(held, i), held.largest[i], scales
                         )
@@ -462,7 +486,7 @@ class QuantizeKernel:
                         self.take(held, i, self.load(call, place))
                     for i in range_constexpr(self.units):
                         self.measure(held, i)
-        else:
+        elif share == 0:
             threads = row_threads * rows
             self.pad_scales(call, (cta - row_ctas) * threads + group * row_threads + thread)
 
@@ -507,19 +531,21 @@ class QuantizeKernel:
         self,
         pointers: tuple,
         sizes: tuple,
-        divisor: cute.FastDivmodDivisorV2,
+        divisor,
         rounds: Int32,
         rest: Int32,
         cluster: cutlass.Constexpr,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
+        whole: cutlass.Constexpr,
     ):
         """Dynamic per tensor. All CTAs are resident; chunk c belongs to CTA c % ctas.
 
         The grid is one cluster, or else a cooperative launch. There are `rounds` chunks for each
-        CTA and one more for each of the first `rest`.
+        CTA and one more for each of the first `rest`. The divisor is that of blocks by their
+        number: from `small_divisor` where x is one run of blocks (`whole`).
         """
-        call, _, g_out, scratch = unpack(pointers, sizes, vector, values)
+        call, _, g_out, scratch = unpack(pointers, sizes, vector, values, whole)
         thread, _, _ = cute.arch.thread_idx()
         threads, _, _ = cute.arch.block_dim()
         cta, _, _ = cute.arch.block_idx()
@@ -538,15 +564,14 @@ class QuantizeKernel:
             chunks = rounds + 1
         held = self.make_held()
         for i in range_constexpr(self.units):
-            place = place_of(cta * chunk + i * threads + thread, divisor, units)
-            self.take(held, i, self.load(call, place))
+            unit = cta * chunk + i * threads + thread
+            self.take(held, i, self.load_unit(call, unit, units, divisor))
         amax = Int32(0)
         for c in cutlass.range(1, chunks, unroll=1):
             first = (c * ctas + cta) * chunk + thread
             ahead = []
             for i in range_constexpr(self.units):
-                place = place_of(first + i * threads, divisor, units)
-                ahead.append(self.load(call, place))
+                ahead.append(self.load_unit(call, first + i * threads, units, divisor))
             amax = self.held_amax(held, amax)
             for i in range_constexpr(self.units):
                 self.take(held, i, ahead[i])
@@ -560,25 +585,77 @@ class QuantizeKernel:
         scales = dynamic_scales(amax)
         if (thread == 0) & (cta == 0):
             ops.store_f32(g_out, scales.decode)
-        for c in cutlass.range(chunks, unroll=1):
-            last = chunks - 1 - c
-            first = (last * ctas + cta) * chunk + thread
+        first = ((chunks - 1) * ctas + cta) * chunk + thread
+        for left in cutlass.range(chunks - 1, -1, -1, unroll=1):
             for i in range_constexpr(self.units):
-                place = place_of(first + i * threads, divisor, units)
-                if place.active:
-                    self.quantize_and_store(
-                        call, place, self.words(held, i), held.largest[i], scales
+                unit = first + i * threads
+                words, largest = self.words(held, i), held.largest[i]
+                if const_expr(whole is None):
+                    place = place_of(unit, divisor, units)
+                    if place.active:
+                        self.quantize_and_store(call, place, words, largest, scales)
+                else:
+                    active = unit < units
+                    self.quantize_and_store_unit(
+                        call, unit, active, words, largest, scales, divisor
                     )
-            if last > 0:
-                first = ((last - 1) * ctas + cta) * chunk + thread
+            first = first - ctas * chunk
+            if left > 0:
                 for i in range_constexpr(self.units):
-                    place = place_of(first + i * threads, divisor, units)
-                    self.take(held, i, self.load(call, place))
+                    unit = first + i * threads
+                    self.take(held, i, self.load_unit(call, unit, units, divisor))
                 for i in range_constexpr(self.units):
                     self.measure(held, i)
         if call.swizzled & ((call.m & 127) != 0):
             for item in range(cta * threads + thread, (call.blocks >> 2) * 32, ctas * threads):
                 self.pad_scales(call, item)
+
+    def load_unit(self, call: Call, unit: Int32, units: Int32, divisor):
+        """The words of a block by its number; past the last, those of the last or zeros."""
+        if call.whole is None:
+            return self.load(call, place_of(unit, divisor, units))
+        address = call.x + Int64(cutlass.min(unit, units - 1)) * (ops.BLOCK * self.item)
+        loads = range(ops.BLOCK * self.item // 16)
+        return [word for i in loads for word in ops.load_16_bytes_always(address + 16 * i)]
+
+    @cute.jit
+    def quantize_and_store_unit(
+        self,
+        call: Call,
+        unit: Int32,
+        active: Boolean,
+        words,
+        largest: Int32,
+        scales: Scales,
+        divisor,
+    ):
+        """Quantizes a block of a `whole` x by its number, and writes it if it is active.
+
+        What is rare is left to `quantize`: a scale that is zero, subnormal or NaN, and tensors
+        with an amax so small that tiny elements matter.
+        """
+        scaled = ops.mul(ops.from_bits(largest), scales.sixth)
+        byte, scale = ops.e4m3_round_trip(scaled)
+        inverse = ops.reciprocal(ops.mul(scale, scales.decode))
+        half = self.block_words // 2
+        low, high = (
+            self.codes(part, ops.to_f32(part, self.dtype), inverse)
+            for part in (words[:half], words[half:])
+        )
+        # Inf and NaN are outside of the range. Inside, `inverse` is at most 2**6 / D or 2**96.
+        usual = (scaled >= Float32(2.0**-6)) & (scaled <= Float32(512.0))
+        if ~(usual & (scales.decode >= Float32(2.0**-90))):
+            low, high, byte, _, bad = self.quantize(words, largest, scales)
+            low = ops.select(bad, Int32(ops.NAN_CODES), low)
+            high = ops.select(bad, Int32(ops.NAN_CODES), high)
+            byte = ops.select(bad, Int32(ops.NAN_SCALE), byte)
+        ops.store_8_bytes_if(call.data + Int64(unit) * (ops.BLOCK // 2), low, high, active)
+        address = call.block_scale + Int64(unit)
+        if const_expr(call.whole == OutFormat.OPERAND):
+            multiplier, shift = divisor
+            row = ops.shift_right(ops.multiply_high(unit, multiplier), shift)
+            address = swizzled_address(call, row, unit - row * call.blocks)
+        ops.store_byte_if(address, byte, active)
 
     # Amax over the grid
 
@@ -685,7 +762,34 @@ class QuantizeKernel:
         pad_items = Int32(0)
         if (out_format == OutFormat.OPERAND) & ((m & 127) != 0):
             pad_items = (blocks >> 2) * 32
-        vector = ((k * self.item) % 16 == 0) & (x.toint() % 16 == 0)
+        aligned = x.toint() % 16 == 0
+        vector = ((k * self.item) % 16 == 0) & aligned
+        if const_expr(self.config.kind == "grid" and self.item == 2):
+            whole = aligned & (k == blocks * ops.BLOCK) & ~self.fits_cluster(m * blocks, num_sms)
+            if whole & (out_format == OutFormat.LINEAR):
+                self.launch_whole(pointers, sizes, num_sms, stream, OutFormat.LINEAR)
+            elif whole & (out_format == OutFormat.OPERAND):
+                self.launch_whole(pointers, sizes, num_sms, stream, OutFormat.OPERAND)
+            else:
+                self.launch_any(
+                    pointers, sizes, pad_items, mode, out_format, num_sms, stream, vector
+                )
+        else:
+            self.launch_any(pointers, sizes, pad_items, mode, out_format, num_sms, stream, vector)
+
+    @cute.jit
+    def launch_any(
+        self,
+        pointers,
+        sizes,
+        pad_items: Int32,
+        mode: Int32,
+        out_format: Int32,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+        vector: Boolean,
+    ):
+        """Launches the kernel that is compiled for these loads and these outputs."""
         if vector:
             if out_format == OutFormat.VALUES:
                 self.launch(pointers, sizes, pad_items, mode, num_sms, stream, True, True)
@@ -725,23 +829,27 @@ class QuantizeKernel:
             # Element by element, the loads are what takes the time.
             if const_expr(vector):
                 if (m <= num_sms) & (blocks <= self.few.threads):
-                    self.few.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                    self.few.launch_rows(
+                        pointers, sizes, pad_items, num_sms, stream, vector, values
+                    )
                 elif const_expr(self.item == 2):
                     if blocks > ROWS_THREADS * self.units:
-                        self.wide.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                        self.wide.launch_rows(
+                            pointers, sizes, pad_items, num_sms, stream, vector, values
+                        )
                     else:
-                        self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                        self.launch_rows(
+                            pointers, sizes, pad_items, num_sms, stream, vector, values
+                        )
                 else:
-                    self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                    self.launch_rows(pointers, sizes, pad_items, num_sms, stream, vector, values)
             else:
-                self.launch_rows(pointers, sizes, pad_items, stream, vector, values)
+                self.launch_rows(pointers, sizes, pad_items, num_sms, stream, vector, values)
         else:
             divisor = cute.FastDivmodDivisorV2(blocks)
             if const_expr(vector):
-                # A device, or a part of one, may be too small for a cluster.
-                least, most = CLUSTER_THREADS
-                if (units <= CLUSTER * most * self.units) & (num_sms >= CLUSTER):
-                    threads = self.grid_threads(units, CLUSTER, least)
+                if self.fits_cluster(units, num_sms):
+                    threads = self.grid_threads(units, CLUSTER, CLUSTER_THREADS[0])
                     chunks = ceil_div(units, threads * self.units)
                     self.grid_kernel(
                         pointers,
@@ -752,6 +860,7 @@ class QuantizeKernel:
                         True,
                         vector,
                         values,
+                        None,
                     ).launch(
                         grid=[CLUSTER, 1, 1],
                         block=[threads, 1, 1],
@@ -759,20 +868,39 @@ class QuantizeKernel:
                         **limits,
                     )
                 else:
-                    self.launch_grid(pointers, sizes, divisor, num_sms, stream, vector, values)
+                    self.launch_grid(
+                        pointers, sizes, divisor, num_sms, stream, vector, values, None
+                    )
             else:
-                self.launch_grid(pointers, sizes, divisor, num_sms, stream, vector, values)
+                self.launch_grid(pointers, sizes, divisor, num_sms, stream, vector, values, None)
+
+    def fits_cluster(self, units, num_sms):
+        """Whether a "grid" kernel takes a tensor by one cluster.
+
+        A device, or a part of one, may be too small for a cluster.
+        """
+        return (units <= CLUSTER * CLUSTER_THREADS[1] * self.units) & (num_sms >= CLUSTER)
+
+    @cute.jit
+    def launch_whole(
+        self, pointers, sizes, num_sms: Int32, stream: cuda.CUstream, out_format: cutlass.Constexpr
+    ):
+        """Launches a "grid" kernel for rows of whole blocks without padding."""
+        _, _, blocks, _, _ = sizes
+        divisor = small_divisor(blocks)
+        self.launch_grid(pointers, sizes, divisor, num_sms, stream, True, False, out_format)
 
     @cute.jit
     def launch_grid(
         self,
         pointers,
         sizes,
-        divisor: cute.FastDivmodDivisorV2,
+        divisor,
         num_sms: Int32,
         stream: cuda.CUstream,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
+        whole: cutlass.Constexpr,
     ):
         """Launches a "grid" kernel whose CTAs exchange their amax through scratch memory."""
         m, _, blocks, _, _ = sizes
@@ -783,7 +911,7 @@ class QuantizeKernel:
         chunks = ceil_div(units, threads * self.units)
         ctas = cutlass.max(cutlass.min(chunks, cutlass.min(most, threads)), 1)
         self.grid_kernel(
-            pointers, sizes, divisor, chunks // ctas, chunks % ctas, False, vector, values
+            pointers, sizes, divisor, chunks // ctas, chunks % ctas, False, vector, values, whole
         ).launch(
             grid=[ctas, 1, 1],
             block=[threads, 1, 1],
@@ -798,6 +926,7 @@ class QuantizeKernel:
         pointers,
         sizes,
         pad_items: Int32,
+        num_sms: Int32,
         stream: cuda.CUstream,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
@@ -810,8 +939,12 @@ class QuantizeKernel:
         row_ctas = ceil_div(m, rows)
         ctas = row_ctas + ceil_div(pad_items, row_threads * rows)
         chunks = ceil_div(blocks, row_threads * self.units)
-        self.rows_kernel(pointers, sizes, row_ctas, chunks, vector, values).launch(
-            grid=[cutlass.max(ctas, 1), 1, 1],
+        groups, shares = ceil_div(row_threads, GROUP), Int32(1)
+        if const_expr(self.shared):
+            shares = cutlass.min(groups, cutlass.max(num_sms // cutlass.max(row_ctas, 1), 1))
+        share_threads = ceil_div(groups, shares) * GROUP
+        self.rows_kernel(pointers, sizes, row_ctas, chunks, share_threads, vector, values).launch(
+            grid=[cutlass.max(ctas, 1), shares, 1],
             block=[row_threads, rows, 1],
             stream=stream,
             **self.limits(),
@@ -840,7 +973,7 @@ MIN_CTAS = {
     ("grid", False): 1,
     ("grid", True): 1,
 }
-FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1)
+FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1, shared=True)
 """For rows no more than multiprocessors: a thread for each block, since latency is all."""
 WIDE_ROWS = {
     False: Shape(units=4, threads=512, min_ctas=2),
@@ -852,16 +985,31 @@ By whether the arch converts to e2m1 in hardware: there, the 64 registers of 2 x
 """
 
 
+@cute.jit
+def small_divisor(divisor: Int32):
+    """(multiplier, shift) such that n // divisor is n * multiplier >> 32 + shift for n < 2**31.
+
+    With 2**(shift + 1) >= divisor > 2**shift, the multiplier is 2**(32 + shift) / divisor rounded
+    up, below 2**32 (Granlund and Montgomery, "Division by Invariant Integers using
+    Multiplication", 1994). For divisors of at least 2.
+    """
+    shift = Int32(0)
+    while (Int32(2) << shift) < divisor:
+        shift = shift + 1
+    multiplier = ((Int64(1) << (Int64(shift) + 32)) + divisor - 1) // divisor
+    return Int32(multiplier), shift
+
+
 def ceil_div(a, b):
     """The quotient of two positive integers, rounded up."""
     return (a + b - 1) // b
 
 
-def unpack(pointers, sizes, vector: bool, values: bool):
+def unpack(pointers, sizes, vector: bool, values: bool, whole: OutFormat | None = None):
     """A kernel's arguments: (Call, address of g_in, of g_out, of scratch)."""
     x, g_in, data, block_scale, g_out, scratch = (pointer.toint() for pointer in pointers)
     m, k, blocks, real_blocks, swizzled = sizes
-    call = Call(x, data, block_scale, m, k, blocks, real_blocks, swizzled, vector, values)
+    call = Call(x, data, block_scale, m, k, blocks, real_blocks, swizzled, vector, values, whole)
     return call, g_in, g_out, scratch
 
 
@@ -869,6 +1017,13 @@ def place_of(unit: Int32, divisor: cute.FastDivmodDivisorV2, units: Int32) -> Pl
     """The place of a block by its number in the tensor."""
     row, block = divmod(unit, divisor)
     return Place(unit, row, block, unit < units)
+
+
+def swizzled_address(call: Call, row: Int32, block: Int32) -> Int64:
+    """Where the scale of a block goes in the 128x4 order."""
+    tile = (row >> 7) * (call.blocks >> 2) + (block >> 2)
+    inner = ((row << 4) & 0x1F0) | ((row >> 3) & 0xC) | (block & 3)
+    return call.block_scale + Int64(tile) * SCALE_TILE_BYTES + inner
 
 
 def message_address(scratch: Int64, to: Int32, sender: Int32, ctas: Int32) -> Int64:

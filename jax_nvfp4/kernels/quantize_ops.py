@@ -44,6 +44,13 @@ def load_16_bytes(address, active, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_16_bytes_always(address, *, loc=None, ip=None):
+    """Four 32-bit words of read-only memory at a 16-byte aligned address."""
+    text = "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return asm([Int32] * 4, [Int64(address)], text, "=r,=r,=r,=r,l", True, loc, ip)
+
+
+@dsl_user_op
 def load_element(address, active, size, *, loc=None, ip=None):
     """One element of `size` = 2 or 4 bytes, zero-extended; zero if not active."""
     return asm(
@@ -86,6 +93,20 @@ def store_8_bytes(address, a, b, *, loc=None, ip=None):
     """Stores two words at an 8-byte aligned address."""
     operands = [Int64(address), Int32(a), Int32(b)]
     asm([], operands, "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", True, loc, ip)
+
+
+@dsl_user_op
+def store_byte_if(address, value, active, *, loc=None, ip=None):
+    """`store_byte` if active."""
+    operands = [Int64(address), Int32(value), Boolean(active)]
+    asm([], operands, "@$2 st.global.u8 [$0], $1;", "l,r,b", True, loc, ip)
+
+
+@dsl_user_op
+def store_8_bytes_if(address, a, b, active, *, loc=None, ip=None):
+    """`store_8_bytes` if active."""
+    operands = [Int64(address), Int32(a), Int32(b), Boolean(active)]
+    asm([], operands, "@$3 st.global.v2.b32 [$0], {$1, $2};", "l,r,r,b", True, loc, ip)
 
 
 @dsl_user_op
@@ -215,6 +236,19 @@ def multiply_add(a, b, c, *, loc=None, ip=None):
     """The sum a * b + c modulo 2**32 for a Python int b."""
     operands = [Int32(a), Int32(c)]
     return asm([Int32], operands, f"mad.lo.u32 $0, $1, {b}, $2;", "=r,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def multiply_high(a, b, *, loc=None, ip=None):
+    """The upper half of the 64-bit product of two numbers without sign."""
+    operands = [Int32(a), Int32(b)]
+    return asm([Int32], operands, "mul.hi.u32 $0, $1, $2;", "=r,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def shift_right(a, b, *, loc=None, ip=None):
+    """A number without sign, shifted right."""
+    return asm([Int32], [Int32(a), Int32(b)], "shr.u32 $0, $1, $2;", "=r,r,r", False, loc, ip)
 
 
 @dsl_user_op

@@ -10,8 +10,8 @@ from jax import lax
 from jax.interpreters import ad
 
 from jax_nvfp4 import ffi, numerics
+from jax_nvfp4.config.quantize import SHARED_ROW, OutFormat, select_quantize
 from jax_nvfp4.config.quantize import Mode as KernelMode
-from jax_nvfp4.config.quantize import OutFormat, select_quantize
 from jax_nvfp4.ops import _partition, _primitive, backend
 
 Mode = Literal["tensor", "token", "static", "amax"]
@@ -77,8 +77,11 @@ def kernel(
     x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Quantizes by a kernel. Results as of `ffi.quantize_call`."""
+    m, k = x.shape
     kernel_mode = _KERNEL_MODES[mode][bool(given and given[0].ndim)]
-    return ffi.quantize_call(
+    if kernel_mode == KernelMode.TENSOR and m == 1 and k <= SHARED_ROW and k % 8 == 0:
+        kernel_mode = KernelMode.TOKEN
+    data, block_scale, global_scale = ffi.quantize_call(
         x,
         given[0] if given else None,
         config=select_quantize(arch, x.dtype.name, kernel_mode),
@@ -86,6 +89,9 @@ def kernel(
         out_format=out_format,
         num_sms=backend.num_sms(arch),
     )
+    if mode == "tensor":
+        global_scale = global_scale.reshape(())
+    return data, block_scale, global_scale
 
 
 def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:

@@ -9,6 +9,8 @@ arbitrary contents.
 import functools
 import re
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
@@ -27,6 +29,7 @@ from jax_nvfp4.config.quantize import (
     quantize_scratch_bytes,
     select_quantize,
 )
+from jax_nvfp4.ops.quantize import kernel as call_kernel
 
 GUARD = 64
 POISON = 0xCD
@@ -184,6 +187,18 @@ def test_corners_of_the_formats(config):
             check(config, x, mode, OutFormat((i + int(mode)) % 3), g, seed=i)
 
 
+@pytest.mark.parametrize("config", [c for c in KERNELS if c.values[0].kind == "grid"])
+def test_corners_in_rows_of_whole_blocks(config):
+    """The second pass by a table, in blocks that the table serves and in others."""
+    rng = np.random.default_rng(6)
+    for i, case in enumerate((*NUMERIC, "rows_of_all_sizes", "largest", "negative_zeros")):
+        x = cases.make(case, config.x_dtype).reshape(-1)
+        x = np.resize(x, -(-x.size // 1024) * 1024).reshape(-1, 16)
+        x = x[rng.permutation(len(x))[: 16 * 32]].reshape(-1, 64)
+        for out_format in (OutFormat.OPERAND, (OutFormat.LINEAR, OutFormat.VALUES)[i % 2]):
+            check(config, x, Mode.TENSOR, out_format, seed=i, sms=1 + i % 3)
+
+
 # Rows that start off 16-byte boundaries (k = 17, 100 of float32 is on them), rows shorter than a
 # block, more than one scale tile, padded and exact multiples of 16, 64 and 128.
 SHAPES = ((1, 1), (2, 7), (3, 17), (5, 64), (4, 100), (129, 24), (33, 129), (6, 520))
@@ -203,6 +218,8 @@ def test_shapes(config):
 
 # (m, k, multiprocessors): every shape of threads, one and several chunks.
 ROWS = (
+    (3, 4104, 7),  # two CTAs share a row
+    (1, 9000, 132),  # five CTAs share a row
     (9, 200, 4),  # several rows of a CTA
     (2, 8704, 1),  # one row of a CTA
     (1, 8712, 8),  # few rows
@@ -227,6 +244,8 @@ GRIDS = (
     (12, 2049, FEW_SMS, 2),
     (1, 70000, 2, 1),
     (6, 6600, 1, 1),  # one CTA
+    (130, 256, 3, 4),  # rows of whole blocks
+    (82, 2048, 1, 1),  # the same, more chunks than their blocks' amax is kept of
     (70, 900, 132, 2),  # a cluster
 )
 
@@ -301,3 +320,27 @@ def test_scratch():
         assert size == (132 * 132 * 8 if config.kind == "grid" else 0)
         with pytest.raises(ValueError, match="num_sms is 0"):
             quantize_scratch_bytes(config, 16, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "m", "k", "kernel_mode"),
+    [
+        ("tensor", None, 5, 64, Mode.TENSOR),
+        ("tensor", None, 1, 64, Mode.TOKEN),  # the amax of one row is that of the tensor
+        ("tensor", None, 1, 2**15, Mode.TENSOR),
+        ("token", None, 5, 64, Mode.TOKEN),
+        ("static", (), 5, 64, Mode.SCALAR_GIVEN),
+        ("static", (5,), 5, 64, Mode.ROWS_GIVEN),
+        ("amax", (), 5, 64, Mode.SCALAR_AMAX),
+        ("amax", (5,), 5, 64, Mode.ROWS_AMAX),
+    ],
+)
+def test_modes_of_the_primitive(mode, given, m, k, kernel_mode):
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    operands = [x] if given is None else [x, jax.ShapeDtypeStruct(given, jnp.float32)]
+    call = functools.partial(call_kernel, mode=mode, arch="sm_90a", out_format=OutFormat.LINEAR)
+    jaxpr = jax.make_jaxpr(call)(*operands)
+    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "ffi_call")
+    assert dict(equation.params["attributes"])["mode"] == kernel_mode
+    per_row = mode == "token" or given == (5,)
+    assert [a.shape for a in jaxpr.out_avals] == [(m, k // 2), (m, k // 16), (m,) * per_row]
