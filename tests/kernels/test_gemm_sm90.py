@@ -120,6 +120,8 @@ def some_cases(config):
         k = 2 * split * config.stages * config.tile_k
         yield Case(config, 2, 64, k, out=1, x_scale=False), split
         yield Case(config, 3, 40, 64, out=2), split
+        # Each group and each CTA stores some of a tile's rows.
+        yield Case(config, tile, 40, 640, out=split % 3, bias=0), split
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
