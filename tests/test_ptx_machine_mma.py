@@ -161,6 +161,89 @@ def test_block_scaled_mxf4_selects_two_bytes():
     np.testing.assert_allclose(from_accumulator(out), A @ B, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("byte", range(4))
+def test_block_scaled_mxf8_selects_one_byte(byte):
+    """kind::mxf8f6f4: one ue8m0 scale for each row and column, the byte that byte-id names."""
+    rng = np.random.default_rng(byte)
+    A = rng.standard_normal((16, 32)).astype(ml_dtypes.float8_e4m3fn)
+    B = rng.standard_normal((32, 8)).astype(ml_dtypes.float8_e4m3fn)
+    scale_a, scale_b = rng.integers(124, 130, 16), rng.integers(124, 130, 8)
+    a, b = np.zeros((32, 16), A.dtype), np.zeros((32, 8), A.dtype)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for i in range(16):
+            row = g if i < 4 or 8 <= i < 12 else g + 8
+            a[lane, i] = A[row, 4 * t + (i & 3) + (16 if i >= 8 else 0)]
+        for i in range(8):
+            b[lane, i] = B[4 * t + (i & 3) + (16 if i >= 4 else 0), g]
+    sa, sb = np.full((32, 4), 0xFF, np.uint8), np.full((32, 4), 0xFF, np.uint8)
+    for g in range(8):  # thread-id-a 1: lanes 2 and 3 of a quad; thread-id-b 2: lane 2
+        sa[4 * g + 2, byte], sa[4 * g + 3, byte] = scale_a[g], scale_a[g + 8]
+        sb[4 * g + 2, byte] = scale_b[g]
+    out = run_mma(
+        "mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col."
+        "f32.e4m3.e4m3.f32.ue8m0",
+        a.view(U32), b.view(U32), accumulator(np.zeros((16, 8))),
+        scales=f", {{{{{{0}}}}}}, {{{{{byte}, 1}}}}, {{{{{{1}}}}}}, {{{{{byte}, 2}}}}",
+        extra=(sa.view(U32), sb.view(U32)),
+    )  # fmt: skip
+    left = A.astype(np.float64) * 2.0 ** (scale_a[:, None] - 127)
+    right = B.astype(np.float64) * 2.0 ** (scale_b[None, :] - 127)
+    np.testing.assert_allclose(from_accumulator(out), left @ right, rtol=1e-6, atol=1e-6)
+
+
+def test_tf32_m16n8k8():
+    rng = np.random.default_rng(0)
+    A = rng.integers(-512, 512, (16, 8)).astype(np.float32)  # ten bits: exact in tf32
+    B = rng.integers(-512, 512, (8, 8)).astype(np.float32)
+    a, b = np.zeros((32, 4), np.float32), np.zeros((32, 2), np.float32)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        a[lane] = A[g, t], A[g + 8, t], A[g, t + 4], A[g + 8, t + 4]
+        b[lane] = B[t, g], B[t + 4, g]
+    out = run_mma(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+        a.view(U32), b.view(U32), accumulator(np.zeros((16, 8))),
+    )  # fmt: skip
+    np.testing.assert_array_equal(from_accumulator(out), A.astype(np.float64) @ B)
+
+
+def test_s8_m16n8k32():
+    rng = np.random.default_rng(0)
+    A = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    B = rng.integers(-128, 128, (32, 8)).astype(np.int8)
+    a, b = np.zeros((32, 16), np.int8), np.zeros((32, 8), np.int8)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for i in range(16):
+            row = g if i < 4 or 8 <= i < 12 else g + 8
+            a[lane, i] = A[row, 4 * t + (i & 3) + (16 if i >= 8 else 0)]
+        for i in range(8):
+            b[lane, i] = B[4 * t + (i & 3) + (16 if i >= 4 else 0), g]
+    start = accumulator(np.full((16, 8), 1000)).astype(np.int32)
+    out = run_mma("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+                  a.view(U32), b.view(U32), start)  # fmt: skip
+    expected = A.astype(np.int64) @ B.astype(np.int64) + 1000
+    np.testing.assert_array_equal(from_accumulator(out), expected)
+
+
+def test_f16_accumulator_m16n8k16():
+    """Two registers of D: columns 2t, 2t + 1 of row g, and of row g + 8."""
+    rng = np.random.default_rng(0)
+    A, B = (rng.integers(-4, 5, shape).astype(np.float16) for shape in ((16, 16), (16, 8)))
+    a, b = np.zeros((32, 8), np.float16), np.zeros((32, 4), np.float16)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for i in range(8):
+            row = g if i < 2 or 4 <= i < 6 else g + 8
+            a[lane, i] = A[row, 2 * t + (i & 1) + (8 if i >= 4 else 0)]
+        for i in range(4):
+            b[lane, i] = B[2 * t + (i & 1) + (8 if i >= 2 else 0), g]
+    out = run_mma("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16",
+                  a.view(U32), b.view(U32), np.zeros((32, 2), U32))  # fmt: skip
+    np.testing.assert_array_equal(from_accumulator(out.view(np.float16)), A @ B)
+
+
 # -- ldmatrix and stmatrix -----------------------------------------------------------------------
 SHARED = ".shared .align 128 .b8 tile[2048];"
 STAGE = """
