@@ -135,14 +135,11 @@ class Held:
     largest: cute.Tensor
 
 
-def given_scales(given: Float32, is_amax: Boolean) -> Scales:
-    """The scales of a given global scale, or of a given amax: S is a quotient in both cases."""
-    valid = (given >= Float32(1 / GLOBAL_SCALE_LIMIT)) & (given <= Float32(GLOBAL_SCALE_LIMIT))
-    valid = valid | is_amax
+def given_scales(g: Float32) -> Scales:
+    """The scales of a given global scale."""
+    valid = (g >= Float32(1 / GLOBAL_SCALE_LIMIT)) & (g <= Float32(GLOBAL_SCALE_LIMIT))
     # Blocks of padding are zeros whatever g is, so they must not meet an infinite or NaN scale.
-    one = ~valid | (is_amax & (ops.bits(given) == 0))
-    above = ops.select_f32(is_amax & ~one, Float32(E4M3_MAX * E2M1_MAX), Float32(1.0))
-    encode = ops.divide(above, ops.select_f32(one, Float32(1.0), given))
+    encode = ops.reciprocal(ops.select_f32(valid, g, Float32(1.0)))
     return Scales(ops.mul(encode, Float32(1 / 6)), ops.reciprocal(encode), valid)
 
 
@@ -392,7 +389,7 @@ class QuantizeKernel:
         sizes: tuple,
         divisor: cute.FastDivmodDivisorV2,
         per_row: Boolean,
-        is_amax: Boolean,
+        is_amax: cutlass.Constexpr,
         vector: cutlass.Constexpr,
         values: cutlass.Constexpr,
     ):
@@ -408,22 +405,19 @@ class QuantizeKernel:
                 for i in range(self.units)
             ]
             words = [self.load(call, place) for place in places]
-            g = ops.load_f32(g_in)
-            scales = given_scales(g, is_amax)
+            scales, g = self.flat_scales(g_in, is_amax)
             if (first + thread == 0) & ~per_row:
-                ops.store_f32(g_out, ops.select_f32(is_amax, scales.decode, g))
+                ops.store_f32(g_out, g)
             for i in range_constexpr(self.units):
                 place = places[i]
                 if place.active:
                     sixth, decode, valid = scales.sixth, scales.decode, scales.valid
                     if per_row:
                         offset = Int64(place.row) * 4
-                        own_g = ops.load_f32(g_in + offset)
-                        own = given_scales(own_g, is_amax)
+                        own, own_g = self.flat_scales(g_in + offset, is_amax)
                         sixth, decode, valid = own.sixth, own.decode, own.valid
                         if place.block == 0:
-                            used = ops.select_f32(is_amax, own.decode, own_g)
-                            ops.store_f32(g_out + offset, used)
+                            ops.store_f32(g_out + offset, own_g)
                     own_scales = Scales(sixth, decode, valid)
                     largest = ops.amax_bits(words[i], self.dtype)
                     self.quantize_and_store(call, place, words[i], largest, own_scales)
@@ -431,6 +425,14 @@ class QuantizeKernel:
             per_cta = self.threads * self.units
             spare = cta - (units + per_cta - 1) // per_cta
             self.pad_scales(call, spare * self.threads + thread)
+
+    def flat_scales(self, address: Int64, is_amax: bool):
+        """(the scales by the amax or global scale at an address, the global scale to report)."""
+        given = ops.load_f32(address)
+        if is_amax:
+            scales = dynamic_scales(ops.bits(given))
+            return scales, scales.decode
+        return given_scales(given), given
 
     @cute.kernel
     def rows_kernel(
@@ -821,10 +823,13 @@ class QuantizeKernel:
             divisor = cute.FastDivmodDivisorV2(blocks)
             ctas = ceil_div(units, self.threads * self.units) + ceil_div(pad_items, self.threads)
             per_row = (mode == Mode.ROWS_GIVEN) | (mode == Mode.ROWS_AMAX)
-            is_amax = (mode == Mode.SCALAR_AMAX) | (mode == Mode.ROWS_AMAX)
-            self.flat_kernel(pointers, sizes, divisor, per_row, is_amax, vector, values).launch(
-                grid=[cutlass.max(ctas, 1), 1, 1], block=[self.threads, 1, 1], **limits
-            )
+            limits |= {"grid": [cutlass.max(ctas, 1), 1, 1], "block": [self.threads, 1, 1]}
+            if (mode == Mode.SCALAR_AMAX) | (mode == Mode.ROWS_AMAX):
+                kernel = self.flat_kernel(pointers, sizes, divisor, per_row, True, vector, values)
+                kernel.launch(**limits)
+            else:
+                kernel = self.flat_kernel(pointers, sizes, divisor, per_row, False, vector, values)
+                kernel.launch(**limits)
         elif const_expr(self.config.kind == "rows"):
             # Element by element, the loads are what takes the time.
             if const_expr(vector):
