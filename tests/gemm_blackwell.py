@@ -114,11 +114,11 @@ def cases(config):
         "odd-rows": Case(tm - 3, 67, tk + 46, out=F16, bias=F32, x_scaling="unit"),
         "aligned-rows": Case(tm - 5, 56, 200, out=F32, bias=BF16, x_scaling="token"),
     }  # fmt: skip
-    if config.kind in ("pair", "swap"):
+    if config.kind in ("pair", "swap") and config.cluster_n == 1:
         # Eight tiles of the MMA's N side make a band of the raster.
         beyond = 1 if tn == 256 else tm + 9
-        m, n = (8 * tm + 5, 210) if config.swap_ab else (beyond, 8 * tn * config.cluster_n + 40)
-        found["second-band-of-tiles"] = Case(m, n, 64, sms=2 * config.cluster_n, out=F16, bias=F16)
+        m, n = (8 * tm + 5, 210) if config.swap_ab else (beyond, 8 * tn + 40)
+        found["second-band-of-tiles"] = Case(m, n, 64, sms=2, out=F16, bias=F16)
     if config.kind == "pingpong":
         found["second-sweep-of-row-tiles"] = Case(2100, 136, 64, sms=3, out=F16, w_scaling="token")
     if config.split_k > 1:
