@@ -78,7 +78,9 @@ def module_of(stem: str) -> ModuleType:
 def tests_of(name: str) -> tuple[ModuleType, ...]:
     """The modules with a family's tests."""
     arch = name[:2] + name[3:-1]
-    gemm = (f"test_gemm_{arch}.py", "test_gemm_blackwell.py", "test_gemm_outputs.py")
+    gemm = (f"test_gemm_{arch}.py", "test_gemm_outputs.py")
+    if name != "sm_90a":
+        gemm = (*gemm, "test_gemm_blackwell.py")
     patterns = ("test_quantize*.py",) if name == "quantize" else gemm
     found = sorted(path.stem for pattern in patterns for path in FOLDER.glob(pattern))
     assert found, f"no tests of {name}"
@@ -137,8 +139,8 @@ def _values(mark: Any) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, value, strict=True))
 
 
-def calls_of(kernel: str) -> Iterator[Call]:
-    """The calls of its family's tests that may run a kernel."""
+def calls_of(kernel: str, unnamed: bool = True) -> Iterator[Call]:
+    """The calls of its family's tests that may run a kernel; `unnamed`: also where none is named."""
     short = kernel.partition("f_")[2] or kernel
     functions = {n: f for module in tests_of(family(kernel)) for n, f in vars(module).items()}
     for name, function in functions.items():
@@ -148,6 +150,8 @@ def calls_of(kernel: str) -> Iterator[Call]:
         for parts in itertools.product(*[list(_values(m)) for m in marks]):
             arguments = {k: v for part in parts for k, v in part.items()}
             config = arguments.get("config", arguments.get("name"))
+            if config is None and not unnamed:
+                continue
             if config is not None and getattr(config, "name", config) not in (kernel, short):
                 continue
             label = ", ".join(str(getattr(v, "name", v)) for v in arguments.values())

@@ -276,7 +276,7 @@ def test_machine_and_gpu_agree(kernel: str, scratch: pathlib.Path) -> None:
         print(f"the driver (CUDA {GPU.version}) cannot assemble this PTX: shipped code alone")
     comparison = Comparison(kernels)
     with mutation.Interception(kernel, comparison.run_object):
-        for call in mutation.calls_of(kernel):
+        for call in mutation.calls_of(kernel, unnamed=False):
             call.run()
     print(
         f"{GPU.name}: {kernel}: {len(kernels)} codes, {comparison.launches} launches,"
