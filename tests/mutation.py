@@ -140,7 +140,7 @@ def _values(mark: Any) -> Iterator[dict[str, Any]]:
 
 
 def calls_of(kernel: str, unnamed: bool = True) -> Iterator[Call]:
-    """The calls of its family's tests that may run a kernel; `unnamed`: also where none is named."""
+    """The calls of its family that may run a kernel; `unnamed`: also where none is named."""
     short = kernel.partition("f_")[2] or kernel
     functions = {n: f for module in tests_of(family(kernel)) for n, f in vars(module).items()}
     for name, function in functions.items():
