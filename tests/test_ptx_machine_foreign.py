@@ -146,9 +146,9 @@ CASES = {
         "sm_103a", SCALED + "sm103_dense_blockscaled_gemm_persistent.py",
         "Sm103BlockScaledPersistentDenseGemmKernel", "(16, (256, 256), (2, 1), True)",
         NVFP4 + "Float32", "tensors"),
-    "cp-async-mma-sync": ("sm_90a", "cute/ampere/kernel/dense_gemm/tensorop_gemm.py", "TensorOpGemm",
-                          "(cutlass.BFloat16, cutlass.Float32, cutlass.Float32, (2, 2, 1))", BF16,
-                          "once"),
+    "cp-async-mma-sync": (
+        "sm_90a", "cute/ampere/kernel/dense_gemm/tensorop_gemm.py", "TensorOpGemm",
+        "(cutlass.BFloat16, cutlass.Float32, cutlass.Float32, (2, 2, 1))", BF16, "once"),
     "mma-sync-bf16": (
         "sm_120f", "cute/blackwell_geforce/kernel/dense_gemm/dense_gemm.py", "Sm120GemmKernel",
         "(cutlass.Float32, (64, 64, 64))", BF16, "dense"),
