@@ -2,6 +2,10 @@
 """Settings for all tests; they must be in the environment before JAX is imported."""
 
 import os
+import pathlib
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -10,3 +14,21 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 # The PTX machine multiplies many small matrices: threads of BLAS would only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+_FORGET_BYTES = 1 << 30
+_kept_bytes = 0
+
+
+def _resident_bytes() -> int:
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """JAX keeps every program that it compiles: a few gigabytes, if no test let go of them."""
+    global _kept_bytes
+    yield
+    if "jax" in sys.modules and _resident_bytes() > _kept_bytes + _FORGET_BYTES:
+        sys.modules["jax"].clear_caches()
+        _kept_bytes = _resident_bytes()
