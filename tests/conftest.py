@@ -4,6 +4,7 @@
 import os
 import pathlib
 import sys
+from typing import Any
 
 import pytest
 
@@ -32,3 +33,16 @@ def _forget_programs():
     if "jax" in sys.modules and _resident_bytes() > _kept_bytes + _FORGET_BYTES:
         sys.modules["jax"].clear_caches()
         _kept_bytes = _resident_bytes()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker gets a stretch of neighboring tests, and takes from others when it is through.
+
+    Tests of one module share what they compile and decode; the long ones do not end up last.
+    """
+    if config.getoption("dist") != "load":  # what -n alone means
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
