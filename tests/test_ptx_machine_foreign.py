@@ -1,234 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX that nobody here wrote: CUTLASS's example kernels, compiled out of tree, against float64.
+"""PTX that nobody here wrote: the NVFP4 GEMMs of NVIDIA's cudnn-frontend, against float64.
 
-Set CUTLASS_EXAMPLES to the folder examples/python/CuTeDSL of a CUTLASS checkout to run this; the
-examples are compiled into a temporary folder and are no part of this repository.
+    pip install --no-deps -r tests/foreign.txt
+
+brings them; `cudnn_gemm.py` compiles them. They share no code with the kernels of this project, nor
+with CUTLASS's examples: they write instructions one by one, where those use atoms and layouts.
 """
 
-import os
-import subprocess
-import sys
+import importlib.util
+import re
 from pathlib import Path
 
-import ml_dtypes
+import foreign
 import numpy as np
 import pytest
+from ptx_machine import PtxError
 from ptx_machine.host import run_object
 
-EXAMPLES = os.environ.get("CUTLASS_EXAMPLES", "")
 pytestmark = pytest.mark.skipif(
-    not EXAMPLES, reason="CUTLASS_EXAMPLES does not name CUTLASS's examples/python/CuTeDSL"
+    any(importlib.util.find_spec(name) is None for name in ("cudnn", "cutlass")),
+    reason="cudnn-frontend and the CuTe DSL are not both there (see tests/foreign.txt)",
 )
 
-# Compiles one example for pointers and run-time extents: argv is folder, file, class, arguments of
-# its constructor (a Python expression), operand types, kind.
-COMPILE = """
-import importlib.util, os, sys
-import cuda.bindings.driver as cuda
-import cutlass, cutlass.cute as cute
-from cutlass import Int32
-from cutlass.cute.runtime import make_ptr
-
-folder, path, name, arguments, types, kind = sys.argv[1:7]
-root = os.environ["CUTLASS_EXAMPLES"]
-sys.path[:0] = [root, root + "/cute", os.path.dirname(os.path.join(root, path))]
-spec = importlib.util.spec_from_file_location("example", os.path.join(root, path))
-example = importlib.util.module_from_spec(spec)
-sys.modules["example"] = example
-spec.loader.exec_module(example)
-gemm = getattr(example, name)(*eval(arguments))
-ab, sf, c = (getattr(cutlass, t) for t in types.split(","))
-LANES = 2  # persistent clusters: several tiles for each
-
-
-def pointer(dtype):
-    return make_ptr(dtype, 1024, cute.AddressSpace.gmem, assumed_align=16)
-
-
-def matrices(a, b, c, m, n, k):
-    k, n8 = cute.assume(k, divby=32), cute.assume(n, divby=8)
-    return (
-        cute.make_tensor(a, cute.make_layout((m, k, 1), stride=(k, 1, m * k))),
-        cute.make_tensor(b, cute.make_layout((n, k, 1), stride=(k, 1, n * k))),
-        cute.make_tensor(c, cute.make_layout((m, n8, 1), stride=(n8, 1, m * n8))),
-    )
-
-
-@cute.jit
-def dense(a: cute.Pointer, b: cute.Pointer, c: cute.Pointer, m: Int32, n: Int32, k: Int32,
-          stream: cuda.CUstream):
-    gemm(*matrices(a, b, c, m, n, k), *(() if kind == "once" else (LANES,)), stream)
-
-
-@cute.jit
-def tensors(a: cute.Pointer, b: cute.Pointer, sfa: cute.Pointer, sfb: cute.Pointer,
-            c: cute.Pointer, m: Int32, n: Int32, k: Int32, stream: cuda.CUstream):
-    ta, tb, tc = matrices(a, b, c, m, n, k)
-    one = cute.make_layout((1,))
-    gemm(ta, tb, cute.make_tensor(sfa, one), cute.make_tensor(sfb, one), tc, LANES, stream)
-
-
-@cute.jit
-def pointers(a: cute.Pointer, b: cute.Pointer, sfa: cute.Pointer, sfb: cute.Pointer,
-             c: cute.Pointer, m: Int32, n: Int32, k: Int32, stream: cuda.CUstream):
-    from cutlass.cute.nvgpu import OperandMajorMode
-    from cutlass.utils import LayoutEnum
-    k, n = cute.assume(k, divby=32), cute.assume(n, divby=32)
-    layouts = (OperandMajorMode.K, OperandMajorMode.K, LayoutEnum.ROW_MAJOR)
-    gemm(a, b, sfa, sfb, c, layouts, (m, n, k, 1), LANES, stream)
-
-
-extents = [Int32(128)] * 3
-stream = cuda.CUstream(0)
-if kind in ("dense", "once"):
-    compiled = cute.compile(dense, pointer(ab), pointer(ab), pointer(c), *extents, stream)
-else:
-    host = tensors if kind == "tensors" else pointers
-    operands = [pointer(t) for t in (ab, ab, sf, sf, c)]
-    compiled = cute.compile(host, *operands, *extents, stream)
-compiled.export_to_c(file_path=folder, file_name="example", function_prefix="example")
-"""
-
-HOPPER = "cute/hopper/kernel/dense_gemm/"
-B200 = "cute/blackwell/kernel/blockscaled_gemm/dense_blockscaled_gemm_persistent.py"
-B200_CLASS = "Sm100BlockScaledPersistentDenseGemmKernel"
-SM100 = "cute/blackwell/kernel/dense_gemm/"
-DENSE = SM100 + "dense_gemm_persistent.py"
-SCALED = "cute/blackwell/kernel/blockscaled_gemm/"
-RTX = "cute/blackwell_geforce/kernel/blockscaled_gemm/dense_blockscaled_gemm_persistent_"
-NVFP4, MXF8 = "Float4E2M1FN,Float8E4M3FN,", "Float8E4M3FN,Float8E8M0FNU,"
-BF16 = "BFloat16,BFloat16,Float32"
-
 CASES = {
-    # name: (arch, file, class, constructor arguments, operand types, kind)
-    "wgmma": ("sm_90a", HOPPER + "dense_gemm.py", "HopperWgmmaGemmKernel",
-              "(cutlass.Float32, (128, 128), (1, 1))", BF16, "once"),
-    "wgmma-persistent-cluster": (
-        "sm_90a", HOPPER + "dense_gemm_persistent.py", "HopperWgmmaGemmPersistentKernel",
-        "(cutlass.Float32, (128, 128), (2, 1), 1, True)", BF16, "dense"),
-    "tcgen05-f16": ("sm_100f", DENSE, "PersistentDenseGemmKernel",
-                    "(cutlass.Float32, False, (128, 128), (1, 1), True)", BF16, "dense"),
-    "tcgen05-f16-pair": ("sm_100f", DENSE, "PersistentDenseGemmKernel",
-                         "(cutlass.Float32, True, (256, 128), (2, 1), True)", BF16, "dense"),
-    "tcgen05-nvfp4": ("sm_100f", B200, B200_CLASS, "(16, (128, 128), (1, 1))",
-                      NVFP4 + "Float32", "pointers"),
-    "tcgen05-nvfp4-n64": ("sm_100f", B200, B200_CLASS, "(16, (128, 64), (1, 1))",
-                          NVFP4 + "Float32", "pointers"),
-    "tcgen05-nvfp4-multicast": ("sm_100f", B200, B200_CLASS, "(16, (128, 256), (1, 2))",
-                                NVFP4 + "Float32", "pointers"),
-    "tcgen05-nvfp4-pair": ("sm_100f", B200, B200_CLASS, "(16, (256, 256), (2, 1))",
-                           NVFP4 + "BFloat16", "pointers"),
-    "tcgen05-nvfp4-pair-cluster": ("sm_100f", B200, B200_CLASS, "(16, (256, 128), (4, 2))",
-                                   NVFP4 + "Float32", "pointers"),
-    "tcgen05-nvfp4-pair-n192": ("sm_100f", B200, B200_CLASS, "(16, (256, 192), (2, 1))",
-                                NVFP4 + "Float32", "pointers"),
-    "tcgen05-mxf8": ("sm_100f", B200, B200_CLASS, "(32, (128, 128), (1, 1))",
-                     MXF8 + "Float32", "pointers"),
-    "tcgen05-f16-one-tile": ("sm_100f", SM100 + "dense_gemm.py", "DenseGemmKernel",
-                             "(cutlass.Float32, True, (256, 128), (2, 1), True)", BF16, "once"),
-    "tcgen05-f16-software-pipeline": (
-        "sm_100f", SM100 + "dense_gemm_software_pipeline.py", "DenseGemmKernel",
-        "(cutlass.Float32, False, (128, 64), (1, 1), True)", BF16, "once"),
-    "tcgen05-f16-launch-control": (
-        "sm_100f", SM100 + "dense_gemm_persistent_dynamic.py", "PersistentDenseGemmKernel",
-        "(cutlass.Float32, True, (256, 128), (2, 1), True)", BF16, "once"),
-    "tcgen05-f16-prefetch": (
-        "sm_100f", SM100 + "dense_gemm_persistent_prefetch.py", "PersistentDenseGemmKernel",
-        "(cutlass.Float32, False, (128, 128), (1, 1), True)", BF16, "dense"),
-    "tcgen05-nvfp4-prefetch": (
-        "sm_100f", SCALED + "dense_blockscaled_gemm_persistent_prefetch.py", B200_CLASS,
-        "(16, (128, 128), (1, 1))", NVFP4 + "Float32", "tensors"),
-    "tcgen05-nvfp4-k96": (
-        "sm_103a", SCALED + "sm103_dense_blockscaled_gemm_persistent.py",
-        "Sm103BlockScaledPersistentDenseGemmKernel", "(16, (128, 128), (1, 1), True)",
-        NVFP4 + "Float32", "tensors"),
-    "tcgen05-nvfp4-k96-pair": (
-        "sm_103a", SCALED + "sm103_dense_blockscaled_gemm_persistent.py",
-        "Sm103BlockScaledPersistentDenseGemmKernel", "(16, (256, 256), (2, 1), True)",
-        NVFP4 + "Float32", "tensors"),
-    "cp-async-mma-sync": (
-        "sm_90a", "cute/ampere/kernel/dense_gemm/tensorop_gemm.py", "TensorOpGemm",
-        "(cutlass.BFloat16, cutlass.Float32, cutlass.Float32, (2, 2, 1))", BF16, "once"),
-    "mma-sync-bf16": (
-        "sm_120f", "cute/blackwell_geforce/kernel/dense_gemm/dense_gemm.py", "Sm120GemmKernel",
-        "(cutlass.Float32, (64, 64, 64))", BF16, "dense"),
-    "mma-sync-nvfp4-pingpong": (
-        "sm_120f", RTX + "pingpong.py", "Sm120BlockScaledGemmKernel",
-        "(cutlass.Float32, 16, (128, 128, 128), (128, 128))", NVFP4 + "BFloat16", "tensors"),
-    "mma-sync-nvfp4-cooperative": (
-        "sm_120f", RTX + "cooperative.py", "Sm120BlockScaledGemmKernel",
-        "(cutlass.Float32, 16, (128, 128, 128), (64, 32))", NVFP4 + "BFloat16", "tensors"),
+    # Launch control on all; on sm_100 and sm_103 each CTA, or pair of CTAs, has 128 or 256 rows.
+    "mma-sync": ("sm_120f", "CONFIG_sm120_128x128x128_16x16x32_cluster1x1_warps4x2", "BFloat16"),
+    "mma-sync-64x64": (
+        "sm_120f", "CONFIG_sm120_64x64x128_16x16x32_cluster1x1_warps4x2", "Float32"),
+    "tcgen05": ("sm_100f", "CONFIG_sm100_128x128x128_128x128x32_cluster1x1_1ctamma", "Float32"),
+    "tcgen05-multicast": (
+        "sm_100f", "CONFIG_sm100_128x128x128_128x128x32_cluster2x2_1ctamma", "BFloat16"),
+    "tcgen05-pair": (
+        "sm_100f", "CONFIG_sm100_128x256x128_128x256x32_cluster2x1_2ctamma", "BFloat16"),
+    "tcgen05-k96": ("sm_103a", "CONFIG_sm103_128x128x384_128x128x48_cluster1x1_1ctamma", "Float32"),
+    "tcgen05-k96-pair": (
+        "sm_103a", "CONFIG_sm103_128x256x384_128x256x48_cluster2x1_2ctamma", "BFloat16"),
 }  # fmt: skip
-DTYPES = {"Float32": np.float32, "BFloat16": ml_dtypes.bfloat16}
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-E2M1 = np.concatenate([E2M1, -E2M1])
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     cache = {}
 
-    def build(name: str) -> tuple[Path, str]:
-        if name not in cache:
-            folder = tmp_path_factory.mktemp(name)
-            (folder / "build.py").write_text(COMPILE)
-            environment = os.environ | {
-                "CUTE_DSL_ARCH": CASES[name][0], "CUTE_DSL_KEEP": "ptx",
-                "CUTE_DSL_DUMP_DIR": str(folder), "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-            }  # fmt: skip
-            command = [sys.executable, str(folder / "build.py"), str(folder), *CASES[name][1:]]
-            subprocess.run(command, env=environment, check=True, capture_output=True, cwd=folder)
-            (ptx,) = folder.glob("*.ptx")
-            cache[name] = folder / "example.o", ptx.read_text()
-        return cache[name]
+    def build(arch: str, kernel: str, dtype: str) -> tuple[Path, str]:
+        key = arch, kernel, dtype
+        if key not in cache:
+            folder = tmp_path_factory.mktemp("cudnn")
+            program = Path(__file__).with_name("cudnn_gemm.py")
+            cache[key] = folder / "gemm.o", foreign.compiled(folder, arch, program, kernel, dtype)
+        return cache[key]
 
     return build
 
 
-def block_scaled(rng, rows, k, kind):
-    """Data, swizzled scales and values of a random operand."""
-    block = 16 if kind == NVFP4 else 32
-    if kind == NVFP4:
-        codes = rng.integers(0, 16, (rows, k)).astype(np.uint8)
-        data, values = codes[:, 0::2] | codes[:, 1::2] << 4, E2M1[codes]
-        scales = rng.uniform(0.1, 4, (rows, -(-k // block))).astype(ml_dtypes.float8_e4m3fn)
-    else:
-        data = rng.standard_normal((rows, k)).astype(ml_dtypes.float8_e4m3fn)
-        values = data.astype(np.float64)
-        bits = rng.integers(122, 132, (rows, -(-k // block))).astype(np.uint8)
-        scales = bits.view(ml_dtypes.float8_e8m0fnu)
-    columns = -(-scales.shape[1] // 4)
-    swizzled = np.zeros((-(-rows // 128), columns, 32, 4, 4), np.uint8)
-    r, c = np.indices(scales.shape)
-    swizzled[r // 128, c // 4, r % 32, r % 128 // 32, c % 4] = scales.view(np.uint8)
-    values = values * np.repeat(scales.astype(np.float64), block, axis=1)[:, :k]
-    return np.ascontiguousarray(data), swizzled, values
+def run(gemm, dtype, shape, **options):
+    """Runs a kernel; returns y, the amax it gives, and the float64 operands."""
+    m, n, k = shape
+    rng = np.random.default_rng(0)
+    (x, sfx, x64), (w, sfw, w64) = (foreign.block_scaled(rng, rows, k) for rows in (m, n))
+    y, amax = np.zeros((m, n), foreign.DTYPES[dtype]), np.zeros(1, np.float32)
+    run_object(*gemm, [x, w, sfx, sfw, y, amax, m, n, k], uninitialized=[y], **options)
+    return y, amax[0], (x64, w64)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shape", [(128, 128, 256), (200, 352, 416)])
-def test_example(compiled, name, shape):
-    m, n, k = shape
-    types, kind = CASES[name][4:]
-    dtype = DTYPES[types.split(",")[2]]
-    rng = np.random.default_rng(0)
-    if kind in ("dense", "once"):
-        a, b = (rng.standard_normal((r, k)).astype(ml_dtypes.bfloat16) for r in (m, n))
-        values = [a.astype(np.float64), b.astype(np.float64)]
-        operands = [a, b]
-    else:
-        family = NVFP4 if types.startswith(NVFP4) else MXF8
-        (a, sfa, x), (b, sfb, w) = (block_scaled(rng, r, k, family) for r in (m, n))
-        operands, values = [a, b, sfa, sfb], [x, w]
-    expected = values[0] @ values[1].T
-    magnitude = np.abs(values[0]) @ np.abs(values[1]).T
-    relative = 2.0**-8 if dtype is ml_dtypes.bfloat16 else 0.0
-    for seed in range(4):
-        c = np.zeros((m, n), dtype)
-        run_object(
-            *compiled(name), [*operands, c, m, n, k], uninitialized=[c], schedule_seed=seed,
-            # The cooperative example never waits for its last stores to read shared memory.
-            strict_exit=not name.endswith("cooperative"),
-        )  # fmt: skip
-        error = np.abs(c.astype(np.float64) - expected)
-        assert (error <= relative * np.abs(expected) + 2.0**-18 * magnitude).all()
+@pytest.mark.parametrize(
+    "shape", [(128, 128, 256), (200, 352, 416), (3, 40, 96), (72, 136, 1568)], ids=str
+)
+def test_product(compiled, name, shape):
+    arch, _, dtype = CASES[name]
+    path, text = compiled(*CASES[name])
+    # Accumulators are handed over with tcgen05.fence::before_thread_sync alone. And warps that have
+    # read an answer of launch control say so by relaxed arrivals, which do not order their reads
+    # before the next answer; as releases they would.
+    options = {} if arch == "sm_120f" else {"tensor_fences": False}
+    ordered = text.replace("mbarrier.arrive.relaxed.cluster.", "mbarrier.arrive.release.cluster.")
+    everything, few = {"resident_clusters": 160}, {"resident_clusters": 1}  # few: launch control
+    for seed, (ptx, resident) in enumerate([(text, everything), (ordered, few), (ordered, few)]):
+        y, _, factors = run((path, ptx), dtype, shape, schedule_seed=seed, **resident, **options)
+        foreign.check_product(y, factors)
+
+
+def test_relaxed_arrivals_are_seen(compiled):
+    path, text = compiled(*CASES["tcgen05"])
+    with pytest.raises(PtxError, match=r"that warp \d read, with no synchronization.*try_cancel"):
+        run((path, text), "Float32", (200, 352, 416), resident_clusters=1, tensor_fences=False)
+
+
+SHAPE = (200, 352, 416)
+
+
+@pytest.mark.parametrize("kernel", ["amax_128x128_1x1", "amax_256x128_2x1"])
+def test_tensor_memory_freed_four_times_is_seen(compiled, kernel):
+    """A kernel of the package whose four epilogue warps all free its tensor memory in the end."""
+    # A pair's barrier before that expects one warp of four: a deadlock, where it is not in time.
+    with pytest.raises(PtxError, match=r"dealloc of 512 columns at 0: no such|deadlock"):
+        run(compiled("sm_100f", kernel, "BFloat16"), "BFloat16", SHAPE)
+
+
+def test_tensor_memory_freed_once(compiled):
+    """Freed by the warp that allocated it, the rest of that kernel is right."""
+    path, text = compiled("sm_100f", "amax_128x128_1x1", "BFloat16")
+    others = re.search(r"@(%p\d+) bra\s+\S+;\s+mov\S+\s[^;]*;\s+tcgen05\.alloc", text)[1]
+    once = text.replace("\ttcgen05.dealloc", f"\t@!{others} tcgen05.dealloc")
+    for seed in range(3):
+        y, amax, factors = run((path, once), "BFloat16", SHAPE, schedule_seed=seed)
+        foreign.check_product(y, factors)
+        np.testing.assert_allclose(amax, np.abs(y.astype(np.float32)).max(), rtol=2.0**-8)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported CuTe DSL objects run with their own host code on the PTX machine."""
 
+import ctypes
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from ptx_machine import GlobalMemory, Pointer, PtxError
-from ptx_machine.host import record_launches, run_object
+from ptx_machine import GlobalMemory, Pointer, PtxError, descriptor
+from ptx_machine.host import encode_tiled, record_launches, run_object
 
 pytest.importorskip("cutlass")
 
@@ -129,3 +130,35 @@ def test_output_too_small_is_out_of_bounds(twice):
 def test_argument_count(twice):
     with pytest.raises(ValueError, match="takes 5 arguments"):
         run_object(*twice, [1, 2])
+
+
+def encoded(*, kind=13, dims=(640, 96), strides=(320,), box=(256, 32), address=4096, swizzle=3):
+    """What ``cuTensorMapEncodeTiled`` writes, decoded again."""
+    raw = ctypes.create_string_buffer(128)
+    ints, longs = ctypes.c_uint32 * len(dims), ctypes.c_uint64 * len(dims)
+    encode_tiled(
+        ctypes.addressof(raw), kind, len(dims), address, longs(*dims), longs(*strides),
+        ints(*box), ints(*[1] * len(dims)), 0, swizzle, 0,
+    )  # fmt: skip
+    return descriptor.decode(raw.raw)
+
+
+def test_tensor_map_of_the_driver():
+    # CUtensorMapDataType has other codes than the 128 bytes: 13 is four bits, 9 bfloat16.
+    tensor = encoded()
+    assert tensor.element_type == "16u4_align8b" and tensor.swizzle == "128B"
+    assert (tensor.dims, tensor.strides, tensor.box) == ((640, 96), (320,), (256, 32))
+    assert tensor.address == 4096
+    halves = encoded(kind=9, box=(32, 2, 2), dims=(160, 3, 5), strides=(320, 960), swizzle=2)
+    assert halves.element_type == "bfloat16" and halves.swizzle == "64B"
+    assert halves.dims == (160, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"strides": (312,)}, {"address": 4104}, {"box": (512, 32)}, {"kind": 99}, {"dims": (641, 96)}],
+    ids=str,
+)
+def test_tensor_map_that_the_driver_refuses(wrong):
+    with pytest.raises(ValueError, match="tensor map"):
+        encoded(**wrong)

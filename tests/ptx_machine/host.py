@@ -2,8 +2,9 @@
 """Runs a kernel's real host code: records its launches and replays them on the machine.
 
 ``export_to_c`` of the CuTe DSL writes NAME.o, an x86-64 stub that computes the grid, encodes the
-tensor maps and launches, and NAME.h, which declares it. The stub calls eight functions of the CUDA
-runtime. Here a small C library defines them so that a launch calls back into Python instead.
+tensor maps and launches, and NAME.h, which declares it. The stub calls a few functions of the CUDA
+runtime, and the driver's ``cuTensorMapEncodeTiled`` where the program does not encode its tensor
+maps itself. Here a small C library defines them so that a launch calls back into Python instead.
 """
 
 from __future__ import annotations
@@ -19,18 +20,28 @@ from pathlib import Path
 
 import numpy as np
 
+from . import descriptor
 from .errors import PtxError
 from .machine import Machine, Pointer, launch, load_program
 from .memory import GlobalMemory
+from .tensormap import ELEMENT_TYPES, TensorMap
 
 _SHIM = r"""
 #include <stdint.h>
 typedef int (*launch_hook)(const void *config, const void *kernel, void **args);
+typedef int (*encode_hook)(void *map, int type, uint32_t rank, uint64_t address,
+                           const uint64_t *dims, const uint64_t *strides, const uint32_t *box,
+                           const uint32_t *steps, int interleave, int swizzle, int fill);
 static launch_hook hook;
+static encode_hook encode;
 static char names[256][1024];
 static int name_count;
 static int sm_count = 132;
-void ptx_machine_set(launch_hook h, int sms) { hook = h; sm_count = sms; }
+void ptx_machine_set(launch_hook h, encode_hook e, int sms) {
+  hook = h;
+  encode = e;
+  sm_count = sms;
+}
 const char *ptx_machine_kernel_name(const void *kernel) { return (const char *)kernel; }
 
 int _cudaGetDevice(int *device) { *device = 0; return 0; }
@@ -65,6 +76,16 @@ int _cudaLibraryGetKernel(void **kernel, void *library, const char *name) {
 int _cudaLaunchKernelEx(const void *config, const void *kernel, void **args) {
   return hook(config, kernel, args);
 }
+int _cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address,
+                            const uint64_t *dims, const uint64_t *strides, const uint32_t *box,
+                            const uint32_t *steps, int interleave, int swizzle, int promotion,
+                            int fill) {
+  (void)promotion;
+  return encode(map, type, rank, (uint64_t)address, dims, strides, box, steps, interleave, swizzle,
+                fill);
+}
+/* What failed is raised in Python once the stub returns. */
+void cuda_dialect_assert_success(int result) { (void)result; }
 """
 
 
@@ -85,6 +106,34 @@ ATTRIBUTE_BYTES, CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 72, 4, 6
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 )
+_LONGS, _INTS = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+_ENCODE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64,
+    _LONGS, _LONGS, _INTS, _INTS, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+)  # fmt: skip
+# CUtensorMapSwizzle
+_SWIZZLES = ("none", "32B", "64B", "128B", "128B_ATOM_32B", "128B_ATOM_32B_FLIP_8B",
+             "128B_ATOM_64B")  # fmt: skip
+
+
+def encode_tiled(map_, type_, rank, address, dims, strides, box, steps, interleave, swizzle, fill):
+    """``cuTensorMapEncodeTiled``; raises ValueError for what it would refuse."""
+    names = {code: name for name, (_, code) in ELEMENT_TYPES.items()}
+    tensor = TensorMap(
+        array=None,
+        dims=tuple(dims[:rank]),
+        strides=tuple(strides[: rank - 1]),
+        box=tuple(box[:rank]),
+        element_strides=tuple(steps[:rank]),
+        element_type=names.get(type_, f"code {type_}"),
+        swizzle=_SWIZZLES[swizzle],
+        fill="nan" if fill else "zero",
+        interleave="none" if interleave == 0 else f"code {interleave}",
+        address=address,
+    )
+    if address % (32 if tensor.element_type in ("16u4_align16b", "16u6_align16b") else 16):
+        raise ValueError(f"tensor map: unaligned address {address:#x}")
+    ctypes.memmove(map_, descriptor.encode(tensor), 128)
 
 
 @dataclass
@@ -183,8 +232,16 @@ class HostObject:
                 return 1
             return 0
 
-        callback = _HOOK(hook)
-        self.library.ptx_machine_set(callback, num_sms)
+        def encode(*fields) -> int:
+            try:
+                encode_tiled(*fields)
+            except Exception as error:
+                failure.append(error)
+                return 1
+            return 0
+
+        callbacks = _HOOK(hook), _ENCODE(encode)
+        self.library.ptx_machine_set(*callbacks, num_sms)
         result = ctypes.c_int32(0)
         slots = [ctypes.addressof(b) for b in boxes] + [ctypes.addressof(result)]
         self.entry((ctypes.c_void_p * len(slots))(*slots), len(slots))
