@@ -10,22 +10,37 @@ from jax.typing import DTypeLike
 from jax_nvfp4 import functional
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
+_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
 LayerActivationScale = Literal["token", "tensor", "static"] | None
 
 
-def check_fields(layer: str, activation_scale: Any, dot_general: Any) -> None:
+def check_fields(layer: str, activation_scale: Any, param_dtype: Any, **products: Any) -> None:
     """Refuses field values that the layer could not honor.
 
+    Args:
+        layer: its name.
+        activation_scale: the field.
+        param_dtype: the field.
+        **products: fields by which Flax's own layers let the user change the product.
+
     Raises:
-        ValueError: an unknown activation_scale, or a dot_general of the user's own.
+        ValueError: an unknown activation_scale, or a product of the user's own.
+        TypeError: a param_dtype that cannot be quantized.
     """
     if activation_scale not in ("token", "tensor", "static", None):
         raise ValueError(
             f'{layer}.activation_scale must be "token", "tensor", "static" or None; '
             f"got {activation_scale!r}"
         )
-    if dot_general is not None:
-        raise ValueError(f"{layer} has its own product: dot_general must be None")
+    for name, value in products.items():
+        if value is not None:
+            raise ValueError(f"{layer} has its own product: {name} must be None")
+    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+    if dtype not in _FLOATS:
+        raise TypeError(
+            f"{layer}.param_dtype must be bfloat16, float16 or float32; got {dtype.name}"
+        )
 
 
 def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
@@ -49,6 +64,7 @@ def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
 
 
 def apply(
+    layer: str,
     inputs: jax.Array,
     kernel: Nvfp4Tensor | RepackedWeight,
     bias: jax.Array | None,
@@ -64,8 +80,17 @@ def apply(
     The compute dtype is `dtype` or, where that is None, what inputs and params promote to. Inputs
     are rounded to it only where it is narrower: widening would only lose the fact that they are 16
     bits wide.
+
+    Raises:
+        TypeError: the compute dtype is another than bfloat16, float16 and float32.
     """
     compute = jnp.dtype(dtype or jnp.promote_types(inputs.dtype, param_dtype))
+    if compute not in _FLOATS:
+        raise TypeError(
+            f"{layer} computes in bfloat16, float16 or float32; its dtype {dtype}, inputs of "
+            f"{inputs.dtype.name} and param_dtype {jnp.dtype(param_dtype).name} ask for "
+            f"{compute.name}"
+        )
     if not jnp.issubdtype(inputs.dtype, jnp.floating) or (
         jnp.promote_types(inputs.dtype, compute) != compute
     ):

@@ -23,10 +23,19 @@ _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 _FLOAT_NAMES = "bfloat16, float16 or float32"
 
 
+def _as_array(name: str, value: Any, expected: str) -> jax.Array:
+    """An array; says which argument is none."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be {expected}; got {type(value).__name__}: {error}") from None
+
+
 def _as_float_array(name: str, value: ArrayLike, min_ndim: int) -> jax.Array:
     """An array of a dtype we take; says what is wrong with any other."""
-    if not isinstance(value, jax.Array):
-        value = jnp.asarray(value)
+    value = _as_array(name, value, _FLOAT_NAMES)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be {_FLOAT_NAMES}; got {value.dtype.name}")
     if value.ndim < min_ndim:
@@ -36,17 +45,31 @@ def _as_float_array(name: str, value: ArrayLike, min_ndim: int) -> jax.Array:
 
 
 def _as_scale(name: str, value: ArrayLike) -> jax.Array:
-    """A float32 array; a Python float counts as one."""
-    if isinstance(value, bool) or (
-        not isinstance(value, float | int) and jnp.result_type(value) != jnp.float32
-    ):
-        kind = type(value).__name__ if isinstance(value, bool) else jnp.result_type(value).name
-        raise TypeError(f"{name} must be float32; got {kind}")
-    return jnp.asarray(value, jnp.float32)
+    """A float32 array; a Python number counts as one, and what JAX made of a Python float."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be float32; got bool")
+    if isinstance(value, float | int):
+        return jnp.asarray(float(value), jnp.float32)
+    array = _as_array(name, value, "float32")
+    from_python = array.weak_type and jnp.issubdtype(array.dtype, jnp.floating)
+    if array.dtype != jnp.float32 and not from_python:
+        raise TypeError(f"{name} must be float32; got {array.dtype.name}")
+    return array.astype(jnp.float32)
+
+
+def _dtype(name: str, value: DTypeLike) -> jnp.dtype:
+    """A dtype that we compute in."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be {_FLOAT_NAMES}; {error}") from None
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} must be {_FLOAT_NAMES}; got {dtype.name}")
+    return dtype
 
 
 def _check_scaling(name: str, scaling: str) -> None:
-    if scaling not in ("tensor", "token"):
+    if not isinstance(scaling, str) or scaling not in ("tensor", "token"):
         raise ValueError(f'{name} must be "tensor" or "token"; got {scaling!r}')
 
 
@@ -63,7 +86,8 @@ def quantize(
 
     Args:
         x: (..., K) of any length K; bfloat16, float16 or float32.
-        scaling: "tensor" for one global scale, "token" for one per row.
+        scaling: "tensor" for one global scale, "token" for one per row. Stacked matrices, to be
+            scanned over, have one each: `jax.vmap(quantize)(x)`.
         global_scale: float32, a scalar or one per row (`x.shape[:-1]`), to use in place of a
             computed one; it multiplies on dequantization, and may be traced. A value that is not in
             [2**-110, 2**110] makes the result NaN.
@@ -125,8 +149,8 @@ def global_scale(x: ArrayLike, scaling: Scaling = "tensor") -> jax.Array:
     return numerics.dynamic_scales(largest)[1]
 
 
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, Nvfp4Tensor)
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, Nvfp4Tensor | RepackedWeight)
 
 
 def repack(weight: Any, arch: str | None = None) -> Any:
@@ -134,28 +158,33 @@ def repack(weight: Any, arch: str | None = None) -> Any:
 
     Args:
         weight: an Nvfp4Tensor (..., N, K), or any pytree with such tensors in it: a whole params
-            tree. Other leaves are returned as they are.
+            tree. Weights that are repacked for another architecture are repacked for this one;
+            other leaves are returned as they are.
         arch: "sm_90a", "sm_100f", "sm_103a", "sm_120f" or "reference"; that of this machine's
             default device if None.
 
     Returns:
-        A RepackedWeight, or the tree with each Nvfp4Tensor replaced by one.
+        A RepackedWeight, or the tree with each NVFP4 weight replaced by one.
 
     Raises:
-        TypeError: there is no Nvfp4Tensor in `weight`.
-        ValueError: the arch is unknown, or a tensor has no rows axis.
+        TypeError: there is no NVFP4 weight in `weight`, or one whose parts have been cast.
+        ValueError: the arch is unknown, a tensor has no rows axis, or its parts do not belong
+            together.
     """
     arch = local_arch() if arch is None else arch
     if arch not in (*ARCHES, REFERENCE):
         raise ValueError(f"arch must be one of {', '.join((*ARCHES, REFERENCE))}; got {arch!r}")
-    if not any(map(_is_tensor, jax.tree.leaves(weight, is_leaf=_is_tensor))):
+    if not any(map(_is_weight, jax.tree.leaves(weight, is_leaf=_is_weight))):
         raise TypeError(f"there is no Nvfp4Tensor to repack in a {type(weight).__name__}")
 
     def one(node: Any) -> Any:
-        if not _is_tensor(node):
+        if not _is_weight(node) or getattr(node, "arch", None) == arch:
             return node
+        node.check()
         if node.ndim < 2:
             raise ValueError(f"a weight must have shape (..., N, K); got {node.shape}")
+        if isinstance(node, RepackedWeight):
+            node = node.canonical()
         n, k = node.shape[-2:]
         data, block_scale = explicit.call(
             functools.partial(pack_weight, arch),
@@ -164,7 +193,7 @@ def repack(weight: Any, arch: str | None = None) -> Any:
         )
         return RepackedWeight(data, block_scale, node.global_scale, arch, n, k)
 
-    return jax.tree.map(one, weight, is_leaf=_is_tensor)
+    return jax.tree.map(one, weight, is_leaf=_is_weight)
 
 
 def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, str | None]:
@@ -173,10 +202,11 @@ def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, st
         raise TypeError(
             f"weight must be an Nvfp4Tensor or a RepackedWeight; got {type(weight).__name__}"
         )
-    if len(weight.shape) != 2:
+    weight.check()
+    if weight.ndim != 2:
         raise ValueError(
-            f"weight must have shape (N, K); got {weight.shape} (map over stacked weights with "
-            f"jax.vmap or jax.lax.scan)"
+            f"weight must have shape (N, K); got {weight.shape} (map over stacked weights, with a "
+            f"global scale for each, with jax.vmap or jax.lax.scan)"
         )
     n, weight_k = weight.shape
     if weight_k != k:
@@ -257,9 +287,7 @@ def linear(
                 f"bias must have shape ({n},) to go with a weight of shape {weight.shape}; "
                 f"got {bias.shape}"
             )
-    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if out_dtype not in _FLOATS:
-        raise TypeError(f"out_dtype must be {_FLOAT_NAMES}; got {out_dtype.name}")
+    out_dtype = x.dtype if out_dtype is None else _dtype("out_dtype", out_dtype)
     mode, given = _activation(activation_scale)
     spec = ops.LinearSpec(
         arch=arch,

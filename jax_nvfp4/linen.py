@@ -35,9 +35,10 @@ class Nvfp4Dense(nn.Module):
     (features, inputs), and `bias`. `jax_nvfp4.quantize_params` makes them from a Dense model's.
 
     With `activation_scale="static"` the layer reads the variable `activation_scale` (float32, ())
-    of the collection `quant`. Applied with `mutable=["quant"]` it calibrates instead: it keeps the
-    running amax of its inputs in the variable `activation_amax` and the scale that follows from it
-    in `activation_scale`. Before any calibration the scale is 1, which suits inputs up to 2688.
+    of the collection `quant`: from a calibration, or put there by the user, such as a checkpoint's
+    input scale. Applied with `mutable=["quant"]` it calibrates instead: it keeps the running amax
+    of its inputs in the variable `activation_amax` and the scale that follows from it in
+    `activation_scale`. Before any calibration the scale is 1, which suits inputs up to 2688.
 
     Attributes:
         features: output features.
@@ -47,7 +48,9 @@ class Nvfp4Dense(nn.Module):
         precision: no effect: products are exact and sums float32. Here so that Dense's fields are.
         kernel_init: initializer of the (inputs, features) kernel that init quantizes.
         bias_init: initializer of the bias.
-        dot_general: must be None.
+        promote_dtype: must be None; so must the next two.
+        dot_general: as above.
+        dot_general_cls: as above.
         activation_scale: how inputs are quantized: "token", "tensor", "static" or None
             (weight-only), as in `jax_nvfp4.linear`.
         batch_invariant: as in `jax_nvfp4.linear`.
@@ -60,7 +63,9 @@ class Nvfp4Dense(nn.Module):
     precision: Any = None
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
+    promote_dtype: Any = None
     dot_general: Any = None
+    dot_general_cls: Any = None
     activation_scale: _layer.LayerActivationScale = "token"
     batch_invariant: bool = False
 
@@ -75,11 +80,21 @@ class Nvfp4Dense(nn.Module):
             (..., features).
 
         Raises:
-            TypeError: the kernel is not an NVFP4 weight.
-            ValueError: the kernel has another shape, or a field an unknown value.
+            TypeError: the kernel is not an NVFP4 weight, or a dtype is not one we compute in.
+            ValueError: the kernel has another shape, a field an unknown value, or there is no
+                static scale.
         """
-        _layer.check_fields("Nvfp4Dense", self.activation_scale, self.dot_general)
+        _layer.check_fields(
+            "Nvfp4Dense",
+            self.activation_scale,
+            self.param_dtype,
+            promote_dtype=self.promote_dtype,
+            dot_general=self.dot_general,
+            dot_general_cls=self.dot_general_cls,
+        )
         inputs = jnp.asarray(inputs)
+        if not inputs.ndim:
+            raise ValueError("the inputs of Nvfp4Dense must have at least 1 axis; got a scalar")
         k = inputs.shape[-1]
         if self.has_variable("params", "kernel"):
             # Not through `param`, which would refuse a RepackedWeight for its parts' shapes.
@@ -94,6 +109,7 @@ class Nvfp4Dense(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         scale = self._static_scale(inputs) if self.activation_scale == "static" else None
         return _layer.apply(
+            "Nvfp4Dense",
             inputs,
             kernel,
             bias,
@@ -105,9 +121,17 @@ class Nvfp4Dense(nn.Module):
 
     def _static_scale(self, inputs: jax.Array) -> jax.Array:
         """The calibrated scale; first takes the inputs in where the collection is mutable."""
+        if not (self.is_initializing() or self.is_mutable_collection(COLLECTION)):
+            if not self.has_variable(COLLECTION, "activation_scale"):
+                raise ValueError(
+                    f"Nvfp4Dense {'/'.join(self.path)!r} has no static scale: calibrate, by "
+                    f"applying the model to inputs with mutable=[{COLLECTION!r}], or put "
+                    f"activation_scale into its variables of the collection {COLLECTION!r}"
+                )
+            return self.get_variable(COLLECTION, "activation_scale")
         amax = self.variable(COLLECTION, "activation_amax", jnp.zeros, (), jnp.float32)
         scale = self.variable(COLLECTION, "activation_scale", jnp.ones, (), jnp.float32)
-        if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
+        if not self.is_initializing():
             amax.value = jnp.maximum(amax.value, numerics.amax(inputs))
             scale.value = numerics.dynamic_scales(amax.value)[1]
         return scale.value

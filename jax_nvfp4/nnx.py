@@ -70,7 +70,8 @@ class Nvfp4Linear(nnx.Module):
         precision: no effect: products are exact and sums float32.
         kernel_init: initializer of the (in_features, out_features) kernel that is then quantized.
         bias_init: initializer of the bias.
-        dot_general: must be None.
+        dot_general: must be None; so must promote_dtype.
+        promote_dtype: as above.
         preferred_element_type: dtype of the output; that of the computation if None.
         activation_scale: "token", "tensor", "static" or None, as in `jax_nvfp4.linear`.
         batch_invariant: as in `jax_nvfp4.linear`.
@@ -80,6 +81,7 @@ class Nvfp4Linear(nnx.Module):
 
     Raises:
         ValueError: a field has a value that the layer cannot honor.
+        TypeError: a param_dtype that cannot be quantized.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Nvfp4Linear(nnx.Module):
         kernel_init: Initializer = nnx.nn.linear.default_kernel_init,
         bias_init: Initializer = nnx.nn.linear.default_bias_init,
         dot_general: Any = None,
+        promote_dtype: Any = None,
         preferred_element_type: Dtype | None = None,
         activation_scale: _layer.LayerActivationScale = "token",
         batch_invariant: bool = False,
@@ -101,9 +104,19 @@ class Nvfp4Linear(nnx.Module):
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        _layer.check_fields("Nvfp4Linear", activation_scale, dot_general)
-        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        self.kernel = nnx.data(_variables(params.quantize_kernel(kernel), kernel_metadata))
+        _layer.check_fields(
+            "Nvfp4Linear",
+            activation_scale,
+            param_dtype,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+        )
+        # As a Param, an initializer's metadata (of nnx.with_partitioning) joins the rest.
+        kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
+        )
+        weight = params.quantize_kernel(kernel[...])
+        self.kernel = nnx.data(_variables(weight, kernel.get_metadata()))
         self.bias: Any = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), (out_features,), param_dtype)
@@ -134,9 +147,10 @@ class Nvfp4Linear(nnx.Module):
             The new layer.
 
         Raises:
-            ValueError: the layer has a dot_general of its own.
+            ValueError: the layer has a dot_general or promote_dtype of its own.
         """
         own_product = linear.dot_general is not jax.lax.dot_general
+        own_promotion = linear.promote_dtype is not nnx.nn.dtypes.promote_dtype
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -146,6 +160,7 @@ class Nvfp4Linear(nnx.Module):
             precision=linear.precision,
             kernel_init=lambda *_: linear.kernel[...],
             dot_general=linear.dot_general if own_product else None,
+            promote_dtype=linear.promote_dtype if own_promotion else None,
             preferred_element_type=linear.preferred_element_type,
             rngs=nnx.Rngs(0),
             kernel_metadata=linear.kernel.get_metadata(),
@@ -179,6 +194,7 @@ class Nvfp4Linear(nnx.Module):
                 self.input_scale[...] = numerics.dynamic_scales(amax)[1]
             scale = self.input_scale[...]
         return _layer.apply(
+            "Nvfp4Linear",
             inputs,
             kernel,
             None if self.bias is None else self.bias[...],
@@ -202,52 +218,78 @@ def quantize_model(
     """Swaps the `nnx.Linear` layers of a model for Nvfp4Linear, in place.
 
     Args:
-        model: changed in place. A layer that is shared stays shared.
+        model: changed in place. A layer that is shared stays shared. Subclasses of `nnx.Linear`,
+            whose call may be another, stay.
         where: given a layer's path and the layer, whether to swap it; every Linear by default.
         **fields: activation_scale and batch_invariant of the new layers.
 
     Raises:
-        ValueError: no layer was chosen, or the model is itself a Linear.
+        ValueError: no layer was chosen, the model is itself a Linear, or a layer lies where it
+            cannot be swapped.
     """
     if isinstance(model, nnx.Linear):
         raise ValueError("the model is itself a Linear; use Nvfp4Linear.from_linear")
-    swapped: dict[int, Nvfp4Linear] = {}
-    for path, node in list(nnx.iter_graph(model)):
-        if isinstance(node, nnx.Linear) and type(node) is nnx.Linear and where(path, node):
-            swapped[id(node)] = Nvfp4Linear.from_linear(node, **fields)
-    if not swapped:
+    chosen = {
+        id(node): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Linear) and type(node) is nnx.Linear and where(path, node)
+    }
+    if not chosen:
         raise ValueError("no nnx.Linear layer of the model was chosen to be quantized")
-    _replace(model, swapped)
+    _replace(model, {key: Nvfp4Linear.from_linear(node, **fields) for key, node in chosen.items()})
+    for path, node in nnx.iter_graph(model):
+        if id(node) in chosen:
+            raise ValueError(
+                f"the layer {'.'.join(map(str, path))} could not be swapped: layers may be "
+                f"attributes of modules or items of lists, dicts and tuples"
+            )
 
 
 def repack_model(model: nnx.Module, arch: str | None = None) -> None:
     """Repacks the kernels of a model's Nvfp4Linear layers, in place.
 
+    Arrays stay divided as they are; the axis names of their metadata, which are those of canonical
+    weights, are dropped.
+
     Args:
-        model: changed in place; kernels that are repacked already stay as they are.
+        model: changed in place.
         arch: as in `jax_nvfp4.repack`.
+
+    Raises:
+        ValueError: there is no Nvfp4Linear, or the arch is unknown.
     """
-    for _, node in list(nnx.iter_graph(model)):
-        if isinstance(node, Nvfp4Linear) and isinstance(node.kernel, Nvfp4Tensor):
-            weight = functional.repack(_arrays(node.kernel), arch)
-            # Tiles take the place of rows and columns, in the same order: the names stay.
-            node.kernel = nnx.data(_variables(weight, {}))
+    layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, Nvfp4Linear)]
+    if not layers:
+        raise ValueError("no Nvfp4Linear layer in the model to repack; see quantize_model")
+    for layer in layers:
+        layer.kernel = nnx.data(_variables(functional.repack(_arrays(layer.kernel), arch), {}))
 
 
 def _replace(root: Any, swapped: dict[int, Nvfp4Linear]) -> None:
     """Puts the new layers wherever the old ones are attributes or items, at any depth."""
+
+    def new(child: Any) -> Any:
+        if isinstance(child, tuple):
+            items = [new(item) for item in child]
+            if all(a is b for a, b in zip(items, child, strict=True)):
+                return child
+            return type(child)(*items) if hasattr(child, "_fields") else type(child)(items)
+        return swapped.get(id(child), child)
+
     for _, node in list(nnx.iter_graph(root)):
         if isinstance(node, list):
             items: Any = enumerate(node)
         elif isinstance(node, dict):
             items = list(node.items())
-        elif isinstance(node, nnx.Module):
+        elif isinstance(node, nnx.Pytree):
             items = list(vars(node).items())
         else:
             continue
         for key, child in items:
-            if id(child) in swapped:
-                if isinstance(node, nnx.Module):
-                    setattr(node, key, swapped[id(child)])
-                else:
-                    node[key] = swapped[id(child)]
+            replacement = new(child)
+            if replacement is child:
+                continue
+            if isinstance(node, nnx.Pytree):
+                setattr(node, key, nnx.data(replacement))
+            else:
+                node[key] = replacement

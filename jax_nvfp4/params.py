@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from flax.core import meta
 
 from jax_nvfp4 import functional
@@ -111,3 +112,24 @@ def quantize_params(params: Any, where: Callable[[Path, Any], bool] = is_kernel)
     if not quantized:
         raise ValueError("no leaf of the params was chosen to be quantized")
     return result
+
+
+def _named_parts(weight: Nvfp4Tensor | RepackedWeight) -> dict[str, Any]:
+    return {key.name: part for key, part in weight.tree_flatten_with_keys()[0]}
+
+
+def _to_state(weight: Nvfp4Tensor | RepackedWeight) -> Any:
+    """The parts by name, for `flax.serialization`."""
+    return serialization.to_state_dict(_named_parts(weight))
+
+
+def _from_state(weight: Any, state: dict[str, Any]) -> Any:
+    """A weight like `weight`, with the parts of a state dict."""
+    parts = serialization.from_state_dict(_named_parts(weight), state, "an NVFP4 weight")
+    return jax.tree.unflatten(
+        jax.tree.structure(weight, is_leaf=lambda node: node is not weight), list(parts.values())
+    )
+
+
+for _weight_type in (Nvfp4Tensor, RepackedWeight):
+    serialization.register_serialization_state(_weight_type, _to_state, _from_state)

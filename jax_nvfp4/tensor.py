@@ -12,7 +12,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jax_nvfp4 import numerics
-from jax_nvfp4.layout.weights import unpack_weight
+from jax_nvfp4.config import REFERENCE
+from jax_nvfp4.layout import swizzle
+from jax_nvfp4.layout.weights import packed_shapes, unpack_weight
 
 
 def _keyed_parts(tensor: Any) -> tuple[tuple[jax.tree_util.GetAttrKey, Any], ...]:
@@ -25,6 +27,38 @@ def _keyed_parts(tensor: Any) -> tuple[tuple[jax.tree_util.GetAttrKey, Any], ...
 
 def _nbytes(tensor: Any) -> int:
     return sum(part.size * part.dtype.itemsize for _, part in _keyed_parts(tensor))
+
+
+def _global_scale_name(tensor: Any) -> str:
+    shape = tensor.global_scale.shape
+    return str(shape) if shape else "scalar"
+
+
+def _are_arrays(tensor: Any) -> bool:
+    """Whether the parts are arrays; transformations put other things in their place."""
+    return all(
+        hasattr(part, "shape") and hasattr(part, "dtype") for _, part in _keyed_parts(tensor)
+    )
+
+
+def _check_dtypes(tensor: Any, **expected: Any) -> None:
+    """Refuses parts that are no arrays or that have been cast.
+
+    Raises:
+        TypeError: a part is not an array of the expected dtype.
+    """
+    for name, dtype in expected.items():
+        part = getattr(tensor, name)
+        found = getattr(part, "dtype", None)
+        if found != dtype:
+            if found is None:
+                got, hint = type(part).__name__, "params with metadata must be unboxed"
+            else:
+                got, hint = found.name, "a cast of all params must leave NVFP4 weights alone"
+            raise TypeError(
+                f"the {name} of {type(tensor).__name__} must be an array of "
+                f"{jnp.dtype(dtype).name}; got {got} ({hint})"
+            )
 
 
 def _expand(global_scale: jax.Array, ndim: int) -> jax.Array:
@@ -46,13 +80,13 @@ class Nvfp4Tensor:
         block_scale: float8_e4m3fn (..., ceil(K/16)), linear.
         global_scale: float32; a scalar (per tensor), one per row `(...)` (per token), or the
             leading axes of stacked tensors.
-        k: K, the logical length of the last axis.
+        padding: elements that fill up the last block of each row, 0 to 15.
     """
 
     data: jax.Array
     block_scale: jax.Array
     global_scale: jax.Array
-    k: int
+    padding: int
 
     def __init__(
         self,
@@ -61,6 +95,7 @@ class Nvfp4Tensor:
         global_scale: Any,
         *,
         k: int | None = None,
+        padding: int = 0,
     ) -> None:
         """Checks and holds the parts.
 
@@ -68,7 +103,8 @@ class Nvfp4Tensor:
             data: uint8 (..., ceil(k/16)*8).
             block_scale: float8_e4m3fn, or its bits as uint8, (..., ceil(k/16)).
             global_scale: float32, its shape the first axes of `data`'s leading ones, or ().
-            k: the logical length of the last axis; `2 * data.shape[-1]` by default.
+            k: the logical length of the last axis; `2 * data.shape[-1] - padding` by default.
+            padding: the same, said by what is missing to whole blocks.
 
         Raises:
             TypeError: a part has another dtype.
@@ -91,32 +127,51 @@ class Nvfp4Tensor:
             )
         if data.ndim == 0:
             raise ValueError("data must have at least one axis, got a scalar")
-        k = 2 * data.shape[-1] if k is None else int(k)
-        blocks = -(-k // numerics.BLOCK)
-        if data.shape[-1] != blocks * 8 or k < 0:
+        k = 2 * data.shape[-1] - padding if k is None else int(k)
+        if data.shape[-1] != _blocks(k) * 8 or k < 0:
             raise ValueError(
-                f"data of shape {data.shape} must have ceil(k/16)*8 = {blocks * 8} bytes along "
+                f"data of shape {data.shape} must have ceil(k/16)*8 = {_blocks(k) * 8} bytes along "
                 f"its last axis for k = {k}"
             )
-        if block_scale.shape != (*data.shape[:-1], blocks):
+        self._set(data, block_scale, global_scale, -k % numerics.BLOCK)
+        self._check_shapes()
+
+    def check(self) -> None:
+        """Refuses parts that do not belong together, which transformations may have changed.
+
+        Raises:
+            TypeError: a part is not an array of its dtype.
+            ValueError: the shapes do not belong together.
+        """
+        _check_dtypes(self, data=jnp.uint8, block_scale=jnp.float8_e4m3fn, global_scale=jnp.float32)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        data, global_scale = self.data.shape, self.global_scale.shape
+        expected = (*data[:-1], _blocks(self.k))
+        if self.block_scale.shape != expected:
             raise ValueError(
-                f"block_scale must have shape {(*data.shape[:-1], blocks)} to go with data of "
-                f"shape {data.shape} and k = {k}; got {block_scale.shape}"
+                f"block_scale must have shape {expected} to go with data of "
+                f"shape {data} and k = {self.k}; got {self.block_scale.shape}"
             )
-        if global_scale.shape != data.shape[: global_scale.ndim] or global_scale.ndim >= data.ndim:
+        if global_scale != data[: len(global_scale)] or len(global_scale) >= len(data):
             raise ValueError(
                 f"global_scale must be a scalar or have the leading axes of "
-                f"{data.shape[:-1]}; got shape {global_scale.shape}"
+                f"{data[:-1]}; got shape {global_scale}"
             )
-        self._set(data, block_scale, global_scale, k)
 
-    def _set(self, data: Any, block_scale: Any, global_scale: Any, k: int) -> None:
+    def _set(self, data: Any, block_scale: Any, global_scale: Any, padding: int) -> None:
         for name, value in zip(
-            ("data", "block_scale", "global_scale", "k"),
-            (data, block_scale, global_scale, k),
+            ("data", "block_scale", "global_scale", "padding"),
+            (data, block_scale, global_scale, padding),
             strict=True,
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def k(self) -> int:
+        """The logical length of the last axis; of a device's part, in `shard_map`, the part's."""
+        return 2 * self.data.shape[-1] - self.padding
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -142,27 +197,33 @@ class Nvfp4Tensor:
         Returns:
             An array of the logical shape.
         """
+        self.check()
         global_scale = _expand(self.global_scale, self.ndim)
         values = numerics.dequantize(self.data, self.block_scale, global_scale)
         return values[..., : self.k].astype(dtype)
 
     def tree_flatten_with_keys(self) -> tuple[Any, int]:
-        """The parts with their names, and k."""
-        return _keyed_parts(self), self.k
+        """The parts with their names, and the padding, which a part along K has in common."""
+        return _keyed_parts(self), self.padding
 
     @classmethod
-    def tree_unflatten(cls, k: int, leaves: Any) -> Self:
+    def tree_unflatten(cls, padding: int, leaves: Any) -> Self:
         """Rebuilds without checks: transformations put other things than arrays at the leaves."""
         self = object.__new__(cls)
         data, block_scale, global_scale = leaves
-        self._set(data, block_scale, global_scale, k)
+        self._set(data, block_scale, global_scale, padding)
         return self
 
     def __repr__(self) -> str:
-        if not hasattr(self.data, "shape"):
-            return f"Nvfp4Tensor({self.data}, {self.block_scale}, {self.global_scale}, k={self.k})"
-        scale = "scalar" if self.global_scale.ndim == 0 else self.global_scale.shape
-        return f"Nvfp4Tensor(shape={self.shape}, global_scale={scale}, nbytes={self.nbytes})"
+        if not _are_arrays(self):
+            return (
+                f"Nvfp4Tensor({self.data}, {self.block_scale}, {self.global_scale}, "
+                f"padding={self.padding})"
+            )
+        return (
+            f"Nvfp4Tensor(shape={self.shape}, global_scale={_global_scale_name(self)}, "
+            f"nbytes={self.nbytes})"
+        )
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -176,7 +237,7 @@ class RepackedWeight:
         block_scale: uint8, e4m3 scales in the architecture's order, padded with zeros.
         global_scale: float32, a scalar or one per row (N,); stacked weights have leading axes.
         arch: the architecture, a name of `config.ARCHES` or "reference".
-        n: logical rows (output features).
+        n: logical rows (output features); of a device's part, in `shard_map`, those of the whole.
         k: logical columns (input features).
     """
 
@@ -189,8 +250,19 @@ class RepackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The logical shape, `(..., N, K)`."""
-        return (*self.data.shape[:-2], self.n, self.k)
+        """The logical shape, `(..., N, K)`: of a device's part, in `shard_map`, the part's."""
+        *lead, rows, _ = self.data.shape
+        return (*lead, rows if self._whole_tiles else self.n, self.k)
+
+    @property
+    def _whole_tiles(self) -> bool:
+        """Whether no rows are padding, so that the rows of the data are the rows."""
+        return self.arch == REFERENCE or self.n % swizzle.ROWS == 0
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return self.data.ndim
 
     @property
     def nbytes(self) -> int:
@@ -199,8 +271,33 @@ class RepackedWeight:
 
     def canonical(self) -> Nvfp4Tensor:
         """The tensor it was made from, the same bits."""
-        data, block_scale = unpack_weight(self.arch, self.data, self.block_scale, self.n, self.k)
+        self.check()
+        n = self.shape[-2]
+        data, block_scale = unpack_weight(self.arch, self.data, self.block_scale, n, self.k)
         return Nvfp4Tensor(data, block_scale, self.global_scale, k=self.k)
+
+    def check(self) -> None:
+        """Refuses parts that do not belong together, which transformations may have changed.
+
+        Raises:
+            TypeError: a part is not an array of its dtype.
+            ValueError: the shapes do not belong together.
+        """
+        _check_dtypes(self, data=jnp.uint8, block_scale=jnp.uint8, global_scale=jnp.float32)
+        *lead, n, k = self.shape
+        expected = tuple((*lead, *shape) for shape in packed_shapes(self.arch, n, k))
+        if (self.data.shape, self.block_scale.shape) != expected:
+            raise ValueError(
+                f"a weight of shape {self.shape} repacked for {self.arch} has data and block_scale "
+                f"of shapes {expected[0]} and {expected[1]}; got {self.data.shape} and "
+                f"{self.block_scale.shape} (rows may be divided by whole tiles of {swizzle.ROWS}, "
+                f"columns may not)"
+            )
+        if self.global_scale.shape not in ((), tuple(lead), (*lead, n)):
+            raise ValueError(
+                f"global_scale must be a scalar or have the leading axes of {(*lead, n)}; "
+                f"got shape {self.global_scale.shape}"
+            )
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The values, of shape `(..., N, K)`."""
@@ -217,7 +314,19 @@ class RepackedWeight:
         return cls(data, block_scale, global_scale, *static)
 
     def __repr__(self) -> str:
-        return f"RepackedWeight(arch={self.arch!r}, n={self.n}, k={self.k}, data={self.data!r:.60})"
+        if not _are_arrays(self):
+            return (
+                f"RepackedWeight({self.data}, {self.block_scale}, {self.global_scale}, "
+                f"arch={self.arch!r}, n={self.n}, k={self.k})"
+            )
+        return (
+            f"RepackedWeight(shape={self.shape}, arch={self.arch!r}, "
+            f"global_scale={_global_scale_name(self)}, nbytes={self.nbytes})"
+        )
+
+
+def _blocks(k: int) -> int:
+    return -(-k // numerics.BLOCK)
 
 
 def _serialization(cls: type[Any]) -> None:

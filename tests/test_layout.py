@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight, unpack_weight
+from jax_nvfp4.layout.weights import pack_weight, packed_shapes, unpack_weight
 
 SIZES = st.integers(1, 300)
 
@@ -60,6 +60,8 @@ def test_packed_weights_come_back_bit_for_bit(arch, shape):
     data = bytes_of((*lead, n, blocks * 8))
     scales = bytes_of((*lead, n, blocks), 1) & 0x7F
     codes, bits = pack_weight(arch, jnp.asarray(data), jnp.asarray(scales))
+    expected = tuple((*lead, *shape) for shape in packed_shapes(arch, n, k))
+    assert (codes.shape, bits.shape) == expected
     back, back_scales = unpack_weight(arch, codes, bits, n, k)
     np.testing.assert_array_equal(back, data)
     np.testing.assert_array_equal(np.asarray(back_scales).view(np.uint8), scales)
@@ -103,6 +105,16 @@ def test_repack_of_a_tree():
     assert isinstance(out["a"]["kernel"], nvfp4.RepackedWeight)
     assert isinstance(out["b"][0], nvfp4.RepackedWeight)
     assert out["b"][1] == 3 and out["a"]["bias"].shape == (8,)
+
+
+def test_repack_for_another_arch():
+    t = nvfp4.quantize(np.random.default_rng(3).standard_normal((130, 90)).astype(np.float32))
+    hopper = nvfp4.repack(t, "sm_90a")
+    assert nvfp4.repack(hopper, "sm_90a") is hopper
+    again = nvfp4.repack({"a": hopper, "b": t}, "sm_100f")
+    for part, other in zip(*(jax.tree.leaves(again[name]) for name in "ab"), strict=True):
+        np.testing.assert_array_equal(part, other)
+    assert jax.tree.structure(again["a"]) == jax.tree.structure(again["b"])
 
 
 def test_every_packed_byte_is_decided():

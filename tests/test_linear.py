@@ -186,6 +186,9 @@ def test_a_bad_static_scale_gives_nan(scale):
 def test_a_static_scale_may_be_traced():
     x, w, b = problem(3, 8, 32)
     function = jax.jit(lambda s: nvfp4.linear(x, w, b, activation_scale=s))
+    with jax.enable_x64(True):  # a Python float is float64 there, and float32 to us
+        assert function(0.002).dtype == np.float32
+        function.clear_cache()
     for scale in (0.002, 0.004):
         eager = nvfp4.linear(x, w, b, activation_scale=scale)
         np.testing.assert_array_equal(function(jnp.float32(scale)), eager)
@@ -213,6 +216,12 @@ W = nvfp4.quantize(np.ones((8, 32), np.float32))
 REFUSED = [
     (lambda: nvfp4.linear(X.astype(np.int32), W), TypeError, "x must be bfloat16.*got int32"),
     (lambda: nvfp4.linear(np.float32(1), W), ValueError, "x must have at least 1 axis"),
+    (lambda: nvfp4.linear(None, W), TypeError, "x must be .*got NoneType"),
+    (lambda: nvfp4.linear(W, W), TypeError, "x must be .*got Nvfp4Tensor"),
+    (lambda: nvfp4.linear(X, W, W), TypeError, "bias must be .*got Nvfp4Tensor"),
+    (lambda: nvfp4.linear(X, W, out_dtype="f33"), TypeError, "out_dtype must be .*f33"),
+    (lambda: nvfp4.linear(X, W, activation_scale=b"token"), TypeError, "_scale .*got bytes"),
+    (lambda: nvfp4.linear(X, W, activation_scale=[0.1]), ValueError, r"got shape \(1,\)"),
     (
         lambda: nvfp4.linear(X, np.ones((8, 32))),
         TypeError,
@@ -242,6 +251,8 @@ REFUSED = [
     (lambda: nvfp4.quantize(np.float32(3)), ValueError, "at least 1 axis"),
     (lambda: nvfp4.quantize(X.astype(np.complex64)), TypeError, "got complex64"),
     (lambda: nvfp4.quantize(X, scaling="row"), ValueError, "scaling must be .*'row'"),
+    (lambda: nvfp4.quantize(X, scaling=np.ones(3)), ValueError, "scaling must be .*array"),
+    (lambda: nvfp4.quantize(W), TypeError, "x must be .*got Nvfp4Tensor"),
     (
         lambda: nvfp4.quantize(X, global_scale=np.ones(3, np.float32)),
         ValueError,

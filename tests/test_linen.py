@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nvfp4Dense and quantize_params."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import machine
@@ -8,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
+from flax import serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,6 +95,42 @@ def test_calibration_under_jit():
     for i in (1, 2):
         variables = {**variables, **step(variables, X * i)}
     assert variables["quant"]["activation_scale"] == nvfp4.global_scale(X * 2)
+
+
+def test_a_static_scale_from_elsewhere():
+    """A checkpoint has a scale and no amax."""
+    layer = nvfp4.Nvfp4Dense(8, activation_scale="static")
+    params = nvfp4.Nvfp4Dense(8).init(KEY, X)["params"]
+    y = layer.apply({"params": params, "quant": {"activation_scale": jnp.float32(0.002)}}, X)
+    expected = nvfp4.linear(X, params["kernel"], params["bias"], activation_scale=0.002)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_every_field_of_dense_is_there_in_its_order():
+    ours, theirs = (
+        [f.name for f in dataclasses.fields(layer)] for layer in (nvfp4.Nvfp4Dense, nn.Dense)
+    )
+    assert [name for name in ours if name in theirs] == theirs
+
+
+@pytest.mark.parametrize("arch", [None, "sm_90a"])
+def test_flax_serialization(arch):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    variables = nvfp4.Nvfp4Dense(8, kernel_init=init).init(KEY, X)
+    if arch:
+        variables = nvfp4.repack(nn.unbox(variables), arch)
+    blob = serialization.to_bytes(variables)
+    for target in (jax.tree.map(jnp.zeros_like, variables), jax.eval_shape(lambda: variables)):
+        restored = serialization.from_bytes(target, blob)
+        assert jax.tree.structure(restored) == jax.tree.structure(variables)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(variables), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(
+                np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8)
+            )
+    kernel = nn.unbox(variables)["params"]["kernel"]
+    with pytest.raises(ValueError, match="block_scale"):
+        serialization.from_state_dict(kernel, {"data": kernel.data})
 
 
 def test_dtypes_follow_dense():
@@ -234,6 +273,42 @@ PARAMS = nn.Dense(8).init(KEY, X)
             lambda: nvfp4.Nvfp4Dense(9).apply(nvfp4.quantize_params(PARAMS), X),
             ValueError,
             r"\(9, 40\); got \(8, 40\)",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Dense(8, dot_general_cls=object).init(KEY, X),
+            ValueError,
+            "dot_general_cls must be None",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Dense(8, dtype=jnp.int8).init(KEY, X),
+            TypeError,
+            "Nvfp4Dense computes in .*param_dtype float32 ask for int8",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Dense(8, param_dtype=jnp.int8).init(KEY, X),
+            TypeError,
+            "Nvfp4Dense.param_dtype must be .*; got int8",
+        ),
+        (
+            lambda: nvfp4.Nvfp4Dense(8).init(KEY, jnp.float32(1)),
+            ValueError,
+            "at least 1 axis; got a scalar",
+        ),
+        (
+            lambda: Mlp(nvfp4.Nvfp4Dense, (("activation_scale", "static"),)).apply(
+                nvfp4.quantize_params(Mlp().init(KEY, X)), X
+            ),
+            ValueError,
+            "Nvfp4Dense 'up' has no static scale: calibrate",
+        ),
+        (
+            lambda: nvfp4.repack(
+                nvfp4.Nvfp4Dense(
+                    8, kernel_init=nn.with_partitioning(nn.initializers.ones_init(), ("a", "b"))
+                ).init(KEY, X)
+            ),
+            TypeError,
+            "got Partitioned .*must be unboxed",
         ),
         (lambda: nvfp4.quantize_params({"bias": X}), ValueError, "no leaf .* was chosen"),
         (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """nnx.Nvfp4Linear and the swap of a model's layers."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import machine
@@ -82,6 +84,37 @@ def test_the_kernel_is_the_quantized_transpose():
     np.testing.assert_array_equal(fresh.kernel.data[...], expected.data)
 
 
+class Containers(nnx.Module):
+    """Linear layers in the containers of Python, nested."""
+
+    def __init__(self, rngs):
+        layers = [nnx.Linear(40, 40, rngs=rngs) for _ in range(4)]
+        self.held = nnx.data((layers[0], (layers[1], 3)))
+        self.listed = nnx.data([{"q": (layers[2],)}, layers[3]])
+        self.again = layers[0]
+
+    def __call__(self, x):
+        return self.listed[1](self.listed[0]["q"][0](self.held[1][0](self.held[0](x))))
+
+
+def test_swap_in_containers():
+    model = Containers(nnx.Rngs(0))
+    quantize_model(model)
+    layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, Nvfp4Linear)]
+    assert len(layers) == 4 and model.again is model.held[0] and model.held[1][1] == 3
+    assert not any(isinstance(node, nnx.Linear) for _, node in nnx.iter_graph(model))
+    y = model(X)
+    repack_model(model, "sm_90a")
+    repack_model(model, "sm_100f")
+    assert model.again.kernel.arch == "sm_100f"
+    np.testing.assert_array_equal(nnx.merge(*nnx.split(model))(X), y)
+
+
+def test_every_argument_of_linear_is_there():
+    ours, theirs = (inspect.signature(layer).parameters for layer in (Nvfp4Linear, nnx.Linear))
+    assert set(theirs) <= set(ours)
+
+
 def test_where_chooses():
     model = Model(nnx.Rngs(0))
     quantize_model(model, where=lambda path, layer: path[0] == "layers")
@@ -137,6 +170,9 @@ def test_partitioning_metadata_is_kept():
             assert layer.kernel.block_scale.get_metadata()["out_sharding"] == ("y", "x")
             assert "out_sharding" not in layer.kernel.global_scale.get_metadata()
             assert layer.kernel.data[...].sharding.spec == P("y", "x")
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
+        layer = Nvfp4Linear(40, 24, kernel_init=init, rngs=nnx.Rngs(0))
+        assert layer.kernel.data.get_metadata()["out_sharding"] == ("y", "x")
 
 
 def test_transformations():
@@ -174,6 +210,14 @@ def test_transformations():
             "no nnx.Linear layer",
         ),
         (lambda: quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), ValueError, "itself a Linear"),
+        (lambda: repack_model(Model(nnx.Rngs(0))), ValueError, "no Nvfp4Linear layer"),
+        (
+            lambda: Nvfp4Linear.from_linear(
+                nnx.Linear(4, 4, promote_dtype=lambda *a, **k: a, rngs=nnx.Rngs(0))
+            ),
+            ValueError,
+            "promote_dtype must be None",
+        ),
         (lambda: Nvfp4Linear(16, 4, rngs=nnx.Rngs(0))(X), ValueError, "K = 40"),
     ],
 )

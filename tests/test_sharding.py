@@ -317,6 +317,68 @@ def test_partly_manual(mesh):
     np.testing.assert_allclose(y, nvfp4.linear(X, w), rtol=1e-5, atol=1e-4)
 
 
+# ---- Parts of weights in shard_map ---------------------------------------------------------------
+
+
+def part_specs(tree, spec):
+    """A spec for each part of a weight; that of a scalar is P()."""
+    return jax.tree.map(lambda a: P(*spec[: a.ndim]), tree)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("scaling", ["tensor", "token"])
+def test_shard_map_over_the_rows_of_a_weight(mesh, arch, scaling):
+    w = weight(arch, scaling=scaling)
+    rows = P("y") if mesh.shape["y"] > 1 else P("x")
+
+    def part(x, w, b):
+        assert w.shape == (N // parts(mesh, *rows), K)
+        np.testing.assert_equal(jax.eval_shape(lambda w: w.dequantize(), w).shape, w.shape)
+        return nvfp4.linear(x, w, b), w
+
+    specs = part_specs(w, rows)
+    f = jax.shard_map(
+        part, mesh=mesh, in_specs=(P(), specs, rows), out_specs=(P(None, *rows), specs)
+    )
+    y, same = jax.jit(f)(X, w, BIAS)
+    np.testing.assert_allclose(y, nvfp4.linear(X, w, BIAS), rtol=1e-5, atol=1e-4)
+    assert_same(same, w)
+
+
+@pytest.mark.parametrize("repacked", [False, True])
+@pytest.mark.parametrize("activation", [0.002, None])
+def test_shard_map_of_two_layers_of_which_one_is_divided_along_k(mesh, repacked, activation):
+    """Tensor parallelism by hand: the rows of one weight, the columns of the next."""
+    up, down = weight("canonical"), weight("canonical", kernel=KERNEL.T)
+    name = "y" if mesh.shape["y"] > 1 else "x"
+
+    def part(x, up, down):
+        assert (up.shape, down.shape) == ((N // mesh.shape[name], K), (K, N // mesh.shape[name]))
+        if repacked:
+            up, down = (nvfp4.repack(w, machine.arches()[-1]) for w in (up, down))
+        hidden = nvfp4.linear(x, up, activation_scale=activation)
+        return jax.lax.psum(nvfp4.linear(hidden, down, activation_scale=activation), name)
+
+    specs = P(), part_specs(up, P(name)), part_specs(down, P(None, name))
+    y = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P()))(X, up, down)
+    hidden = nvfp4.linear(X, up, activation_scale=activation)
+    expected = nvfp4.linear(hidden, down, activation_scale=activation)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", PACKED)
+def test_shard_map_refuses_parts_that_the_order_does_not_have(mesh, arch):
+    name = "y" if mesh.shape["y"] > 1 else "x"
+    whole = weight(arch), P(None, name)
+    odd = weight(arch, kernel=KERNEL[:200]), P(name)
+    for w, spec in (whole, odd):
+        f = jax.shard_map(
+            lambda w: w.dequantize(), mesh=mesh, in_specs=(part_specs(w, spec),), out_specs=spec
+        )
+        with pytest.raises(ValueError, match=r"may be divided by whole tiles of 128|evenly"):
+            f(w)
+
+
 # ---- Transformations ----------------------------------------------------------------------------
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nvfp4Tensor and RepackedWeight as values: construction, properties, pytree behavior."""
 
+import copy
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import machine
@@ -87,8 +91,57 @@ def test_pytree():
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)]
     assert paths == [".data", ".block_scale", ".global_scale"]
     assert jax.tree.map(lambda a: a.shape, t).data == (4, 16)
-    assert "shape=(4, 32)" in repr(t) and "arch='sm_90a'" in repr(nvfp4.repack(t, "sm_90a"))
-    repr(jax.tree.map(lambda a: None, t))
+    w = nvfp4.repack(t, "sm_90a")
+    assert "shape=(4, 32)" in repr(t) and "shape=(4, 32), arch='sm_90a'" in repr(w)
+    assert (w.ndim, w.global_scale.shape) == (2, (4,))
+    for holder in (t, w):
+        assert repr(jax.tree.map(lambda a: None, holder)).startswith(type(holder).__name__)
+
+
+@pytest.mark.parametrize("arch", ["canonical", "reference", "sm_90a"])
+def test_copies(arch):
+    t = nvfp4.quantize(np.random.default_rng(0).standard_normal((4, 40)).astype(np.float32))
+    w = t if arch == "canonical" else nvfp4.repack(t, arch)
+    for same in (
+        copy.copy(w),
+        copy.deepcopy(w),
+        pickle.loads(pickle.dumps(w)),
+        dataclasses.replace(w, global_scale=w.global_scale),
+    ):
+        assert jax.tree.structure(same) == jax.tree.structure(w) and same.shape == (4, 40)
+        np.testing.assert_array_equal(same.dequantize(), t.dequantize())
+
+
+def _cast(dtype, kinds=jnp.generic):
+    return lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, kinds) else a
+
+
+ROWS = ("canonical", "reference")
+TILES = ("sm_90a", "sm_100f")
+CHANGED = [
+    (ROWS + TILES, _cast(jnp.bfloat16), TypeError, "data of .* array of uint8; got bfloat16.*cast"),
+    (
+        ROWS + TILES,
+        _cast(jnp.bfloat16, jnp.floating),
+        TypeError,
+        "_scale of .*; got bfloat16.*cast",
+    ),
+    (ROWS + TILES, lambda a: None, TypeError, "data of .* array of uint8; got NoneType"),
+    (ROWS, lambda a: a[:20] if a.shape == (48, 40) else a, ValueError, r"\(20, 40\)"),
+    (TILES, lambda a: a[:100] if a.ndim > 1 else a, ValueError, r"got \(100, 64\)"),
+    (ROWS + TILES, lambda a: a if a.ndim else jnp.ones(7), ValueError, r"got shape \(7,\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "arch,change,error,message", [(arch, *case) for arches, *case in CHANGED for arch in arches]
+)
+def test_parts_that_a_tree_map_has_changed_are_refused(arch, change, error, message):
+    t = nvfp4.quantize(jnp.ones((48, 80)))
+    changed = jax.tree.map(change, t if arch == "canonical" else nvfp4.repack(t, arch))
+    for use in (lambda w: nvfp4.linear(jnp.ones((2, 80)), w), lambda w: w.dequantize()):
+        with pytest.raises(error, match=message):
+            use(changed)
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "token"])

@@ -51,6 +51,18 @@ def _check(arch: str) -> None:
         raise ValueError(f"arch must be one of {names}; got {arch!r}")
 
 
+def packed_shapes(arch: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes that `pack_weight` gives to the codes and the scales of a weight (n, k)."""
+    _check(arch)
+    blocks = -(-k // 16)
+    if arch == REFERENCE:
+        return (n, blocks * 8), (n, blocks)
+    if arch == "sm_90a":
+        return sm90.packed_shapes(n, blocks)
+    rows, columns = -(-n // swizzle.ROWS), -(-k // K_MULTIPLE)
+    return (rows * swizzle.ROWS, columns * K_MULTIPLE // 2), swizzle.swizzled_shape(n, blocks)
+
+
 def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Puts a weight into the order of an architecture's GEMM.
 
