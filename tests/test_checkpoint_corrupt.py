@@ -161,6 +161,8 @@ def test_layer_with_another_4_bit_algorithm(tmp_path):
     [
         ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
         ({"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+        ({"config_groups": ["Linear"]}, "config_groups must be an object, got ['Linear']"),
+        ({"config_groups": {"group_0": 1}}, "group_0 must be an object, got 1"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         ({"sparsity_config": {"format": "sparse-bitmask"}}, "'sparse-bitmask'"),
     ],
@@ -195,7 +197,10 @@ def test_unsupported_compressed_tensors_group(field, value, expected, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
-@pytest.mark.parametrize("content", ["{", "[]", "\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "\xff\xfe", '{"quantization_config": "x", "quantization": [1]}'],
+)
 def test_broken_json(file, content, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(DATA / MODELOPT, folder)
@@ -228,6 +233,12 @@ def test_not_a_safetensors_file(content, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     refuse(path, "model.safetensors")
+
+
+def test_pointer_of_git_lfs(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refuse(tmp_path, "model.safetensors: a pointer of Git LFS")
 
 
 def test_file_cut_after_it_was_opened(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving: the same bits come back, in the files that ModelOpt would write."""
 
+import itertools
 import json
 
 import jax
@@ -13,7 +14,13 @@ from safetensors import safe_open
 
 import jax_nvfp4
 from jax_nvfp4 import Nvfp4Tensor, quantize, repack
-from jax_nvfp4.checkpoint import CheckpointError, files, load_checkpoint, save_checkpoint
+from jax_nvfp4.checkpoint import (
+    CheckpointError,
+    files,
+    iter_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 FIXTURES = (*MODELOPT, "modelopt_mixed_precision", *COMPRESSED)
 
@@ -169,6 +176,10 @@ def nan_block():
         ("a.weight", lambda: with_global_scale(np.nan), "global scale nan"),
         ("a.weight", lambda: with_global_scale(np.inf), "global scale inf"),
         ("a.input_scale", lambda: jnp.ones(3), "must be a float32 scalar"),
+        ("a.x", lambda: None, "is NoneType, which safetensors files do not hold"),
+        ("a.x", lambda: {"kernel": jnp.ones(3)}, "is dict, which"),
+        ("a.x", lambda: jnp.ones(3, jnp.int4), "an array of int4"),
+        ("a.x", lambda: jax.random.key(0), "PRNG"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_by_name(key, make, expected, tmp_path):
@@ -176,6 +187,11 @@ def test_what_the_format_cannot_hold_is_refused_by_name(key, make, expected, tmp
         fine = {"fine": jnp.ones(3), "fine too": jnp.ones(3)}
         save_checkpoint(tmp_path, fine | {key: make()}, shard_bytes=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_are_no_strings_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="must be a string, got 3"):
+        save_checkpoint(tmp_path, {3: jnp.ones(3)})
 
 
 def with_global_scale(value):
@@ -198,6 +214,24 @@ def test_overwrite(tmp_path):
     assert_round_trip(first, tmp_path)
     save_checkpoint(tmp_path, second, overwrite=True)
     assert_round_trip(second, tmp_path)
+
+
+def test_overwriting_what_is_read_meanwhile(tmp_path):
+    """A checkpoint is edited in place, and stays where the edit fails."""
+    tensors = {f"l{i}.weight": quantize(normal(8, 32, seed=i)) for i in range(4)}
+    save_checkpoint(tmp_path, tensors, shard_bytes=200)
+
+    def failing():
+        yield from itertools.islice(iter_checkpoint(tmp_path), 3)
+        raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        save_checkpoint(tmp_path, failing(), shard_bytes=200, overwrite=True)
+    assert_round_trip(tensors, tmp_path)
+    renamed = ((key.replace("l", "m"), t) for key, t in iter_checkpoint(tmp_path))
+    save_checkpoint(tmp_path, renamed, shard_bytes=400, overwrite=True)
+    assert_round_trip({key.replace("l", "m"): t for key, t in tensors.items()}, tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_overwriting_another_producers_folder_takes_over_its_config(tmp_path):

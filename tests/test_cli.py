@@ -46,6 +46,11 @@ def test_module_runs():
     assert result.stdout.endswith("\npassed\n")
 
 
+def test_version(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"jax_nvfp4 {jax_nvfp4.__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["info", "quantize"])
 def test_help_of_a_command(command, capsys):
     assert exit_code(command, "--help") == 0

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,14 +107,18 @@ def test_writes_a_modelopt_folder(source, tmp_path):
         (["--only", "*layers.1*"], LINEARS[2:4]),
         (["--only", "*up_proj*", "--skip", "*layers.2.*"], LINEARS[0:3:2]),
         (["--no-default-skip", "--only", "*lm_head*"], ["lm_head.weight"]),
-        (["--only", "nothing"], []),
     ],
 )
-def test_globs(options, quantized, source, tmp_path, capsys):
+def test_globs(options, quantized, source, tmp_path):
     assert run(source, tmp_path / "out", *options) == 0
     loaded = load_checkpoint(tmp_path / "out")
     assert {key for key, t in loaded.items() if isinstance(t, Nvfp4Tensor)} == set(quantized)
-    assert ("no layer was quantized" in capsys.readouterr().out) == (not quantized)
+
+
+def test_nothing_to_quantize_is_refused_before_anything_is_copied(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--only", "nothing") == 2
+    assert re.search("nothing to quantize .*: not selected", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_zero_weight(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder
+from jax_nvfp4.checkpoint.files import Entry, Folder, section
 from jax_nvfp4.checkpoint.formats import Format, has_suffix
 from jax_nvfp4.numerics import BLOCK
 
@@ -66,11 +66,12 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
         )
     if config.get("transform_config"):
         raise CheckpointError(f"{where} transform_config (rotated weights) is not supported")
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = section(where, config, "sparsity_config").get("format", "dense")
     if sparsity != "dense":
         raise CheckpointError(f"{where} sparsity format {sparsity!r} is not supported")
 
-    groups = config.get("config_groups") or {}
+    groups = section(where, config, "config_groups")
+    groups = {name: section(where, groups, name) for name in groups}
     formats = {group.get("format") or config.get("format") for group in groups.values()}
     formats = formats or {config.get("format")}
     for fmt in sorted(formats - {_PACKED, *_PASS_THROUGH}, key=str):
@@ -79,7 +80,7 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
         raise CheckpointError(f"{where} has no layer in the format {_PACKED!r}")
     for name, group in groups.items():
         if (group.get("format") or config.get("format")) == _PACKED:
-            _check_weights(f"{where} {name}", group.get("weights") or {})
+            _check_weights(f"{where} {name}", section(f"{where} {name}", group, "weights"))
     return FORMAT
 
 

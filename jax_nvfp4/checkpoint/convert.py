@@ -9,6 +9,7 @@ configuration are written last; without them the folder is no checkpoint.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 import hashlib
@@ -132,8 +133,9 @@ def plan(
         The plan.
 
     Raises:
-        CheckpointError: the source is damaged or quantized already, or its linear layers are stored
-            transposed; or the destination holds an unfinished run of something else.
+        CheckpointError: the source is damaged or quantized already, its linear layers are stored
+            transposed, or there is nothing in it to quantize; or the destination holds an
+            unfinished run of something else.
         FileExistsError: the destination holds something else.
         FileNotFoundError: the source does not exist.
     """
@@ -158,6 +160,10 @@ def plan(
     }
     _check_destination(destination, identity)
     reasons = {name: _why_left_alone(entry, skip, only) for name, entry in folder.entries.items()}
+    if None not in reasons.values():
+        counts = collections.Counter(reasons.values())
+        found = ", ".join(f"{count} left alone: {reason}" for reason, count in counts.items())
+        raise CheckpointError(f"{folder.path}: nothing to quantize ({found or 'no tensor'})")
     return Plan(folder, config, destination, reasons, identity)
 
 

@@ -29,7 +29,7 @@ UNFINISHED = ".quantize"
 
 _SHARD_NAME = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 
-_DTYPES = {
+DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
         "BOOL": np.bool_,
@@ -135,19 +135,24 @@ def list_file(path: Path) -> dict[str, Entry]:
         offset = 8 + int.from_bytes(f.read(8), "little")
     entries = {}
     for name, dtype, shape in described:
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise CheckpointError(f"{path}: tensor {name!r} has the unsupported dtype {dtype}")
-        entries[name] = Entry(name, _DTYPES[dtype], shape, path, offset)
+        entries[name] = Entry(name, DTYPES[dtype], shape, path, offset)
         offset += entries[name].nbytes  # the library has checked that there are no holes
     return entries
 
 
 def _why_not_whole(path: Path) -> str | None:
-    """Says which tensor a file that the library refused is cut in, if it is cut in one."""
+    """Says which tensor a file that the library refused is cut in, or that it is not there."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
-            header_size = int.from_bytes(f.read(8), "little")
+            start = f.read(8)
+            if start == b"version ":
+                return (
+                    f"{path}: a pointer of Git LFS in place of the file; `git lfs pull` fetches it"
+                )
+            header_size = int.from_bytes(start, "little")
             header = json.loads(f.read(min(header_size, size)))
         header.pop("__metadata__", None)
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -170,6 +175,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def section(where: object, content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside of a JSON object; {} where there is none.
+
+    Raises:
+        CheckpointError: it is something else than an object.
+    """
+    value = content.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: {name} must be an object, got {value!r:.60}")
     return value
 
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_nvfp4.checkpoint import compressed_tensors, modelopt
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read
+from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read, section
 from jax_nvfp4.checkpoint.formats import Format, Linear, group
 from jax_nvfp4.tensor import Nvfp4Tensor
 
@@ -96,11 +96,12 @@ def detect(folder: Folder) -> Format:
     Raises:
         CheckpointError: the checkpoint is quantized in a way that is not supported.
     """
-    config = folder.json("config.json").get("quantization_config") or {}
+    path = folder.path / "config.json"
+    config = section(path, folder.json("config.json"), "quantization_config")
     fmt = compressed_tensors.match(folder, config) or modelopt.match(folder, config)
     if fmt is None and config:
         raise CheckpointError(
-            f"{folder.path / 'config.json'}: quant_method {config.get('quant_method')!r} is not "
+            f"{path}: quant_method {config.get('quant_method')!r} is not "
             "supported; supported are 'modelopt' and 'compressed-tensors'"
         )
     return fmt or UNQUANTIZED

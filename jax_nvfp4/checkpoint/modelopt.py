@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder
+from jax_nvfp4.checkpoint.files import Entry, Folder, section
 from jax_nvfp4.checkpoint.formats import E4M3, Format, has_suffix
 from jax_nvfp4.numerics import BLOCK
 
@@ -70,10 +70,11 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
     Raises:
         CheckpointError: it is, but with an algorithm that is not supported.
     """
-    details = folder.json(CONFIG_FILE).get("quantization", {})
-    source = CONFIG_FILE
+    source = folder.path / CONFIG_FILE
+    details = section(source, folder.json(CONFIG_FILE), "quantization")
     if not details and config.get("quant_method") == "modelopt":
-        details, source = config, "config.json"
+        source = folder.path / "config.json"
+        details = section(source, config, "quantization") or dict(config)
     if not details:
         if has_suffix(folder.entries, FORMAT.global_scale):
             return dataclasses.replace(FORMAT, refuse=_refusal(folder, {}))
@@ -83,16 +84,17 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
     supported = (*_LAYER_ALGORITHMS, _MIXED)
     if algorithm not in supported:
         raise CheckpointError(
-            f"{folder.path / source}: quant_algo {algorithm!r} is not supported; "
+            f"{source}: quant_algo {algorithm!r} is not supported; "
             f"supported are {', '.join(supported)}"
         )
     if details.get("group_size") not in (None, BLOCK):
         raise CheckpointError(
-            f"{folder.path / source}: group_size {details['group_size']!r} is not supported; "
+            f"{source}: group_size {details['group_size']!r} is not supported; "
             f"NVFP4 has blocks of {BLOCK}"
         )
-    layers = details.get("quantized_layers") or {} if algorithm == _MIXED else {}
-    return dataclasses.replace(FORMAT, refuse=_refusal(folder, layers))
+    layers = section(source, details, "quantized_layers") if algorithm == _MIXED else {}
+    by_layer = {name: section(source, layers, name) for name in layers}
+    return dataclasses.replace(FORMAT, refuse=_refusal(folder, by_layer))
 
 
 def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callable[[str], None]:

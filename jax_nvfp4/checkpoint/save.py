@@ -14,6 +14,7 @@ import numpy as np
 from jax_nvfp4._version import __version__
 from jax_nvfp4.checkpoint import modelopt
 from jax_nvfp4.checkpoint.files import (
+    DTYPES,
     INDEX_SUFFIX,
     commit,
     read_json,
@@ -44,9 +45,9 @@ def save_checkpoint(
 
     The folder gets `model.safetensors`, or shards and their index, and `hf_quant_config.json`. The
     files take their names when all of them are written, the index and the configuration last: an
-    interrupted save leaves nothing that loads. The tensors of a layer tell its algorithm:
-    `NVFP4_AWQ` with a pre_quant_scale, else `NVFP4` with an input scale and `W4A16_NVFP4` without
-    one; where layers differ, the checkpoint is `MIXED_PRECISION`.
+    interrupted save leaves nothing that loads, or the checkpoint that was there. The tensors of a
+    layer tell its algorithm: `NVFP4_AWQ` with a pre_quant_scale, else `NVFP4` with an input scale
+    and `W4A16_NVFP4` without one; where layers differ, the checkpoint is `MIXED_PRECISION`.
 
     Args:
         path: the folder; made where it does not exist.
@@ -56,15 +57,21 @@ def save_checkpoint(
         config: the model's Hugging Face configuration, that of a `config.json` in the folder by
             default; where there is one, `config.json` is written with its `quantization_config`.
         shard_bytes: tensors are written to a new shard where one would grow beyond this.
-        overwrite: replace a checkpoint that is there. Its files are removed first.
+        overwrite: replace a checkpoint that is there, from which `tensors` may be read lazily. Its
+            files are removed when those that take their place are written.
 
     Raises:
         ValueError: a tensor cannot be stored in this format; the message names it.
+        TypeError: a key is not a string.
         FileExistsError: the folder holds safetensors files, and `overwrite` is False.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _make_room(folder, overwrite)
+    there = _there(folder)
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a checkpoint ({there[0].name}); overwrite=True replaces it"
+        )
     if config is None and (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -140,11 +147,19 @@ def pack_weight(key: str, weight: Nvfp4Tensor) -> dict[str, np.ndarray]:
 
 
 def _stored_arrays(key: str, value: Tensor) -> dict[str, np.ndarray]:
+    if not isinstance(key, str):
+        raise TypeError(f"the key of a tensor must be a string, got {key!r}")
     if isinstance(value, RepackedWeight):
         value = value.canonical()
     if isinstance(value, Nvfp4Tensor):
         return pack_weight(key, value)
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tensor {key!r}: {error}") from error
+    if array.dtype not in DTYPES.values():
+        kind = type(value).__name__ if array.dtype == object else f"an array of {array.dtype.name}"
+        raise ValueError(f"tensor {key!r} is {kind}, which safetensors files do not hold")
     if split_name(key)[1] == "input_scale" and (array.shape != () or array.dtype != np.float32):
         raise ValueError(
             f"tensor {key!r} must be a float32 scalar, got {array.dtype.name}{list(array.shape)}"
@@ -155,7 +170,8 @@ def _stored_arrays(key: str, value: Tensor) -> dict[str, np.ndarray]:
 class _Shards:
     """Writes tensors to shards under temporary names, and names them when their number is known.
 
-    A context manager: the shards get their names where its body ends, and go where it fails.
+    A context manager: the shards get their names where its body ends, in place of a checkpoint that
+    is there, and go where it fails.
     """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
@@ -198,6 +214,9 @@ class _Shards:
     def _name_shards(self) -> None:
         if self._pending or not self._names:
             self._flush()
+        # What is there goes in an order that leaves nothing that loads.
+        for path in (*_there(self._folder), self._folder / modelopt.CONFIG_FILE):
+            path.unlink(missing_ok=True)
         count = len(self._names)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
@@ -209,12 +228,6 @@ class _Shards:
             write_index(self._folder / f"model{INDEX_SUFFIX}", shards, self._total)
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    """Removes a checkpoint that is there, in an order that leaves nothing that loads."""
-    there = [*folder.glob("*" + INDEX_SUFFIX), *folder.glob("*.safetensors")]
-    if there and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds a checkpoint ({there[0].name}); overwrite=True replaces it"
-        )
-    for path in (*there, folder / modelopt.CONFIG_FILE):
-        path.unlink(missing_ok=True)
+def _there(folder: Path) -> list[Path]:
+    """The files of a checkpoint that is there, the indexes first."""
+    return [*folder.glob("*" + INDEX_SUFFIX), *folder.glob("*.safetensors")]

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from jax_nvfp4._version import __version__
+
 COMMANDS = {
     "info": "show versions, devices and kernels, and run a self-test",
     "quantize": "quantize a safetensors checkpoint to NVFP4",
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="jax_nvfp4", description="NVFP4 quantization and linear layers for JAX.")
+    parser.add_argument("--version", action="version", version=f"jax_nvfp4 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     module = None

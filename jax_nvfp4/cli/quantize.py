@@ -134,13 +134,10 @@ def _print_summary(plan: Plan, reports: list[TensorReport]) -> None:
     table.add_section()
     table.add_row(f"{len(reports)} tensors", "", *_totals(reports), "")
     console.print(table)
-    before = sum(report.bytes_before for report in quantized)
     for report in reports:
         # Matrices that are too odd to quantize may matter: name them.
         if report.reason is not None and report.reason.startswith("K ="):
             console.print(f"{report.name}: {report.reason}, left alone", markup=False)
-    if not before:
-        console.print("no layer was quantized", markup=False)
 
 
 def _totals(reports: list[TensorReport]) -> tuple[str, str]:
