@@ -15,7 +15,7 @@ from ptx_machine import GlobalMemory
 from ptx_machine.host import record_launches, run_object
 
 import kernel_objects
-from jax_nvfp4.config import GemmProblem, scratch_bytes
+from jax_nvfp4.config import GemmProblem, runnable_arches, scratch_bytes
 from jax_nvfp4.config.quantize import (
     X_DTYPES,
     Mode,
@@ -33,7 +33,7 @@ NAN_SCALE = 0x7F
 SEEDS = (0, 1, 2)
 """Orders of warps and copies that each case runs in."""
 QUANTIZE_SMS = 4
-SHARED_BYTES = {"sm_100f": 227 * 1024, "sm_120f": 99 * 1024}
+SHARED_BYTES = {"sm_100f": 227 * 1024, "sm_103a": 227 * 1024, "sm_120f": 99 * 1024}
 """Shared memory that a CTA can have (CUDA programming guide, compute capabilities)."""
 
 
@@ -89,7 +89,7 @@ def resident(config, case):
 
 def tiles(config, case):
     """Tiles along m and along n; a cluster's, where it has one together."""
-    columns = case.n if config.arch == "sm_100f" and config.x_dtype == "e2m1" else (
+    columns = case.n if config.kind in ("pair", "swap") else (
         -(-case.n // 128) * 128  # a stream kernel walks over the padded weight
     )  # fmt: skip
     per_n = config.tile_n * config.cluster_n
@@ -133,6 +133,10 @@ def cases(config):
                                w_scaling="token"),
             "split-with-empty-parts": Case(20, 67, tk * 3, split=8, sms=8, x_scaling="token"),
         }  # fmt: skip
+    if config.arch == "sm_103a":
+        # All but the MMAs is sm_100f's code: smaller runs around them.
+        found.pop("second-band-of-tiles", None)
+        found["waves-of-odd-rows"] = dataclasses.replace(found["waves-of-odd-rows"], m=3)
     return found
 
 
@@ -275,8 +279,9 @@ class Problem:
     def __init__(self, config, case, bad_row=None, bad_column=None):
         self.config, self.case = config, case
         m, n, k = case.m, case.n, case.k
+        family = runnable_arches(config.arch)[-1]
         if config.x_dtype == "e2m1":
-            made = activations(config.arch, m, k, case.x_scaling, bad_row)
+            made = activations(family, m, k, case.x_scaling, bad_row)
             self.x, self.sfx, self.x_scale, self.x_values = made
         else:
             x = random_values(m, k, 0, bad_row).astype(config.x_dtype)
@@ -288,7 +293,7 @@ class Problem:
                 self.x_values *= self.x_scale.astype(np.float64)[:, None]
         if case.x_scaling == "unit":
             self.x_scale = None
-        made = weight(config.arch, n, k, case.w_scaling, bad_column)
+        made = weight(family, n, k, case.w_scaling, bad_column)
         self.w, self.sfw, self.w_scale, self.w_values = made
         self.bias = None
         if case.bias >= 0:
@@ -315,6 +320,9 @@ class Problem:
             sfw = poisoned(sfw, c.n)
             sfx = None if sfx is None else poisoned(sfx, c.m)
         pointers = (self.x, sfx, w, sfw, self.x_scale, self.w_scale, self.bias, y, scratch)
+        # What the kernel before may have written, where launches overlap; y's memory was its, too.
+        previous = [self.x, sfx, self.x_scale, y] if config.kind in ("pair", "swap") else []
+        previous = [a for a in previous if a is not None and a.size]
         run_object(
             kernel_objects.folder() / f"{config.name}.o",
             ptx or ptx_of(config.name),
@@ -324,6 +332,7 @@ class Problem:
             schedule_seed=seed,
             num_sms=c.sms,
             resident_clusters=resident(config, c),
+            previous=previous,
             coverage=coverage,
         )  # fmt: skip
         return y

@@ -7,12 +7,14 @@ The guard is compiled with functions in the CUDA runtime's place that report any
 import pathlib
 import shutil
 import subprocess
+import types
 
 import jax.ffi
 import pytest
 
 import kernel_objects
-from jax_nvfp4.config import REFERENCE, arch_of_compute_capability
+from jax_nvfp4.config import REFERENCE, arch_of_compute_capability, runnable_arches
+from jax_nvfp4.ops import backend
 
 # Compute capabilities of public GPUs, the arch whose kernels serve them, and all arches that run.
 GPUS = {
@@ -86,3 +88,24 @@ def test_a_gpu_runs_the_kernels_that_are_chosen_for_it(
     # Family code runs on each later member, architecture-specific code on its own only.
     expected = {arch} - {REFERENCE} | ({"sm_103a"} if version == (10, 3) else set())
     assert set(runs) == expected
+
+
+@pytest.mark.parametrize("built", [("sm_100f", "sm_120f"), ("sm_100f", "sm_103a", "sm_120f")])
+@pytest.mark.parametrize(("version", "arch"), GPUS.items())
+def test_a_gpu_with_kernels_beside_its_familys_gets_them(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], arch: str, built: tuple[str, ...]
+) -> None:
+    """Weights are repacked for the family; a graph may hold more specific kernels, if there are."""
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA", compute_capability="{}.{}".format(*version)
+    )
+    monkeypatch.setattr(backend, "_cuda_device", lambda: gpu)
+    monkeypatch.setattr(backend.ffi, "available", lambda name: name in built)
+    monkeypatch.setattr(backend, "_warn_once", lambda message: None)
+    of_103 = "sm_103a" if version == (10, 3) and "sm_103a" in built else "sm_100f"
+    assert backend.kernel_arch("sm_100f") == of_103
+    assert backend.kernel_arch("sm_120f") == "sm_120f"
+    assert backend.kernel_arch("sm_90a") is backend.kernel_arch(REFERENCE) is None
+    expected = {"sm_100f": of_103, "sm_120f": "sm_120f"}.get(arch)
+    assert backend.kernel_arch(None) == expected
+    assert expected is None or runnable_arches(expected)[-1] == arch

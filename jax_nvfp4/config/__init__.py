@@ -15,6 +15,8 @@ from jax_nvfp4.config._types import (
     QuantizeConfig,
     Rule,
     arch_of_compute_capability,
+    most_specific_arch,
+    runnable_arches,
 )
 from jax_nvfp4.config.select import configs, scratch_bytes, select, serves
 
@@ -27,6 +29,8 @@ __all__ = [
     "Rule",
     "arch_of_compute_capability",
     "configs",
+    "most_specific_arch",
+    "runnable_arches",
     "scratch_bytes",
     "select",
     "serves",

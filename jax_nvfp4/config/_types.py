@@ -15,7 +15,7 @@ def arch_of_compute_capability(major: int, minor: int) -> str:
     """The kernel arch that serves a GPU of this compute capability.
 
     Families, not exact versions: 10.0 and 10.3 run the `sm_100f` kernels, 12.0 and 12.1 the
-    `sm_120f` kernels (PTX ISA, family-specific targets).
+    `sm_120f` kernels (PTX ISA, family-specific targets). It names the order of a weight, too.
 
     Args:
         major: compute capability, major number.
@@ -33,6 +33,16 @@ def arch_of_compute_capability(major: int, minor: int) -> str:
     return REFERENCE
 
 
+def most_specific_arch(major: int, minor: int) -> str:
+    """The arch of a GPU of this compute capability, with more kernels than its family's, if any."""
+    return "sm_103a" if (major, minor) == (10, 3) else arch_of_compute_capability(major, minor)
+
+
+def runnable_arches(arch: str) -> tuple[str, ...]:
+    """Architectures whose kernels a GPU of `arch` runs: its own and, last, its family's."""
+    return ("sm_103a", "sm_100f") if arch == "sm_103a" else (arch,)
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmProblem:
     """What a GEMM call asks for: `y (m, n) = alpha * x (m, k) @ w (n, k).T + bias`.
@@ -41,7 +51,7 @@ class GemmProblem:
         m: rows of x, 0 or more.
         n: rows of the weight (output features), logical.
         k: the reduction length, logical.
-        arch: a name of `ARCHES`.
+        arch: a name of `ARCHES`: that of the GPU, the most specific one.
         x_dtype: element type of the x operand: "e2m1", "bfloat16" or "float16".
         batch_invariant: the config may depend on (n, k) alone.
     """

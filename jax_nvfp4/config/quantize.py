@@ -3,7 +3,7 @@
 
 import enum
 
-from jax_nvfp4.config._types import QuantizeConfig
+from jax_nvfp4.config._types import QuantizeConfig, runnable_arches
 
 X_DTYPES = ("float32", "bfloat16", "float16")
 """Element types of x; the index is the `x_dtype` argument of the kernels."""
@@ -113,7 +113,7 @@ def select_quantize(arch: str, x_dtype: str, mode: Mode | int) -> QuantizeConfig
     Raises:
         ValueError: no kernel for this arch and dtype.
     """
-    family = "sm_100f" if arch == "sm_103a" else arch
+    family = runnable_arches(arch)[-1]
     kind = KIND_OF_MODE[Mode(mode)]
     for config in QUANTIZE_CONFIGS:
         if (config.arch, config.kind, config.x_dtype) == (family, kind, x_dtype):

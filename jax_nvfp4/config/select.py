@@ -4,9 +4,9 @@
 import importlib
 from types import ModuleType
 
-from jax_nvfp4.config._types import ARCHES, GemmConfig, GemmProblem
+from jax_nvfp4.config._types import ARCHES, GemmConfig, GemmProblem, Rule, runnable_arches
 
-# sm_103a runs the sm_100f table: the same tensor cores, with more of the same configs.
+# sm_103a walks the table of its family, in which it finds rows of its own.
 _MODULES = {"sm_90a": "sm90", "sm_100f": "sm100", "sm_103a": "sm100", "sm_120f": "sm120"}
 
 
@@ -19,6 +19,15 @@ def _module(arch: str) -> ModuleType:
 def configs(arch: str) -> tuple[GemmConfig, ...]:
     """Every GEMM config that is compiled for `arch`."""
     return tuple(c for c in _module(arch).CONFIGS if c.arch == arch)
+
+
+def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
+    """Whether a row of a table takes a problem, and the GPU runs its kernel."""
+    return (
+        rule.config.arch in runnable_arches(problem.arch)
+        and rule.config.x_dtype == problem.x_dtype
+        and rule.when(problem, num_sms)
+    )
 
 
 def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
@@ -35,7 +44,7 @@ def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
         ValueError: no row of the arch's table takes the problem.
     """
     for rule in _module(problem.arch).RULES:
-        if rule.config.x_dtype == problem.x_dtype and rule.when(problem, num_sms):
+        if _takes(rule, problem, num_sms):
             return rule.config, rule.split_k(problem, num_sms)
     raise ValueError(f"no kernel config takes {problem}")
 
@@ -46,10 +55,7 @@ def serves(problem: GemmProblem, num_sms: int) -> bool:
     It has one for each problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's kernels
     for 16-bit x are for few rows.
     """
-    return any(
-        rule.config.x_dtype == problem.x_dtype and rule.when(problem, num_sms)
-        for rule in _module(problem.arch).RULES
-    )
+    return any(_takes(rule, problem, num_sms) for rule in _module(problem.arch).RULES)
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:

@@ -4,8 +4,8 @@
 Two designs of one kernel for e2m1 activations (`kind`). "swap": the weight is the MMA's M side
 (128 rows for each CTA) and the tokens a narrow N side; a cluster of up to eight CTAs may split K.
 "pair": tcgen05.mma over two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many
-as shared memory holds. The performance model behind the table is in `kernels/NOTES.md`; no row has
-been measured.
+as shared memory holds. sm_103 runs these kernels too; where its longer MMAs pay, it has its own.
+The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
 
 "weight_only", for few rows of 16-bit activations, is sm_120's kernel: mma.sync is on every arch.
 """
@@ -49,7 +49,13 @@ PAIR_128 = _config("pair_t256x128", "pair", 256, 128, 6, cluster_m=2)
 PAIR_256 = _config("pair_t256x256", "pair", 256, 256, 5, cluster_m=2)
 PAIR_256_C4 = _config("pair_t256x256_c2x2", "pair", 256, 256, 5, cluster_m=2, cluster_n=2)
 
-W4A4 = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4)
+PAIR_256_K96, PAIR_256_C4_K96 = (
+    dataclasses.replace(c, name=c.name.replace("sm100f", "sm103a"), arch="sm_103a")
+    for c in (PAIR_256, PAIR_256_C4)
+)
+"""The same with MMAs of 96 along K, which compute capability 10.3 has: 1.5 times the rate."""
+
+W4A4 = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4, PAIR_256_K96, PAIR_256_C4_K96)
 
 WEIGHT_ONLY = tuple(
     dataclasses.replace(
@@ -100,6 +106,14 @@ def _one(problem: GemmProblem, num_sms: int) -> int:
     return 1
 
 
+def _clusters_pay_k96(problem: GemmProblem, num_sms: int) -> bool:
+    """Whether clusters of two pairs are ahead, with 4 cycles for every 5 and 7/8 of the chip."""
+    tiles, pairs = _tiles(PAIR_256, problem), max(num_sms // 2, 1)
+    waves, waves_of_clusters = -(-tiles // pairs), -(-tiles // max(pairs * 7 // 16 * 2, 1))
+    return problem.m > 256 and problem.n > 256 and 4 * waves_of_clusters <= 5 * waves
+
+
+# On sm_103 both its own rows and those of sm_100f count.
 RULES: tuple[Rule, ...] = (
     Rule(
         lambda p, sms: p.batch_invariant,
@@ -129,11 +143,19 @@ RULES: tuple[Rule, ...] = (
         "leave half of the chip idle, because only the swap configs split K.",
     ),
     Rule(
-        lambda p, sms: 2 * _tiles(PAIR_256, p) <= sms,
+        lambda p, sms: 2 * _tiles(PAIR_128, p) <= sms,
         PAIR_128,
         _one,
-        "The larger tiles would not fill the chip once: twice as many tiles of half the size do "
-        "better, although each loads more bytes for an MMA.",
+        "Tiles of half the size are done in one wave: more of the chip works, although each tile "
+        "loads more bytes for an MMA. Two waves of them take longer than one of the larger tiles.",
+    ),
+    Rule(
+        _clusters_pay_k96,
+        PAIR_256_C4_K96,
+        _one,
+        "MMAs of 96 along K have 1.5 times the rate, and L2 is the limit: a pair would ask it for "
+        "108 bytes a cycle, clusters that share x for 81. So they pay as soon as those that fit, "
+        "on 7/8 of the chip, need no more than 5 waves for 4 of pairs.",
     ),
     Rule(
         lambda p, sms: p.m > 256 and _tiles(PAIR_256, p) >= 4 * (sms // 2) and p.n > 256,
@@ -142,6 +164,12 @@ RULES: tuple[Rule, ...] = (
         "Bound by the MMA rate: clusters of two pairs share x, 54 bytes a cycle for each CTA "
         "rather than 72, which no longer nears what L2 delivers. Four waves or more, so that the "
         "multiprocessors that larger clusters leave unused, and their tail, do not show.",
+    ),
+    Rule(
+        lambda p, sms: True,
+        PAIR_256_K96,
+        _one,
+        "As the next row; with MMAs of 96 along K not bound by their rate, but by L2.",
     ),
     Rule(
         lambda p, sms: True,

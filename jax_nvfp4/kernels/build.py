@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the CuTeDSL kernels ahead of time: no GPU and no CUDA toolkit.
 
-    python -m jax_nvfp4.kernels.build --arch sm_90a,sm_100f,sm_120f --out DIR
+    python -m jax_nvfp4.kernels.build --arch sm_90a,sm_100f,sm_103a,sm_120f --out DIR
 
 writes, for each kernel, `NAME.o` (host launch code with the cubin inside) and `NAME.h`, the
 `manifest.json` that describes them all, and copies of the static libraries that linking them needs.
@@ -34,7 +34,7 @@ from jax_nvfp4.config import ARCHES
 from jax_nvfp4.kernels import cubin
 from jax_nvfp4.kernels.variant import KernelVariant, Op
 
-DEFAULT_ARCHES = ("sm_90a", "sm_100f", "sm_120f")
+DEFAULT_ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
 MODULES = tuple(
     f"jax_nvfp4.kernels.{name}" for name in ("quantize", "gemm_sm90", "gemm_sm100", "gemm_sm120")
 )

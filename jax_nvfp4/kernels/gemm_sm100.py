@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVFP4 x NVFP4 GEMM for Blackwell data-center GPUs (sm_100f), written in CuTeDSL.
+"""NVFP4 x NVFP4 GEMM for Blackwell data-center GPUs (sm_100f, sm_103a), written in CuTeDSL.
 
 `y (m, n) = round_once(x_scale * w_scale * acc + bias)` where `acc` is the block-scaled product of
 two e2m1 operands, both K-major, with e4m3 block scales in the 128x4 order.
@@ -15,7 +15,8 @@ In the MMA's terms A is the operand of its M side (128 rows for each CTA) and B 
 "pair" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
 configs make the weight A and the tokens a narrow B, so that few tokens waste no tensor-core rows;
 a cluster of CTAs may then split K, the partial sums meeting in distributed shared memory in a
-fixed order.
+fixed order. An MMA multiplies 64 elements along K or, in sm_103a's configs, 96
+(`gemm_sm100_k96`).
 
 Scale tiles hold 128 rows by 64 elements of K in 512 contiguous bytes, and the tiles of one row
 block follow each other along K. The tensor maps of the scales therefore have three dimensions
@@ -34,6 +35,7 @@ from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels import gemm_sm120 as sm120
 from jax_nvfp4.kernels.gemm_host import example_args, host_function
 from jax_nvfp4.kernels.gemm_sm100_epilogue import PairEpilogue, SwapEpilogue
+from jax_nvfp4.kernels.gemm_sm100_k96 import MultiplyK96, counts
 from jax_nvfp4.kernels.gemm_sm100_ops import (
     ANSWERS,
     CHUNK,
@@ -46,6 +48,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     THREADS,
     Tiles,
     ask_for_tile,
+    commit,
     coordinates,
     first_tile,
     init_answer_barriers,
@@ -53,6 +56,7 @@ from jax_nvfp4.kernels.gemm_sm100_ops import (
     reduce_buffers,
     shape_of,
     tcgen05_fence_after,
+    tcgen05_fence_before,
     wait_cluster,
 )
 from jax_nvfp4.kernels.variant import KernelVariant, Launch
@@ -66,6 +70,7 @@ class GemmSm100:
         self.shape = shape_of(config)
         self.stages = config.stages
         self.swap = config.swap_ab
+        self.k96 = config.arch == "sm_103a"
         self.cta_group = tcgen05.CtaGroup.TWO if self.shape.pair else tcgen05.CtaGroup.ONE
         self.mma_tile = (ROWS * self.shape.ctas, self.shape.columns, 256)
         self.red_buffers = reduce_buffers(config)
@@ -292,6 +297,9 @@ class GemmSm100:
         # Where the cluster splits K, CTA `rank` has slice `rank` of it; else `rank` is its place in
         # the cluster's tile, A's side first.
         stage_tiles = cute.ceil_div(k_tiles, K_BLOCKS)
+        mmas = Int32(0)
+        if cutlass.const_expr(self.k96):
+            mmas, stage_tiles = counts(k_tiles)
         k_begin = Int32(0)
         k_end = stage_tiles
         if cutlass.const_expr(self.config.split_k > 1):
@@ -309,7 +317,7 @@ class GemmSm100:
             if rank % s.ctas == 0:
                 self.multiply(
                     mma, tmem, storage, (full, empty, acc_full, acc_empty),
-                    rank, k_begin, k_end, tiles,
+                    rank, k_end - k_begin, mmas, tiles,
                 )  # fmt: skip
         if warp < EPILOGUE_WARPS:
             cute.arch.griddepcontrol_wait()
@@ -329,9 +337,11 @@ class GemmSm100:
                 )  # fmt: skip
 
         # No CTA may leave while another can still write to its shared memory or signal its
-        # barriers, and a pair frees its tensor memory together.
+        # barriers, and a pair frees its tensor memory together, when each warp has read its part.
+        tcgen05_fence_before()
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
+        tcgen05_fence_after()
         if warp == 0:
             cute.arch.dealloc_tmem(tmem, s.tmem_columns, is_two_cta=s.pair)
 
@@ -500,11 +510,9 @@ class GemmSm100:
         source = tcgen05.get_s2t_smem_desc_tensor(copy, thread.partition_S(cute.filter_zeros(smem)))
         return copy, source, thread.partition_D(compact)
 
-    @cute.jit
-    def multiply(self, mma, tmem, storage, barriers, rank, k_begin, k_end, tiles):
-        """The MMA warp (of the pair's first CTA): one accumulator tile after the other."""
+    def _operands_k64(self, mma, tmem, storage):
+        """What `multiply_k64` works on: operands, scales, their copies to tensor memory."""
         s = self.shape
-        full, empty, acc_full, acc_empty = barriers
         smem_a = blackwell_helpers.make_smem_layout_a(mma, self.mma_tile, Float4E2M1FN, self.stages)
         smem_b = blackwell_helpers.make_smem_layout_b(mma, self.mma_tile, Float4E2M1FN, self.stages)
         a_ptr = cute.recast_ptr(storage.a.data_ptr(), smem_a.inner, dtype=Float4E2M1FN)
@@ -525,10 +533,60 @@ class GemmSm100:
         sfb = cute.make_tensor(cute.recast_ptr(tmem + s.sfb_column, dtype=Float8E4M3FN), tmem_sfb)
         sfa_ptr = cute.recast_ptr(storage.sfa.data_ptr(), dtype=Float8E4M3FN)
         sfb_ptr = cute.recast_ptr(storage.sfb.data_ptr(), dtype=Float8E4M3FN)
-        copy_sfa, from_sfa, to_sfa = self._scale_copy(cute.make_tensor(sfa_ptr, smem_sfa), sfa)
-        copy_sfb, from_sfb, to_sfb = self._scale_copy(cute.make_tensor(sfb_ptr, smem_sfb), sfb)
+        copies = (
+            self._scale_copy(cute.make_tensor(sfa_ptr, smem_sfa), sfa),
+            self._scale_copy(cute.make_tensor(sfb_ptr, smem_sfb), sfb),
+        )
+        layout = mma.make_fragment_C(mma.partition_shape_C(self.mma_tile[:2])).layout
+        return mma, layout, (frag_a, frag_b), sfa, sfb, copies
 
-        acc_fake = mma.make_fragment_C(mma.partition_shape_C(self.mma_tile[:2]))
+    @cute.jit
+    def multiply_k64(self, operands, tmem, acc, full, empty, free_mask, steps, tile_b, ring):
+        """Multiplies one tile into tensor memory from `acc` on, a stage at each of `steps`.
+
+        Returns:
+            The ring's stage and phase at which the next tile starts.
+        """
+        s = self.shape
+        mma, layout, (frag_a, frag_b), sfa, sfb, copies = operands
+        (copy_sfa, from_sfa, to_sfa), (copy_sfb, from_sfb, to_sfb) = copies
+        stage, phase = ring
+        acc = cute.make_tensor(acc, layout)
+        sfb_mma = sfb
+        if cutlass.const_expr(s.columns < ROWS):
+            # Several tiles share a row block of scales: rows 32 j.. are in column j.
+            column = tile_b % (ROWS // s.columns) * (s.columns // 32)
+            sfb_mma = cute.make_tensor(
+                cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), sfb.layout
+            )
+        mma.set(tcgen05.Field.ACCUMULATE, False)
+        for _ in cutlass.range(steps, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            stage_coord = (None, None, None, None, stage)
+            cute.copy(copy_sfa, from_sfa[stage_coord], to_sfa)
+            cute.copy(copy_sfb, from_sfb[stage_coord], to_sfb)
+            for j in cutlass.range_constexpr(K_BLOCKS):
+                mma.set(tcgen05.Field.SFA, sfa[None, None, j].iterator)
+                mma.set(tcgen05.Field.SFB, sfb_mma[None, None, j].iterator)
+                cute.gemm(mma, acc, frag_a[None, None, j, stage], frag_b[None, None, j, stage], acc)
+                mma.set(tcgen05.Field.ACCUMULATE, True)
+            commit(empty + stage, free_mask, s.pair)
+            stage += 1
+            if stage == self.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+        return stage, phase
+
+    @cute.jit
+    def multiply(self, mma, tmem, storage, barriers, rank, steps, mmas, tiles):
+        """The MMA warp (of the pair's first CTA): one accumulator tile after the other.
+
+        `steps` are the stages of a tile, `mmas` its MMAs where they have 96 of K.
+        """
+        s = self.shape
+        full, empty, acc_full, acc_empty = barriers
+        if cutlass.const_expr(not self.k96):
+            operands = self._operands_k64(mma, tmem, storage)
 
         # Who loads into the stages that this MMA frees: its row and its column of the cluster.
         free_mask = Int32(0)
@@ -546,49 +604,22 @@ class GemmSm100:
         count = Int32(0)
         index = first_tile()
         while index < tiles.count:
-            buffer = count % 2
             barrier = count % s.acc_barriers
             wait_cluster(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
             tcgen05_fence_after()
-            acc = cute.make_tensor(tmem + buffer * s.acc_stride, acc_fake.layout)
-            sfb_mma = sfb
-            if cutlass.const_expr(s.columns < ROWS):
-                # Several tiles share a row block of scales: rows 32 j.. are in column j.
-                _, tile_b = coordinates(tiles, index)
-                column = tile_b % (ROWS // s.columns) * (s.columns // 32)
-                sfb_mma = cute.make_tensor(
-                    cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), tmem_sfb
+            acc = tmem + count % 2 * s.acc_stride
+            if cutlass.const_expr(self.k96):
+                MultiplyK96(s, self.stages).run(
+                    tmem, acc, storage, full, empty, free_mask, mmas, count * steps
                 )
-            mma.set(tcgen05.Field.ACCUMULATE, False)
-            for _ in cutlass.range(k_begin, k_end, unroll=1):
-                cute.arch.mbarrier_wait(full + stage, phase)
-                stage_coord = (None, None, None, None, stage)
-                cute.copy(copy_sfa, from_sfa[stage_coord], to_sfa)
-                cute.copy(copy_sfb, from_sfb[stage_coord], to_sfb)
-                for j in cutlass.range_constexpr(K_BLOCKS):
-                    mma.set(tcgen05.Field.SFA, sfa[None, None, j].iterator)
-                    mma.set(tcgen05.Field.SFB, sfb_mma[None, None, j].iterator)
-                    cute.gemm(
-                        mma, acc, frag_a[None, None, j, stage], frag_b[None, None, j, stage], acc
-                    )
-                    mma.set(tcgen05.Field.ACCUMULATE, True)
-                self.commit(empty + stage, free_mask, s.cluster_a * s.cluster_b > 1)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            self.commit(acc_full + barrier, pair_mask, s.pair)
+            else:
+                _, tile_b = coordinates(tiles, index)
+                stage, phase = self.multiply_k64(
+                    operands, tmem, acc, full, empty, free_mask, steps, tile_b, (stage, phase)
+                )
+            commit(acc_full + barrier, pair_mask, s.pair)
             index = next_tile(tiles, count)
             count += 1
-
-    @cute.jit
-    def commit(self, barrier, mask, multicast: cutlass.Constexpr):
-        """Signals `barrier` (of each CTA in `mask`) when the MMAs issued so far are done."""
-        with cute.arch.elect_one():
-            if cutlass.const_expr(multicast):
-                tcgen05.commit(barrier, mask, self.cta_group)
-            else:
-                tcgen05.commit(barrier, None, self.cta_group)
 
 
 def variants(arch: str) -> list[KernelVariant]:

@@ -7,6 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass._mlir.dialects import llvm, nvvm
+from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from jax_nvfp4.config import GemmConfig
@@ -93,6 +94,16 @@ def store_remote(pointer, rank, value, *, loc=None, ip=None):
         loc=loc,
         ip=ip,
     )
+
+
+@cute.jit
+def commit(barrier, mask, pair: cutlass.Constexpr):
+    """Signals `barrier` (of each CTA in `mask`) when the MMAs issued so far are done."""
+    with cute.arch.elect_one():
+        if cutlass.const_expr(pair):
+            tcgen05.commit(barrier, mask, tcgen05.CtaGroup.TWO)
+        else:
+            tcgen05.commit(barrier, None, tcgen05.CtaGroup.ONE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,12 @@ import warnings
 import jax
 
 from jax_nvfp4 import ffi
-from jax_nvfp4.config import REFERENCE, arch_of_compute_capability
+from jax_nvfp4.config import (
+    REFERENCE,
+    arch_of_compute_capability,
+    most_specific_arch,
+    runnable_arches,
+)
 
 # Multiprocessors of a typical GPU of each architecture, for graphs that are made without one.
 _TYPICAL_SMS = {"sm_90a": 132, "sm_100f": 148, "sm_103a": 148, "sm_120f": 188}
@@ -51,9 +56,13 @@ def local_arch() -> str:
     return _arch_of(device)
 
 
-def _arch_of(device: jax.Device) -> str:
+def _compute_capability(device: jax.Device) -> tuple[int, int]:
     major, _, minor = str(device.compute_capability).partition(".")
-    arch = arch_of_compute_capability(int(major), int(minor or 0))
+    return int(major), int(minor or 0)
+
+
+def _arch_of(device: jax.Device) -> str:
+    arch = arch_of_compute_capability(*_compute_capability(device))
     gpu = f"{device.device_kind} (compute capability {device.compute_capability})"
     return arch if _served(arch, gpu) else REFERENCE
 
@@ -61,19 +70,26 @@ def _arch_of(device: jax.Device) -> str:
 def kernel_arch(asked: str | None) -> str | None:
     """The architecture whose kernels to put into a graph for an NVIDIA GPU.
 
+    Where this machine's GPU runs the kernels of `asked` and has some of its own, it is the GPU's.
+
     Args:
         asked: the arch that a weight is repacked for; None: that of this machine's GPU.
 
     Returns:
         A name of `ARCHES` that kernels are built in for, or None: the pure-JAX path.
     """
+    device = _cuda_device()
     if asked is None:
-        device = _cuda_device()
         asked = REFERENCE if device is None else _arch_of(device)
-        return None if asked == REFERENCE else asked
+    elif asked != REFERENCE and not _served(asked, f"weights repacked for {asked}"):
+        return None
     if asked == REFERENCE:
         return None
-    return asked if _served(asked, f"weights repacked for {asked}") else None
+    if device is not None:
+        own = most_specific_arch(*_compute_capability(device))
+        if own != asked and asked in runnable_arches(own) and ffi.available(own):
+            return own
+    return asked
 
 
 def num_sms(arch: str) -> int:

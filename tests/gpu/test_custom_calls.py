@@ -26,7 +26,9 @@ def _device() -> Any:
 
 
 DEVICE = _device()
-ARCH = config.arch_of_compute_capability(*map(int, str(DEVICE.compute_capability).split(".")))
+CAPABILITY = tuple(map(int, str(DEVICE.compute_capability).split(".")))
+ARCH = config.arch_of_compute_capability(*CAPABILITY)
+RUNNABLE = config.runnable_arches(config.most_specific_arch(*CAPABILITY))
 SMS = DEVICE.core_count
 if ARCH not in ffi.arches():
     pytest.fail(f"{DEVICE.device_kind}: {ffi.reason(ARCH)}", pytrace=False)
@@ -218,7 +220,7 @@ def test_an_error_is_an_xla_error_and_leaves_the_device_usable() -> None:
 
 
 def test_a_kernel_of_another_arch_is_refused() -> None:
-    other = next(a for a in ffi.arches() if a != ARCH)
+    other = next(a for a in ("sm_90a", "sm_120f") if a in ffi.arches() and a != ARCH)
     c = select_quantize(other, "bfloat16", Mode.TOKEN)
     arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{c.name} is for {other}, and device"):
@@ -232,10 +234,12 @@ def test_a_hundred_calls_in_one_program() -> None:
     np.testing.assert_array_equal(np.asarray(got), chain_on_cpu(x, 100))
 
 
-@pytest.mark.parametrize("name", [c.name for c in config.configs(ARCH)])
-def test_each_gemm_kernel(name: str) -> None:
+CONFIGS = [c for arch in RUNNABLE if arch in ffi.arches() for c in config.configs(arch)]
+
+
+@pytest.mark.parametrize("c", CONFIGS, ids=[c.name for c in CONFIGS])
+def test_each_gemm_kernel(c: config.GemmConfig) -> None:
     """Every kernel once, with a bias, a scale per row and a scale of the weight."""
-    c = next(c for c in config.configs(ARCH) if c.name == name)
     rng = np.random.default_rng(5)
     m, n, k = 9, 200, 320
     codes = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)

@@ -43,6 +43,8 @@ from jax_nvfp4.layout.weights import pack_weight
 
 CONFIGS = (*sm100.CONFIGS, *sm120.CONFIGS)
 SPLITS = [(config, split) for config in CONFIGS for split in sorted({1, config.split_k})]
+EXECUTED = [c for c in (*sm100.CONFIGS, *sm120.CONFIGS[:3]) if c is not sm100.PAIR_256_K96]
+EPILOGUES = [(c, split) for c, split in SPLITS if c.arch != "sm_103a"]  # its are those of sm_100f
 
 
 @pytest.mark.parametrize(("config", "case"), runs(CONFIGS), ids=label)
@@ -64,7 +66,7 @@ def test_the_cases_have_each_property(config, named):
 
 
 @pytest.mark.parametrize("out", [BF16, F16])
-@pytest.mark.parametrize(("config", "split"), SPLITS, ids=label)
+@pytest.mark.parametrize(("config", "split"), EPILOGUES, ids=label)
 def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out, split):
     """A bias on a tie of y's dtype: the product, however small, decides which way."""
     for n in (136, 75):  # rows of y that are stored whole, and element by element
@@ -191,13 +193,13 @@ def test_what_the_table_selects(arch, sms, m, n, k, x_dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", (*sm100.CONFIGS, *sm120.CONFIGS[:3]), ids=label)
+@pytest.mark.parametrize("config", EXECUTED, ids=label)
 def test_the_cases_execute_all_code(config):
     """All of the kernel's PTX runs in some case, but for a few instructions.
 
     Those are turns of loops that poll a barrier, which the machine does not need, and what the
     compiler made of the split epilogue for a cluster of no CTAs. The kernels for 16-bit x are the
-    same on both architectures.
+    same on both architectures, and those of sm_103a differ in the cluster alone.
     """
     executed = set()
     for name, case in cases(config).items():
