@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of Hopper's accumulation, on sums whose bits say where terms are cut off."""
 
+import math
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -65,3 +68,40 @@ def test_values_that_are_not_finite():
     assert np.array_equal(got, [[16, 16], [np.nan] * 2, [np.inf] * 2], equal_nan=True)
     assert add(-np.inf, 1) == -np.inf and np.isnan(add(-np.inf, np.inf))
     assert add(None) == 0 and add(0) == 0
+
+
+def by_definition(a, b, c):
+    """The same model, term by term, in exact arithmetic."""
+
+    def exponent(value):
+        return max(math.frexp(value)[1] - 1, -126)
+
+    terms = [(Fraction(x) * Fraction(y), exponent(x) + exponent(y))
+             for x, y in zip(a.tolist(), b.tolist(), strict=True) if x and y]  # fmt: skip
+    if c:
+        terms.append((Fraction(c), exponent(c)))
+    if not terms:
+        return 0.0
+    unit = Fraction(2) ** (max(e for _, e in terms) - FRACTION_BITS["bf16"])
+    total = sum(math.trunc(t / unit) for t, _ in terms) * unit
+    nearest = np.float32(float(total))  # of some 30 bits: exact in float64
+    if abs(Fraction(float(nearest))) > abs(total):
+        nearest = np.nextafter(nearest, np.float32(0))
+    return float(nearest)
+
+
+@pytest.mark.parametrize(("span", "scale"), [(0, 0), (6, 0), (6, -120), (20, 40), (60, 0)])
+def test_the_bits_of_the_definition(span, scale):
+    """Whatever the span of the exponents, and however small the values of an operand."""
+    rng = np.random.default_rng(span)
+
+    def operand(rows, scale):
+        values = rng.standard_normal((rows, 16)) * 2.0 ** rng.integers(-span, span + 1, (rows, 16))
+        values[rng.random(values.shape) < 0.2] = 0
+        return (values * 2.0**scale).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    a, b = operand(7, scale), operand(5, 0)
+    c = (rng.standard_normal((7, 5)) * 2.0 ** (scale + rng.integers(-9, 9, (7, 5)))).astype("f4")
+    expected = [[by_definition(x, y, float(z)) for y, z in zip(b, row, strict=True)]
+                for x, row in zip(a, c, strict=True)]  # fmt: skip
+    np.testing.assert_array_equal(fused_dot_add(a, b, c, "bf16"), expected)

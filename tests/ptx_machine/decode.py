@@ -101,6 +101,7 @@ class Context:
         self.reconverge: list[int] = []
         self.cached: dict = {}
         self.asynchronous: set[int] = set()  # slots that wgmma or tcgen05.ld write
+        self.wgmma_operands: set[int] = set()  # slots that wgmma reads A from
 
     # -- slots -------------------------------------------------------------------------------
     def _new_slot(self, value: np.ndarray | None, name: str) -> int:
@@ -233,11 +234,13 @@ class Context:
         return slots
 
     def find_asynchronous(self) -> None:
-        """Collects the registers that wgmma and tcgen05.ld write."""
+        """Collects the registers that wgmma and tcgen05.ld write, and those of wgmma's A."""
         for ins in self.function.instructions:
             if ins.opcode.startswith(("wgmma.mma_async", "tcgen05.ld")):
                 for item in self.vector(ins.operands[0]):
                     self.asynchronous.add(self.reg(item.name))
+            if ins.opcode.startswith("wgmma.mma_async") and isinstance(ins.operands[1], Vec):
+                self.wgmma_operands.update(self.src(o, "b32") for o in ins.operands[1].items)
 
     # -- building ----------------------------------------------------------------------------
     def build(self, index: int, ins: Instruction) -> Closure:

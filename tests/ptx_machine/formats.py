@@ -178,6 +178,13 @@ TABLES = {
 E2M1_PAIRS = np.stack(
     [TABLES["e2m1"][np.arange(256) & 15], TABLES["e2m1"][np.arange(256) >> 4]], axis=1
 )
+# The same, a pair in 16 bytes.
+_E2M1_PAIRS = E2M1_PAIRS.reshape(-1).view(np.complex128)
+
+
+def e2m1_pairs(codes: np.ndarray) -> np.ndarray:
+    """float64 values (..., 2 * n) of bytes (..., n) with two e2m1 codes each."""
+    return _E2M1_PAIRS.take(codes).view(np.float64)
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -185,39 +192,51 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def f32_to_bf16(values: np.ndarray, mode: str = "rn") -> np.ndarray:
-    """bfloat16 codes (uint16) of float32 values; NaN becomes 0x7FFF as cvt gives."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    if mode == "rn":
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> 16
-    elif mode == "rz":
-        rounded = bits >> 16
-    else:
-        return encode(round_to(values.astype(np.float64), BF16, mode), BF16).astype(np.uint16)
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16)
+def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """bfloat16 codes (uint16) of float32 values, to nearest; NaN becomes 0x7FFF as cvt gives."""
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    codes = rounded.view(np.uint16)[..., 1::2].copy()
+    codes[np.isnan(values)] = 0x7FFF
+    return codes
+
+
+def f32_to_f16(values: np.ndarray) -> np.ndarray:
+    """float16 codes (uint16) of float32 values, to nearest; NaN becomes 0x7FFF as cvt gives."""
+    codes = values.astype(np.float16).view(np.uint16)
+    codes[np.isnan(values)] = 0x7FFF
+    return codes
 
 
 def f64_to_f32(x: np.ndarray, mode: str = "rn", saturate: bool = False) -> np.ndarray:
     """Rounds float64 to float32 in any PTX mode."""
-    if mode == "rn" and not saturate:
-        return x.astype(np.float32)
-    return round_to(x, F32, mode, saturate).astype(np.float32)
+    if saturate or mode not in ("rn", "rz", "rm", "rp"):
+        return round_to(x, F32, mode, saturate).astype(np.float32)
+    nearest = x.astype(np.float32)
+    if mode == "rn":
+        return nearest
+    # Where the nearest lies on the wrong side, its neighbor on the other is meant.
+    if mode == "rz":
+        return np.where(np.abs(nearest) > np.abs(x), np.nextafter(nearest, np.float32(0)), nearest)
+    if mode == "rm":
+        return np.where(nearest > x, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+    return np.where(nearest < x, np.nextafter(nearest, np.float32(np.inf)), nearest)
 
 
 def add_round_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """float64 a + b rounded to odd, so that a further rounding to f32 or less is exact."""
     s = a + b
-    with np.errstate(all="ignore"):
-        bb = s - a
-        err = (a - (s - bb)) + (b - bb)
-    finite = np.isfinite(s)
-    bits = np.ascontiguousarray(s).view(np.int64)
-    inexact = finite & (err != 0) & ((bits & 1) == 0)
-    if not inexact.any():
-        return s
-    step = np.where(np.signbit(err) == np.signbit(s), 1, -1)
-    return np.where(inexact, bits + step, bits).view(np.float64)
+    bb = s - a
+    err = (a - (s - bb)) + (b - bb)
+    # A sum that is not finite has an error of NaN, and stays.
+    inexact = np.abs(err) > 0
+    bits = s.view(np.int64)
+    # Toward zero, where the error points there; then the last bit says that there was one.
+    below = ((err.view(np.int64) ^ bits) < 0) & inexact
+    return ((bits - below) | inexact).view(np.float64)
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.ndarray:
@@ -225,7 +244,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.nda
     exact = add_round_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
     if mode == "rn":
         return exact.astype(np.float32)
-    return round_to(exact, F32, mode).astype(np.float32)
+    return f64_to_f32(exact, mode)
 
 
 def float_values(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from .order import Agents, Knowledge, stamp
 from .races import SharedAccesses, TensorAccesses
 
 POISON_BYTE = 0xCB
+SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4, 32: 5}  # log2 of the widths of accesses
 UNWRITTEN, WRITTEN, IN_FLIGHT, BARRIER = 0, 1, 2, 3
 STATE_TEXT = {
     UNWRITTEN: "never written",
@@ -58,20 +59,29 @@ class Allocation:
         return self.base + self.data.size
 
     def typed(self, width: int) -> np.ndarray | None:
-        """The bytes as unsigned integers of a width, where the array's length allows."""
+        """The bytes as words of a width, as far as they are whole; None if they are not aligned."""
         if self.words is None:
             self.words = {}
         if width not in self.words:
             usable = self.data.size - self.data.size % width
-            view = self.data[:usable]
-            try:
-                self.words[width] = view.view(UNSIGNED[width])
-            except ValueError:
-                self.words[width] = None
+            aligned = self.base % width == 0
+            self.words[width] = words_of(self.data[:usable], width) if aligned else None
         return self.words[width]
 
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def words_of(data: np.ndarray, width: int) -> np.ndarray:
+    """Bytes as words of a width: unsigned integers (n,), and (n, width / 8) of 8 bytes above 8."""
+    return data.view(UNSIGNED[min(width, 8)]).reshape((-1,) if width <= 8 else (-1, width // 8))
+
+
+def unit_index(allocation: Allocation, offsets: np.ndarray, width: int) -> tuple[np.ndarray, int]:
+    """Index of words at offsets among units of so many bytes: whole words, if they are aligned."""
+    if allocation.base % width == 0:
+        return offsets >> SHIFT[width], width
+    return offsets[:, None] + np.arange(width), 1
 
 
 def check_launched(allocation: Allocation, w, action: str, writes: bool = False) -> None:
@@ -153,7 +163,7 @@ class GlobalMemory:
         raise Fault(f"{action} out of bounds: address {low:#x} is in no global allocation")
 
     def load(self, addresses: np.ndarray, width: int, w=None, strong: bool = False) -> np.ndarray:
-        """Loads one word of ``width`` bytes per address; uint8 (n, width) or typed (n,).
+        """Loads one word of ``width`` bytes per address, in the form that `words_of` gives them.
 
         A warp ``w`` reads them, or the machine itself, which is checked for no race.
         """
@@ -165,22 +175,23 @@ class GlobalMemory:
             check_launched(allocation, w, "read of")
             accesses = w.machine.global_accesses
             if accesses is not None and allocation.base in accesses.writes:
-                accesses.read(allocation, offsets[:, None] + np.arange(width), w, strong)
+                accesses.read(allocation, *unit_index(allocation, offsets, width), w, strong)
         if allocation.state is not None:
             span = offsets[:, None] + np.arange(width)
             if not allocation.state[span].all():
                 raise Fault(f"read of bytes of {allocation.name} that were never written")
-        base_aligned = allocation.base % width == 0
-        typed = allocation.typed(width) if base_aligned and width <= 8 else None
+        typed = allocation.typed(width)
         if typed is not None:
-            return typed[offsets // width]
-        raw = allocation.data[offsets[:, None] + np.arange(width)]
-        return raw.view(UNSIGNED[width]).reshape(-1) if width <= 8 else raw
+            return typed[offsets >> SHIFT[width]]
+        return words_of(allocation.data[offsets[:, None] + np.arange(width)].reshape(-1), width)
 
     def store(
         self, addresses: np.ndarray, values: np.ndarray, width: int, w=None, strong: bool = False
     ) -> None:
-        """Stores one word per address; where addresses repeat, one of the values stays."""
+        """Stores one word per address, in the form that `words_of` gives them.
+
+        Where addresses repeat, one of the values stays.
+        """
         allocation, offsets = self._locate(addresses, width, "global write")
         if allocation is None:
             for i in offsets:
@@ -192,13 +203,13 @@ class GlobalMemory:
             check_launched(allocation, w, "write to", writes=True)
             if w.machine.global_accesses is not None:
                 raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
-                span = offsets[:, None] + np.arange(width)
-                w.machine.global_accesses.write(allocation, span, raw, w, strong)
+                index, unit = unit_index(allocation, offsets, width)
+                w.machine.global_accesses.write(allocation, index, unit, raw, w, strong)
         if allocation.state is not None:
             allocation.state[offsets[:, None] + np.arange(width)] = 1
-        typed = allocation.typed(width) if allocation.base % width == 0 else None
+        typed = allocation.typed(width)
         if typed is not None:
-            typed[offsets // width] = values
+            typed[offsets >> SHIFT[width]] = values
         else:
             raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
             allocation.data[offsets[:, None] + np.arange(width)] = raw
@@ -213,7 +224,7 @@ class GlobalMemory:
             if addresses.size == 1 or low + width == high:
                 raise
             return None, np.arange(addresses.size)
-        return allocation, (addresses - np.uint64(allocation.base)).astype(np.int64)
+        return allocation, addresses - allocation.base
 
     def read_bytes(self, address: int, count: int) -> np.ndarray:
         """A copy of ``count`` bytes."""
@@ -302,14 +313,15 @@ class SharedMemory:
         self.data = np.full(size, POISON_BYTE, np.uint8)
         self.state = np.zeros(size, np.uint8)
         self.barriers: dict[int, Mbarrier] = {}
-        self.words = {w: self.data.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
-        self.word_state = {w: self.state.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
+        self.words = {w: words_of(self.data, w) for w in (1, 2, 4, 8, 16)}
+        self.word_state = {w: words_of(self.state, w) for w in (1, 2, 4, 8, 16)}
         # In chunks of 16 bytes, for matrix operands.
         self.chunks = self.data.reshape(-1, 16)
-        self.chunk_state = self.state.view(np.uint64).reshape(-1, 2)
+        self.chunk_state = self.word_state[16]
 
+    # The states of a word, as an integer of its size, and of the halves of 16 bytes.
     ALL_WRITTEN: ClassVar[dict[int, int]] = {
-        w: int.from_bytes(bytes([WRITTEN] * w), "little") for w in (1, 2, 4, 8)
+        w: int.from_bytes(bytes([WRITTEN] * min(w, 8)), "little") for w in (1, 2, 4, 8, 16)
     }
 
     def check_range(self, low: int, high: int, action: str) -> None:
@@ -336,26 +348,27 @@ class SharedMemory:
 
     def load(self, offsets: np.ndarray, width: int, w, strong: bool = False) -> np.ndarray:
         """Loads one word per lane of a warp; ``strong`` if relaxed, volatile or of an atomic."""
-        index = offsets // width
+        index = offsets >> SHIFT[width]
         if not (self.word_state[width][index] == self.ALL_WRITTEN[width]).all():
             self.check_readable(offsets[:, None] + np.arange(width), "read")
         if not strong:
-            self.accesses.read(offsets, width, w)
+            self.accesses.read(index, width, w)
         return self.words[width][index]
 
     def store(
         self, offsets: np.ndarray, values: np.ndarray, width: int, w, strong: bool = False
     ) -> None:
         """Stores one word per lane of a warp through the generic proxy."""
-        index = offsets // width
+        index = offsets >> SHIFT[width]
         states = self.word_state[width][index]
-        if not ((states == self.ALL_WRITTEN[width]) | (states == 0)).all():
+        written = states == self.ALL_WRITTEN[width]
+        if not written.all() and not (written | (states == 0)).all():
             span = self.state[offsets[:, None] + np.arange(width)]
             if (span == BARRIER).any():
                 raise Fault("write over an mbarrier object")
             if (span == IN_FLIGHT).any():
                 raise Fault("write to shared memory that an asynchronous copy is writing")
-        self.accesses.write(offsets, width, w, strong)
+        self.accesses.write(index, width, w, strong)
         self.words[width][index] = values
         self.word_state[width][index] = self.ALL_WRITTEN[width]
 

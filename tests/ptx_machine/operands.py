@@ -158,7 +158,7 @@ def element_values(raw: np.ndarray, kind: str, k_major: bool) -> np.ndarray:
     means two elements in a byte; other sub-byte kinds sit one in a byte.
     """
     if kind == "e2m1x2":
-        values = fmt.E2M1_PAIRS[raw].reshape(raw.shape[0], -1)
+        values = fmt.e2m1_pairs(raw)
     elif kind in ("f16", "bf16"):
         values = fmt.float_values(np.ascontiguousarray(raw).view(np.uint16), kind)
     elif kind in ("tf32", "f32"):

@@ -48,8 +48,8 @@ def stamp(agent: int, count: int) -> int:
 
 def late(codes: np.ndarray, seen: np.ndarray, me: int = -1) -> bool:
     """Whether any stamp is of another agent than ``me`` and not covered by what was seen."""
-    first = int(codes.flat[0])
-    if (codes == first).all():
+    first = codes.item(0)
+    if not np.count_nonzero(codes != first):
         agent = first >> CLOCK_BITS
         return agent != me and (first & CLOCK_MASK) > seen[agent]
     return bool(late_each(codes, seen, me).any())

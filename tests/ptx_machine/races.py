@@ -41,7 +41,7 @@ class SharedAccesses:
         self.async_reads = np.zeros(size // 16, np.uint32)  # by chunk of 16 bytes
         self.pending = np.zeros(size // 16, np.uint16)  # asynchronous reads yet to happen
         self.strong: np.ndarray | None = None  # bytes last written by an atomic
-        widths = (1, 2, 4, 8)
+        widths = (1, 2, 4, 8, 16)
         self.write_rows = {w: self.writes.reshape(-1, w) for w in widths}
         self.read_rows = {w: self.reads.reshape(-1, w) for w in widths}
 
@@ -50,26 +50,24 @@ class SharedAccesses:
         return Fault(f"{action} shared memory that {who} {did}, {MISSING}")
 
     # -- generic proxy -----------------------------------------------------------------------
-    def read(self, offsets: np.ndarray, width: int, w: Warp) -> None:
-        """A warp reads words."""
+    def read(self, index: np.ndarray, width: int, w: Warp) -> None:
+        """A warp reads words, by their index among words of that width."""
         if not self.on:
             return
         ledger = w.ledger
-        index = offsets // width
         codes = self.write_rows[width][index]
         seen = ledger.known.own[SEEN]
         if late(codes, seen, ledger.me):
             raise self.fault(codes, seen, ledger.me, "read of", "wrote")
         self.read_rows[width][index] = ledger.generic_stamp()
 
-    def write(self, offsets: np.ndarray, width: int, w: Warp, strong: bool = False) -> None:
+    def write(self, index: np.ndarray, width: int, w: Warp, strong: bool = False) -> None:
         """A warp writes words; ``strong`` if it is an atomic."""
         if not self.on:
             return
         ledger = w.ledger
-        index = offsets // width
         seen, me = ledger.known.own[SEEN], ledger.me
-        chunks = offsets >> 4
+        chunks = index * width >> 4
         if self.pending[chunks].any() or late(self.async_reads[chunks], seen):
             self.check_async_reads(chunks, seen, "write to")
         rows = self.read_rows[width][index]
@@ -78,7 +76,7 @@ class SharedAccesses:
         rows = self.write_rows[width][index]
         if late(rows, seen, me):
             if strong and self.strong is not None:
-                rows = rows[~self.strong[offsets]]
+                rows = rows[~self.strong[index * width]]
             if rows.size and late(rows, seen, me):
                 raise self.fault(rows, seen, me, "overwrite of", "wrote")
         self.write_rows[width][index] = ledger.generic_stamp()
@@ -289,14 +287,19 @@ class GlobalAccesses:
         self.writes: dict[int, np.ndarray] = {}  # by base of the allocation
         self.reads: dict[int, np.ndarray] = {}
 
+    @staticmethod
+    def stamps_of(allocation: Allocation) -> np.ndarray:
+        """Room for a stamp of each byte, in whole units of every width."""
+        return np.zeros(-(-allocation.data.size // 32) * 32, np.int64)
+
     def full_stamp(self, w: Warp, code: int, strong: bool = False) -> int:
         return w.ledger.known.serial << SERIAL_SHIFT | code | (STRONG if strong else 0)
 
     def first_late(self, codes: np.ndarray, w: Warp, strong: bool, row: int) -> int:
         """The first stamp that the warp's knowledge does not cover, or 0."""
         known, me = w.ledger.known, w.ledger.me
-        head = int(codes.flat[0])
-        different = [head] if (codes == head).all() else np.unique(codes)
+        head = codes.item(0)
+        different = np.unique(codes) if np.count_nonzero(codes != head) else [head]
         for value in different:
             full = int(value)
             if full == 0 or (strong and full & STRONG):
@@ -318,13 +321,14 @@ class GlobalAccesses:
         )
 
     def read(
-        self, allocation: Allocation, index: object, w: Warp, strong: bool = False, row: int = SEEN
-    ) -> None:
-        """A warp reads bytes; with row PROXY it issues a copy that will."""
+        self, allocation: Allocation, index: object, unit: int, w: Warp, strong: bool = False,
+        row: int = SEEN,
+    ) -> None:  # fmt: skip
+        """A warp reads units of so many bytes; with row PROXY it issues a copy that will."""
         writes = self.writes.get(allocation.base)
         if writes is None:
             return
-        codes = writes[index]
+        codes = writes.reshape(-1, unit)[index]
         if codes.size and (full := self.first_late(codes, w, strong, row)):
             if row == PROXY and not self.first_late(codes, w, strong, SEEN):
                 raise Fault(
@@ -332,28 +336,36 @@ class GlobalAccesses:
                 )
             raise self.fault(w, full, allocation.name, "read of", "wrote")
         if not strong:
-            reads = self.reads.setdefault(allocation.base, np.zeros(writes.size, np.int64))
-            reads[index] = self.full_stamp(w, w.ledger.generic_stamp())
+            reads = self.reads.get(allocation.base)
+            if reads is None:
+                reads = self.reads[allocation.base] = self.stamps_of(allocation)
+            reads.reshape(-1, unit)[index] = self.full_stamp(w, w.ledger.generic_stamp())
 
     def write(
-        self, allocation: Allocation, index: object, values: np.ndarray, w: Warp,
+        self, allocation: Allocation, index: object, unit: int, values: np.ndarray, w: Warp,
         strong: bool = False, copy: int = 0,
     ) -> None:  # fmt: skip
-        """A warp writes bytes; ``copy`` is the count of the bulk copy that does it for the warp."""
+        """A warp writes units of so many bytes.
+
+        ``copy`` is the count of the bulk copy that does it for the warp.
+        """
         base = allocation.base
         writes = self.writes.get(base)
         if writes is None:
-            writes = self.writes[base] = np.zeros(allocation.data.size, np.int64)
-        codes = writes[index]
+            writes = self.writes[base] = self.stamps_of(allocation)
+        units = writes.reshape(-1, unit)
+        codes = units[index]
         if codes.size == 0:
             return
         if (full := self.first_late(codes, w, strong, SEEN)) and not np.array_equal(
-            allocation.data[index], values
+            allocation.data[: allocation.data.size // unit * unit].reshape(-1, unit)[index], values
         ):
             raise self.fault(w, full, allocation.name, "overwrite of", "wrote")
         reads = self.reads.get(base)
-        if reads is not None and (full := self.first_late(reads[index], w, strong, SEEN)):
+        if reads is not None and (
+            full := self.first_late(reads.reshape(-1, unit)[index], w, strong, SEEN)
+        ):
             raise self.fault(w, full, allocation.name, "write to", "read")
         ledger = w.ledger
         code = stamp(ledger.agent(BULK), copy) if copy else ledger.generic_stamp()
-        writes[index] = self.full_stamp(w, code, strong)
+        units[index] = self.full_stamp(w, code, strong)

@@ -217,6 +217,18 @@ def _packed(ctx: Context, ins: Instruction, to: str, source: str, mods: set) -> 
             operands = list(operands[0].items)
         srcs = [ctx.src(o, source) for o in operands[:count]]
 
+        nearest = mode == "rn" and not relu and not saturate
+        if nearest and source == "f32" and element in ("f16", "bf16"):
+            narrow = fmt.f32_to_bf16 if element == "bf16" else fmt.f32_to_f16
+
+            def both(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+                pairs = np.empty((32, 2), np.uint16)
+                pairs[:, 0] = narrow(lower.view(np.float32))
+                pairs[:, 1] = narrow(upper.view(np.float32))
+                return pairs.view(U32).reshape(-1).astype(out)
+
+            return elementwise(both, dst, *srcs)
+
         def combine(*bits: np.ndarray) -> np.ndarray:
             value = np.zeros(32, U32)
             for i, b in enumerate(reversed(bits)):

@@ -19,6 +19,8 @@ FLOAT_KINDS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2", "f32x2", "tf32"}
 ROUND = ("rn", "rz", "rm", "rp", "rna")
 U32, U64, U16 = np.uint32, np.uint64, np.uint16
 TINY = np.float32(2.0**-126)
+SMALL = np.float32(2.0**-100)
+NAN32 = U32(0x7FFFFFFF)
 
 
 def flush32(x: np.ndarray) -> np.ndarray:
@@ -37,6 +39,22 @@ def _exact(name: str) -> Callable:
     }[name]
 
 
+_last_fma: tuple[np.ndarray | None, ...] = (None, None, None, None)
+
+
+def _exact_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32 registers, as float64 rounded to odd.
+
+    Kept for the next call: kernels round one sum in several modes. Registers are never modified in
+    place, so that the same arrays are the same values.
+    """
+    global _last_fma
+    if not (a is _last_fma[0] and b is _last_fma[1] and c is _last_fma[2]):
+        x, y, z = (v.view(np.float32).astype(np.float64) for v in (a, b, c))
+        _last_fma = a, b, c, fmt.add_round_to_odd(x * y, z)
+    return _last_fma[3]
+
+
 def _half_codec(kind: str) -> tuple[Callable, Callable]:
     half = fmt.F16 if kind.startswith("f16") else fmt.BF16
     base = "f16" if kind.startswith("f16") else "bf16"
@@ -46,8 +64,7 @@ def _half_codec(kind: str) -> tuple[Callable, Callable]:
 
     def store(x: np.ndarray) -> np.ndarray:
         if half is fmt.F16:
-            code = x.astype(np.float16).view(U16)
-            return where(np.isnan(x), U16(0x7FFF), code)
+            return fmt.f32_to_f16(x)
         # f64 to f32 by rounding to odd, then to bf16: one rounding in effect.
         y = x.astype(np.float32)
         bits = y.view(U32)
@@ -59,6 +76,28 @@ def _half_codec(kind: str) -> tuple[Callable, Callable]:
         return fmt.f32_to_bf16(bits.view(np.float32))
 
     return load, store
+
+
+def _half_native(kind: str, function: Callable) -> Callable:
+    """A sum or product of 16-bit floats by way of float32, or None where that rounds twice.
+
+    float32 has more than twice the bits of either type, and two more: rounding to it first changes
+    no sum or product, as long as it is no subnormal (Figueroa 1995). Sums of subnormals are exact.
+    """
+    if kind.startswith("f16"):
+        return lambda a, b: fmt.f32_to_f16(
+            function(a.view(np.float16).astype(np.float32), b.view(np.float16).astype(np.float32))
+        )
+
+    def run(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+        y = function(fmt.bf16_to_f32(a), fmt.bf16_to_f32(b))
+        if function is np.multiply:
+            size = np.abs(y)
+            if np.count_nonzero(size < SMALL) != np.count_nonzero(size == 0):
+                return None
+        return fmt.f32_to_bf16(y)
+
+    return run
 
 
 def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
@@ -75,14 +114,17 @@ def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
                 x = [flush32(v) for v in x]
             if native is not None and mode == "rn":
                 y = native(*x)
+            elif name == "fma" and not ftz:
+                y = fmt.f64_to_f32(_exact_fma(*bits), mode)
             else:
                 y = fmt.f64_to_f32(exact(*[v.astype(np.float64) for v in x]), mode)
             if ftz:
                 y = flush32(y)
             if sat:
                 y = where(np.isnan(y), np.float32(0), np.clip(y, np.float32(0), np.float32(1)))
-            y = where(np.isnan(y), np.uint32(0x7FFFFFFF).view(np.float32), y)
-            return y.view(U32)
+            bits = y.view(U32)
+            bits[np.isnan(y)] = NAN32
+            return bits
 
         return f32
     if kind == "f32x2":
@@ -110,8 +152,13 @@ def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
             return f64_fma
         return lambda *bits: native(*[b.view(np.float64) for b in bits]).view(U64)
     load, store = _half_codec(kind)
+    narrow = _half_native(kind, native) if native in (np.add, np.subtract, np.multiply) else None
 
     def half(*bits: np.ndarray) -> np.ndarray:
+        if narrow is not None and not sat and not relu:
+            code = narrow(*[b.view(U16) for b in bits])
+            if code is not None:
+                return code.view(bits[0].dtype)
         y = exact(*[load(b.view(U16)) for b in bits])
         if sat:
             y = where(np.isnan(y), 0.0, np.clip(y, 0.0, 1.0))
@@ -331,8 +378,9 @@ def _unary(ctx: Context, ins: Instruction, fn: Callable) -> Closure:
             y = fmt.f64_to_f32(fn(x.astype(np.float64)), mode)
             if ftz:
                 y = flush32(y)
-            y = where(np.isnan(y), np.uint32(0x7FFFFFFF).view(np.float32), y)
-            return y.view(U32)
+            bits = y.view(U32)
+            bits[np.isnan(y)] = NAN32
+            return bits
 
         return elementwise(f32, dst, a)
     if kind == "f64":

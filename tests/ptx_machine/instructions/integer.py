@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..decode import Closure, Context, elementwise, op, pair, put, storage, where
-from ..parser import TYPE_BYTES, Instruction
+from ..parser import TYPE_BYTES, Imm, Instruction
 from . import floating
 
 SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
@@ -637,6 +637,18 @@ def prmt(ctx: Context, ins: Instruction) -> Closure:
     mode = ins.parts[2] if len(ins.parts) > 2 else ""
     dst = ctx.dst(ins.operands[0])
     a, b, c = (ctx.src(o, "b32") for o in ins.operands[1:4])
+    control = ins.operands[3]
+    if mode == "" and isinstance(control, Imm) and not int(control.value) & 0x8888:
+        order = [int(control.value) >> shift & 7 for shift in (0, 4, 8, 12)]
+
+        def pick(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            source = np.array([x, y]).view(np.uint8).reshape(2, 32, 4)
+            picked = np.empty((32, 4), np.uint8)
+            for i, byte in enumerate(order):
+                picked[:, i] = source[byte >> 2, :, byte & 3]
+            return picked.view(U32).reshape(-1)
+
+        return elementwise(pick, dst, a, b)
 
     def select(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         source = np.empty((32, 8), np.uint8)

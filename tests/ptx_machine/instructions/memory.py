@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +16,14 @@ from ..memory import (
     GENERIC_SHARED,
     PARAM_BASE,
     UNSIGNED,
+    words_of,
 )
 from ..order import LEVELS
 from ..parser import TYPE_BYTES, Discard, Instruction, Mem, Reg, Sym, Vec
 from . import floating
+
+if TYPE_CHECKING:
+    from ..machine import Cta
 
 U32, U64 = np.uint32, np.uint64
 OFFSET_MASK = (1 << CTA_SHIFT) - 1
@@ -238,20 +243,27 @@ def resolve_space(addresses: np.ndarray, space: str) -> tuple[str, np.ndarray]:
     return "global", addresses
 
 
-def split_ranks(w, addresses: np.ndarray, cluster: bool, what: str):
-    """Yields (CTA, selection, offsets) of shared addresses."""
+def shared_parts(
+    w, addresses: np.ndarray, total: int, cluster: bool, what: str
+) -> list[tuple[Cta, slice | np.ndarray, np.ndarray]]:
+    """(CTA, selection, offsets) of shared addresses of ``total`` bytes each, within bounds."""
+    own = w.cta.rank
+    low, high = int(addresses.min()), int(addresses.max())
+    if low >> CTA_SHIFT == high >> CTA_SHIFT == own:
+        w.cta.shared.check_range(low & OFFSET_MASK, (high & OFFSET_MASK) + total, what)
+        return [(w.cta, slice(None), addresses & OFFSET_MASK)]
     ranks = addresses >> CTA_SHIFT
     offsets = addresses & OFFSET_MASK
-    own = w.cta.rank
-    if (ranks == own).all():
-        yield w.cta, slice(None), offsets
-        return
     if not cluster:
         bad = int(addresses[int(np.argmax(ranks != own))])
         raise Fault(f"{what}: shared address {bad:#x} is outside of this CTA's window")
+    parts = []
     for rank in np.unique(ranks):
         selection = ranks == rank
-        yield w.cta.cluster.cta(int(rank)), selection, offsets[selection]
+        cta, part = w.cta.cluster.cta(int(rank)), offsets[selection]
+        cta.shared.check_range(int(part.min()), int(part.max()) + total, what)
+        parts.append((cta, selection, part))
+    return parts
 
 
 def load_words(w, addresses: np.ndarray, acc: Access) -> np.ndarray:
@@ -259,29 +271,31 @@ def load_words(w, addresses: np.ndarray, acc: Access) -> np.ndarray:
     _check_aligned(addresses, acc.total, "read")
     space, addresses = resolve_space(addresses, acc.space)
     count, width = acc.vector, acc.width
-    spread = addresses if count == 1 else (
-        addresses[:, None] + np.arange(0, acc.total, width)).reshape(-1)  # fmt: skip
     if space in ("global", "const"):
-        return w.machine.memory.load(spread.astype(U64), width, w, acc.strong).reshape(-1, count)
+        words = w.machine.memory.load(addresses, acc.total, w, acc.strong)
+        return words.view(UNSIGNED[width]).reshape(-1, count)
     if space in ("shared", "generic_shared"):
         cluster = acc.cluster or space == "generic_shared"
-        out = np.empty(spread.size, UNSIGNED[width])
-        for cta, selection, offsets in split_ranks(w, spread, cluster, "read"):
-            cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "read")
-            out[selection] = cta.shared.load(offsets, width, w, acc.strong)
-        return out.reshape(-1, count)
+        parts = shared_parts(w, addresses, acc.total, cluster, "read")
+        if len(parts) == 1:
+            ((cta, _, offsets),) = parts
+            words = cta.shared.load(offsets, acc.total, w, acc.strong)
+            return words.view(UNSIGNED[width]).reshape(-1, count)
+        out = np.empty((addresses.size, count), UNSIGNED[width])
+        for cta, selection, offsets in parts:
+            words = cta.shared.load(offsets, acc.total, w, acc.strong)
+            out[selection] = words.view(UNSIGNED[width]).reshape(-1, count)
+        return out
     if space == "local":
+        index = _local_index(w, addresses, acc.total, "read")
         data, written = w.local_memory()
-        lanes = np.repeat(w.lanes(), count)
-        index = spread[:, None] + np.arange(width)
-        if index.min() < 0 or index.max() >= data.shape[1]:
-            raise Fault("local memory read out of bounds")
-        if not written[lanes[:, None], index].all():
+        if not written[index].all():
             raise Fault("read of local memory that was never written")
-        return data[lanes[:, None], index].view(UNSIGNED[width]).reshape(-1, count)
+        return data[index].view(UNSIGNED[width])
     if space == "param":
-        values = [w.machine.load_param(int(a) - PARAM_BASE, width) for a in spread]
-        return np.array(values, UNSIGNED[width]).reshape(-1, count)
+        spread = (addresses[:, None] + np.arange(0, acc.total, width)).reshape(-1)
+        words = [w.machine.load_param(int(a) - PARAM_BASE, width) for a in spread]
+        return np.array(words, UNSIGNED[width]).reshape(-1, count)
     raise Fault(f"read of space {space}")
 
 
@@ -289,31 +303,33 @@ def store_words(w, addresses: np.ndarray, values: np.ndarray, acc: Access) -> No
     """Stores words (n, vector) at int64 lane addresses."""
     _check_aligned(addresses, acc.total, "write")
     space, addresses = resolve_space(addresses, acc.space)
-    count, width = acc.vector, acc.width
-    spread = addresses if count == 1 else (
-        addresses[:, None] + np.arange(0, acc.total, width)).reshape(-1)  # fmt: skip
-    flat = values.reshape(-1)
     if space == "global":
-        w.machine.memory.store(spread.astype(U64), flat, width, w, acc.strong)
+        words = words_of(np.ascontiguousarray(values).reshape(-1), acc.total)
+        w.machine.memory.store(addresses, words, acc.total, w, acc.strong)
         w.machine.progress()
         return
     if space in ("shared", "generic_shared"):
         cluster = acc.cluster or space == "generic_shared"
-        for cta, selection, offsets in split_ranks(w, spread, cluster, "write"):
-            cta.shared.check_range(int(offsets.min()), int(offsets.max()) + width, "write")
-            cta.shared.store(offsets, flat[selection], width, w, acc.strong)
+        words = words_of(np.ascontiguousarray(values).reshape(-1), acc.total)
+        for cta, selection, offsets in shared_parts(w, addresses, acc.total, cluster, "write"):
+            cta.shared.store(offsets, words[selection], acc.total, w, acc.strong)
         w.machine.progress()
         return
     if space == "local":
+        index = _local_index(w, addresses, acc.total, "write")
         data, written = w.local_memory()
-        lanes = np.repeat(w.lanes(), count)
-        index = spread[:, None] + np.arange(width)
-        if index.min() < 0 or index.max() >= data.shape[1]:
-            raise Fault("local memory write out of bounds")
-        data[lanes[:, None], index] = flat.view(np.uint8).reshape(-1, width)
-        written[lanes[:, None], index] = True
+        data[index] = np.ascontiguousarray(values).view(np.uint8).reshape(-1, acc.total)
+        written[index] = True
         return
     raise Fault(f"write to space {space}")
+
+
+def _local_index(w, addresses: np.ndarray, total: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lanes (n, 1) and bytes (n, total) of the active lanes' local memory."""
+    index = addresses[:, None] + np.arange(total)
+    if index.min() < 0 or index.max() >= w.local_memory()[0].shape[1]:
+        raise Fault(f"local memory {what} out of bounds")
+    return w.lanes()[:, None], index
 
 
 def message_keys(w, addresses: np.ndarray, acc: Access) -> list:
@@ -667,16 +683,13 @@ def _matrix_rows(w, slot: int, offset: int, count: int, what: str, align: int = 
     if (addresses >= GENERIC_SHARED).any():
         addresses = addresses - GENERIC_SHARED
     _check_aligned(addresses, align, what)
-    for cta, _, offsets in split_ranks(w, addresses, False, what):
-        cta.shared.check_range(int(offsets.min()), int(offsets.max()) + align, what)
-        return offsets
-    raise Fault(what)
+    ((_, _, offsets),) = shared_parts(w, addresses, align, False, what)
+    return offsets
 
 
 def _read_rows(w, rows: np.ndarray) -> np.ndarray:
     """The 16-byte rows at offsets, (rows, 16) bytes."""
-    offsets = (rows[:, None] + np.array([0, 8])).reshape(-1)
-    return w.cta.shared.load(offsets, 8, w).view(np.uint8).reshape(-1, 16)
+    return w.cta.shared.load(rows, 16, w).view(np.uint8)
 
 
 @op("ldmatrix")
@@ -763,8 +776,6 @@ def stmatrix(ctx: Context, ins: Instruction) -> Closure:
                 matrix = np.empty((8, 16), np.uint8)
                 matrix[row8, column8] = raw.view(np.uint8).reshape(WARP, 4)
                 words = matrix.view(U64).reshape(8, 2)
-            at = rows[8 * i : 8 * i + 8]
-            offsets = (at[:, None] + np.array([0, 8])).reshape(-1)
-            w.cta.shared.store(offsets, words.reshape(-1), 8, w)
+            w.cta.shared.store(rows[8 * i : 8 * i + 8], words, 16, w)
 
     return run

@@ -8,7 +8,7 @@ import numpy as np
 from ..decode import WARP, YIELD, Closure, Context, op, put
 from ..errors import Fault
 from ..memory import CTA_SHIFT, GENERIC_SHARED
-from ..order import CLOCK_BITS, LEVELS, PROXY, SEEN, Knowledge, late
+from ..order import CLOCK_BITS, CLOCK_MASK, LEVELS, PROXY, SEEN, Knowledge
 from ..parser import Instruction, Mem
 
 U64 = np.uint64
@@ -211,14 +211,15 @@ def check_initialized(barrier, w, asynchronous: bool = False) -> None:
     """
     if not w.machine.races:
         return
-    known, code = w.ledger.known.own, np.array([barrier.init], np.uint32)
-    if late(code, known[SEEN], w.ledger.init):
+    known = w.ledger.known.own
+    agent, count = barrier.init >> CLOCK_BITS, barrier.init & CLOCK_MASK
+    if agent != w.ledger.init and count > known[SEEN, agent]:
         who = w.ledger.agents.text(barrier.init >> CLOCK_BITS)
         raise Fault(
             f"mbarrier {barrier.address:#x} is used with no synchronization since {who} "
             f"(line {barrier.line})"
         )
-    if asynchronous and late(code, known[PROXY]):
+    if asynchronous and count > known[PROXY, agent]:
         raise Fault(
             f"mbarrier {barrier.address:#x} is used by an asynchronous operation with no "
             f"fence.mbarrier_init or fence.proxy.async since its initialization "
@@ -286,10 +287,19 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
     def run(w) -> None:
         R = w.R
         state = np.zeros(WARP, U64)
-        for lane in w.lanes():
+        lanes = w.lanes()
+        # Lanes that all arrive on one mbarrier, and do not go beyond its phase, do so at once.
+        times = 1
+        if lanes.size > 1 and not (expect or drop or no_complete or count >= 0):
+            addresses = R[slot][lanes]
+            if (addresses == addresses[0]).all():
+                cta, where = shared_target(w, int(addresses[0]) + offset, remote, "mbarrier.arrive")
+                if lanes.size <= cta.shared.barrier(where).pending:
+                    times, lanes = lanes.size, lanes[:1]
+        for lane in lanes:
             cta, where = shared_target(w, int(R[slot][lane]) + offset, remote, "mbarrier.arrive")
             barrier = cta.shared.barrier(where)
-            number = int(R[count][lane]) if count >= 0 else 1
+            number = int(R[count][lane]) if count >= 0 else times
             arrivals = 1 if expect else number
             if arrivals < 1:
                 raise Fault(f"mbarrier.arrive with count {arrivals}")
@@ -309,7 +319,7 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
             barrier.arrive(arrivals)
             if barrier.phase != before:
                 w.machine.progress()
-            state[lane] = phase
+            state[lane if times == 1 else slice(None)] = phase
         put(w, dst, state)
 
     return run

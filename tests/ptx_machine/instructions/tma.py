@@ -13,7 +13,7 @@ from ..memory import UNSIGNED, check_launched
 from ..order import BULK, BULK_READ, COPY, PROXY, SEEN, stamp
 from ..parser import TYPE_BYTES, Instruction, Mem
 from ..tensormap import TensorMap, swizzle_offsets
-from .memory import atomic_function, lane_addresses, split_ranks
+from .memory import atomic_function, lane_addresses, shared_parts
 from .sync import check_initialized, shared_target
 
 
@@ -148,9 +148,7 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
         if (dst % size).any() or (src[counts > 0] % size).any():
             raise Fault("misaligned cp.async")
         cta = w.cta
-        for _, _, offsets in split_ranks(w, dst, False, "cp.async"):
-            dst = offsets
-        cta.shared.check_range(int(dst.min()), int(dst.max()) + size, "cp.async")
+        ((_, _, dst),) = shared_parts(w, dst, size, False, "cp.async")
         index = dst[:, None] + np.arange(size)
         for i in range(dst.size):
             row = slice(int(dst[i]), int(dst[i]) + size)
@@ -167,11 +165,7 @@ def _cp_async(ctx: Context, ins: Instruction) -> Closure:
             values = np.zeros((dst.size, size), np.uint8)
             full = counts == size
             if full.all():
-                words = memory.load(src.astype(np.uint64), min(size, 8))
-                values[:, : min(size, 8)] = words.view(np.uint8).reshape(dst.size, -1)
-                if size == 16:
-                    words = memory.load((src + 8).astype(np.uint64), 8)
-                    values[:, 8:] = words.view(np.uint8).reshape(dst.size, -1)
+                values[...] = memory.load(src, size).view(np.uint8).reshape(dst.size, -1)
             else:
                 for i, n in enumerate(counts):
                     if n:
@@ -305,14 +299,14 @@ def _check_box_read(w, tensor: TensorMap, boxes: list) -> None:
 def _note_read(w, allocation, index: object, row: int) -> None:
     check_launched(allocation, w, "copy from")
     if w.machine.global_accesses is not None:
-        w.machine.global_accesses.read(allocation, index, w, row=row)
+        w.machine.global_accesses.read(allocation, index, 1, w, row=row)
 
 
 def _note_write(w, allocation, index: object, number: int, strong: bool) -> None:
     check_launched(allocation, w, "copy to", writes=True)
     if w.machine.global_accesses is not None:
         values = np.zeros(0, np.uint8)  # not known yet
-        w.machine.global_accesses.write(allocation, index, values, w, strong, copy=number)
+        w.machine.global_accesses.write(allocation, index, 1, values, w, strong, copy=number)
 
 
 REDUCTIONS = ("and", "or", "xor", "add", "inc", "dec", "min", "max")

@@ -11,29 +11,41 @@ import re
 
 import numpy as np
 
-from .. import formats as fmt
 from ..accumulate import FRACTION_BITS, fused_dot_add
 from ..decode import Closure, Context, op
 from ..errors import Fault
 from ..operands import check_operand, chunk_index, decode_hopper, element_values, gather
 from ..order import WGMMA, stamp
 from ..parser import Imm, Instruction, Vec
-from .mma import a_layout, split_elements
+from .mma import a_fragment, accumulated, c_fragment, c_registers, elements
 
-U32 = np.uint32
 KIND_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}
 
 
 class Operation:
-    """One wgmma of a warpgroup."""
+    """One wgmma of a warpgroup.
 
-    __slots__ = ("count", "done", "issued", "line", "results", "waiters")
+    Attributes:
+        issued: by warp, what it passed.
+        total: the result (64, n), in the type of the accumulators.
+    """
 
-    def __init__(self, line: int, count: int) -> None:
-        self.line, self.done, self.count = line, False, count
+    __slots__ = ("count", "done", "issued", "line", "multiply", "registers", "total", "waiters")
+
+    def __init__(self, multiply: Multiply, count: int) -> None:
+        self.multiply, self.line, self.done, self.count = multiply, multiply.line, False, count
         self.issued: dict[int, tuple] = {}
-        self.results: dict[int, dict[int, np.ndarray]] = {}
+        self.total: np.ndarray | None = None
+        self.registers: dict[int, dict[int, np.ndarray]] = {}
         self.waiters: list = []
+
+    def results(self, quarter: int) -> dict[int, np.ndarray]:
+        """Registers of the result in one of the four warps."""
+        if quarter not in self.registers:
+            part = self.total[16 * quarter : 16 * quarter + 16]
+            values = c_registers(part, self.multiply.dkind)
+            self.registers[quarter] = dict(zip(self.multiply.dst, values, strict=True))
+        return self.registers[quarter]
 
 
 class WarpGroup:
@@ -45,7 +57,7 @@ class WarpGroup:
         self.cta, self.first = cta, first
         self.agent = cta.cluster.agents.of_warp(cta.rank, first, WGMMA)
         self.members = [w for w in cta.warps if first <= w.index < first + 4]
-        self.operations: list[Operation] = []
+        self.operations: dict[int, Operation] = {}  # that some warp has yet to issue, by position
         self.queue = OpQueue(cta.machine)
 
 
@@ -68,7 +80,7 @@ class WarpState:
         self.ever_fenced = False
         self.results: dict[int, np.ndarray] = {}  # registers as the last wait left them
         self.operands: dict[int, list[tuple[int, np.ndarray]]] = {}  # of A, by operation's id
-        self.at_fence: list = []  # all registers
+        self.at_fence: dict[int, np.ndarray] = {}  # registers that hold A
 
     def pending(self) -> bool:
         return bool(self.open or self.holder)
@@ -103,7 +115,7 @@ def _fence(w) -> None:
     _whole_warp(w, "wgmma.fence")
     state = warp_state(w)
     state.fenced = state.ever_fenced = True
-    state.at_fence = list(w.R)
+    state.at_fence = {s: w.R[s] for s in w.program.context.wgmma_operands}
 
 
 def _commit(w) -> None:
@@ -137,9 +149,10 @@ def _wait(keep: int) -> Closure:
                         f"register {name}, an operand of a wgmma, was written before the wait that"
                         " covers it"
                     )
+        quarter = w.index - state.group.first
         for register, operation in list(state.holder.items()):
             if id(operation) in covered:
-                value = operation.results[w.index][register]
+                value = operation.results(quarter)[register]
                 w.R[register] = value
                 state.results[register] = value
                 del state.holder[register]
@@ -163,8 +176,7 @@ class Multiply:
             raise ctx.error(f"wgmma shape {shape} of {self.akind}")
         operands = list(ins.operands)
         self.dst = [ctx.dst(o) for o in ctx.vector(operands[0])]
-        self.half = self.dkind == "f16"
-        expected = self.n // 4 if self.half else self.n // 2
+        expected = self.n // 4 if self.dkind == "f16" else self.n // 2
         if len(self.dst) != expected:
             raise ctx.error(f"{shape}.{self.dkind} has {expected} accumulator registers")
         self.registers_a: list[int] | None = None
@@ -189,13 +201,6 @@ class Multiply:
         if (self.trans_a or self.trans_b) and self.bits != 16:
             raise ctx.error("transposed operands need 16-bit elements")
         self.line = ins.line
-        # Accumulator layout: register and lane to (row, column) of a warp's 16 x n part.
-        lane, element = np.arange(32), np.arange(self.n // 2)
-        self.row = (lane // 4)[:, None] + 8 * (element // 2 % 2)[None, :]
-        self.column = (
-            (2 * (lane % 4))[:, None] + 8 * (element // 4)[None, :] + (element % 2)[None, :]
-        )
-        self.a_places = a_layout(self.k, self.bits)
 
     def index_a(self, value: int) -> np.ndarray:
         return self._index(value, self.trans_a, 64)
@@ -219,8 +224,8 @@ class Multiply:
             raise Fault("wgmma.mma_async without wgmma.fence before it")
         position = state.count
         state.count += 1
-        if position == len(group.operations):
-            group.operations.append(Operation(self.line, position + 1))
+        if position not in group.operations:
+            group.operations[position] = Operation(self, position + 1)
         operation = group.operations[position]
         if operation.line != self.line:
             raise Fault(
@@ -237,24 +242,35 @@ class Multiply:
                 raise Fault("wgmma A register is held by an operation in flight")
             if any(R[s] is not state.at_fence[s] for s in self.registers_a):
                 raise Fault("wgmma A register was written after the last wgmma.fence")
-            a_values = np.stack([R[s] for s in self.registers_a], axis=1)
+            a_values = np.array([R[s] for s in self.registers_a])
             state.operands[id(operation)] = [(s, R[s]) for s in self.registers_a]
         values = (int(R[self.desc_a][0]) if self.desc_a >= 0 else 0, int(R[self.desc_b][0]))
         shared = w.cta.shared
         if self.desc_a >= 0:
             check_operand(shared, self.index_a(values[0]), w, "wgmma reads A")
         check_operand(shared, self.index_b(values[1]), w, "wgmma reads B")
-        for d in self.dst:
-            state.holder[d] = operation
-            R[d] = None
+        state.holder.update(dict.fromkeys(self.dst, operation))
+        if not isinstance(previous, Operation):  # whose registers are taken already
+            for d in self.dst:
+                R[d] = None
         operation.issued[w.index] = (previous, a_values, values, keep)
         state.open.append(operation)
         if len(operation.issued) == 4:
+            del group.operations[position]
             self._start(group, operation)
 
-    def _accumulators(self, w, state: WarpState, keep: bool) -> dict[int, object]:
-        """What each accumulator register adds: a value, or the operation that will give it."""
-        previous: dict[int, object] = {}
+    def _accumulators(
+        self, w, state: WarpState, keep: bool
+    ) -> Operation | dict[int, Operation | np.ndarray]:
+        """What the accumulator registers add: the result of one operation before it, or by register
+        a value or the operation that will give it.
+        """
+        holders = {state.holder.get(d) for d in self.dst}
+        if len(holders) == 1:
+            (holder,) = holders
+            if holder is not None and holder.multiply.dst == self.dst:
+                return holder
+        previous: dict[int, Operation | np.ndarray] = {}
         for d in self.dst:
             holder = state.holder.get(d)
             if holder is not None:
@@ -303,43 +319,30 @@ class Multiply:
         shared = group.cta.shared
         raw = gather(shared, self.index_b(descriptors[1]), "wgmma reads B")
         B = element_values(raw, self.bkind, not self.trans_b) * self.sign_b
-        A64 = None
         if self.desc_a >= 0:
             raw = gather(shared, self.index_a(descriptors[0]), "wgmma reads A")
-            A64 = element_values(raw, self.akind, not self.trans_a)
-        for index, (previous, a_values, _, _) in operation.issued.items():
-            q = index - group.first
-            if A64 is None:
-                A = np.empty((16, self.k))
-                A[self.a_places] = split_elements(a_values, self.akind, self.bits)
-            else:
-                A = A64[16 * q : 16 * q + 16]
-            before = None
-            if keep:
-                old = [
-                    p.results[index][d] if isinstance(p, Operation) else p
-                    for d, p in previous.items()
-                ]
-                before = np.empty((16, self.n))
-                before[self.row, self.column] = self._decode(np.stack(old, axis=1))
-            total = self._add(A * self.sign_a, B, before)
-            columns = np.ascontiguousarray(self._encode(total[self.row, self.column]).T)
-            operation.results[index] = {d: columns[i] for i, d in enumerate(self.dst)}
+            A = element_values(raw, self.akind, not self.trans_a)
+        else:
+            parts = [operation.issued[group.first + q][1] for q in range(4)]
+            A = elements(np.concatenate([a_fragment(p) for p in parts]), self.akind, self.bits)
+        before = self._before(group, operation) if keep else None
+        operation.total = accumulated(self._add(A * self.sign_a, B, before), self.dkind)
+
+    def _before(self, group: WarpGroup, operation: Operation) -> np.ndarray:
+        """The accumulators that an operation adds to, (64, n)."""
+        sources = [operation.issued[group.first + q][0] for q in range(4)]
+        if isinstance(sources[0], Operation) and all(p is sources[0] for p in sources):
+            return sources[0].total
+        before = []
+        for q, source in enumerate(sources):
+            old = source.results(q) if isinstance(source, Operation) else {
+                d: p.results(q)[d] if isinstance(p, Operation) else p for d, p in source.items()
+            }  # fmt: skip
+            before.append(c_fragment(np.array([old[d] for d in self.dst]), self.dkind))
+        return np.concatenate(before)
 
     def _add(self, A: np.ndarray, B: np.ndarray, before: np.ndarray | None) -> np.ndarray:
         """The sum of products and accumulator: the hardware's bits where they are known."""
         if self.dkind == "f32" and self.akind == self.bkind in FRACTION_BITS:
             return fused_dot_add(A, B, before, self.akind)
         return A @ B.T if before is None else A @ B.T + before
-
-    def _decode(self, registers: np.ndarray) -> np.ndarray:
-        if self.half:
-            return fmt.float_values(registers.view(np.uint16), "f16")
-        return registers.view(np.int32 if self.dkind == "s32" else np.float32)
-
-    def _encode(self, values: np.ndarray) -> np.ndarray:
-        if self.half:
-            return values.astype(np.float16).view(U32)
-        if self.dkind == "s32":
-            return values.astype(np.int64).astype(U32)
-        return values.astype(np.float32).view(U32)
