@@ -99,7 +99,7 @@ def one_nan(values):
     return np.where(np.isnan(values.view(ml_dtypes.bfloat16)), np.uint16(0x7FC0), values)
 
 
-def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
+def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, coverage=None):
     """Quantizes on the PTX machine and compares all outputs with the oracle's.
 
     Args:
@@ -111,6 +111,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
         offset: elements by which x is away from a 16-byte aligned address.
         seed: of the schedule and of the scratch memory's contents.
         sms: multiprocessors that the kernel is told of.
+        coverage: takes up the PTX lines that run.
     """
     m, k = x.shape
     want = expected(x, mode, out_format, g)
@@ -140,6 +141,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132):
         schedule_seed=seed,
         num_sms=sms,
         resident_clusters=256,  # a cooperative launch: all of the grid
+        coverage=coverage,
     )
     where = f"{config.name} {mode!r} {out_format!r} {x.shape} offset {offset} seed {seed}"
     for name, got, right in zip(("data", "scale", "global scale"), outputs, want, strict=True):
@@ -234,7 +236,8 @@ def test_long_rows(config):
     rng = np.random.default_rng(3)
     for seed, (m, k, sms) in enumerate(ROWS):
         x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
-        x[-1, k // 2] = 37.5
+        x[0, 40] = np.inf
+        x[-1, k // 2], x[-1, k // 2 ^ 1] = 37.5, np.nan
         check(config, x, Mode.TOKEN, OutFormat.OPERAND, seed=seed, sms=sms)
 
 
@@ -256,7 +259,8 @@ def test_grids(config):
     for m, k, sms, seeds in GRIDS:
         x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
         for seed in range(seeds):
-            x[rng.integers(m), rng.integers(k)] = 9 + seed
+            row, column = rng.integers(m), 2 * rng.integers(k // 2)
+            x[row, column], x[row, column + 1] = 9 + seed, (np.nan, np.inf)[seed % 2]
             check(config, x, Mode.TENSOR, OutFormat(seed % 3), seed=seed, sms=sms)
 
 
