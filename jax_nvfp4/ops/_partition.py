@@ -53,18 +53,21 @@ class Factors:
     def rule(self) -> SdyShardingRule:
         """The rule by which Shardy propagates shardings through the primitive."""
 
-        def mapping(array: tuple[Any, ...]) -> ArrayMapping:
-            return ArrayMapping(*(f if isinstance(f, str) else CompoundFactor(*f) for f in array))
+        def single(array: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Without the factors of size 1 in products, which Shardy refuses."""
+            return tuple(f[1] if _is_product(f) and self.sizes[f[0]] == 1 else f for f in array)
 
-        axes = [axis for array in (*self.operands, *self.results) for axis in array]
+        def mapping(array: tuple[Any, ...]) -> ArrayMapping:
+            return ArrayMapping(*(CompoundFactor(*f) if _is_product(f) else f for f in array))
+
+        operands, results = tuple(map(single, self.operands)), tuple(map(single, self.results))
+        axes = [axis for array in (*operands, *results) for axis in array]
         # In the order in which they appear, or the rule is refused.
-        names = dict.fromkeys(
-            f for axis in axes for f in ([axis] if isinstance(axis, str) else axis)
-        )
+        names = dict.fromkeys(f for axis in axes for f in (axis if _is_product(axis) else [axis]))
         in_products: Any = {f: self.sizes[f] for f in names if f not in axes}
         return SdyShardingRule(
-            tuple(map(mapping, self.operands)),
-            tuple(map(mapping, self.results)),
+            tuple(map(mapping, operands)),
+            tuple(map(mapping, results)),
             need_replication_factors=tuple(f for f in names if f not in self.divisible),
             **in_products,
         )
@@ -123,8 +126,12 @@ class Factors:
         return axes
 
 
-def _major(factor: Any) -> str:
-    return factor if isinstance(factor, str) else factor[0]
+def _is_product(axis: Any) -> bool:
+    return not isinstance(axis, str)
+
+
+def _major(axis: Any) -> str:
+    return axis[0] if _is_product(axis) else axis
 
 
 def _by_factor(spec: _Spec, names: tuple[Any, ...]) -> Axes:
