@@ -82,6 +82,52 @@ def test_generic_writes_need_a_proxy_fence_before_a_bulk_store(place):
     both(text, "fence.proxy.async.shared::cta;", "no fence.proxy.async between", launch)
 
 
+# Warp 0 asks for answers into one slot; all three warps read them.
+ANSWERS = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, bar; mov.u32 %r3, buf; setp.eq.u32 %p1, %r1, 0;
+mov.u32 %r9, %warpid; setp.eq.u32 %p4, %r9, 1; setp.eq.u32 %p5, %r9, 2;
+setp.eq.u32 %p6, %r9, 0;
+@%p1 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
+mov.b32 %r12, 0;
+NEXT:
+ASKER @%p1 mbarrier.arrive.expect_tx.shared.b64 %rd3, [%r2], 16;
+@%p1 clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r3], [%r2];
+W: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], %r12; @!%p2 bra W;
+ld.shared.b128 %rq0, [%r3];
+clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 %p3, %rq0;
+@%p5 FENCE2 @%p4 FENCE1 @%p6 FENCE0
+@!%p3 bra DONE;
+bar.sync 0; xor.b32 %r12, %r12, 1; bra NEXT;
+DONE: mov.b32 %r9, 0;
+"""  # noqa: E501
+RELEASE = "fence.proxy.async.shared::cta;"
+
+
+def answers(asker="", **fences):
+    text = ANSWERS.replace("ASKER", asker)
+    for name in ("FENCE0", "FENCE1", "FENCE2"):
+        text = text.replace(name, fences.get(name, RELEASE))
+    return kernel(text, shared=SHARED)
+
+
+@pytest.mark.parametrize("reader", [0, 1, 2])
+def test_readers_of_an_answer_release_it_to_the_async_proxy(reader):
+    """Each of them, whoever was the last to read, and the one that asks too."""
+    left_out = f"FENCE{reader}"
+    for seed in SEEDS:
+        run(answers(), [], grid=4, block=96, resident_clusters=1, schedule_seed=seed)
+        bad = answers(**{left_out: "mov.b32 %r8, 0;"})
+        with pytest.raises(PtxRuntimeError, match=rf"warp {reader} read .*no fence.proxy.async"):
+            run(bad, [], grid=4, block=96, resident_clusters=1, schedule_seed=seed)
+
+
+def test_the_fence_of_who_asks_for_the_next_answer_serves_all():
+    none = dict.fromkeys(("FENCE0", "FENCE1", "FENCE2"), "mov.b32 %r8, 0;")
+    for seed in SEEDS:
+        text = answers(RELEASE, **none)
+        run(text, [], grid=4, block=96, resident_clusters=1, schedule_seed=seed)
+
+
 def test_a_fence_of_one_warp_does_not_serve_the_others():
     """Only warp 0 fences, before the barrier: warp 1's words are not visible to the async proxy."""
     fence = "@!%p2 fence.proxy.async.shared::cta;"

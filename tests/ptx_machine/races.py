@@ -41,6 +41,8 @@ class SharedAccesses:
         self.async_reads = np.zeros(size // 16, np.uint32)  # by chunk of 16 bytes
         self.pending = np.zeros(size // 16, np.uint16)  # asynchronous reads yet to happen
         self.strong: np.ndarray | None = None  # bytes last written by an atomic
+        # Of chunks that launch control writes answers to: each reader's last read, by agent.
+        self.answers: dict[int, dict[int, int]] = {}
         widths = (1, 2, 4, 8, 16)
         self.write_rows = {w: self.writes.reshape(-1, w) for w in widths}
         self.read_rows = {w: self.reads.reshape(-1, w) for w in widths}
@@ -59,7 +61,11 @@ class SharedAccesses:
         seen = ledger.known.own[SEEN]
         if late(codes, seen, ledger.me):
             raise self.fault(codes, seen, ledger.me, "read of", "wrote")
-        self.read_rows[width][index] = ledger.generic_stamp()
+        code = ledger.generic_stamp()
+        self.read_rows[width][index] = code
+        if self.answers:
+            for chunk in self.answers.keys() & set((index * width >> 4).tolist()):
+                self.answers[chunk][ledger.me] = code
 
     def write(self, index: np.ndarray, width: int, w: Warp, strong: bool = False) -> None:
         """A warp writes words; ``strong`` if it is an atomic."""
@@ -112,6 +118,27 @@ class SharedAccesses:
         codes = self.writes[span.start : span.stop : step]
         if late(codes, seen, me):
             raise self.fault(codes, seen, me, "asynchronous overwrite of", "wrote")
+
+    def answer_asked_for(self, chunk: int, w: Warp) -> None:
+        """A warp asks for an answer of launch control, which the async proxy writes to a chunk.
+
+        Who read an answer there through the generic proxy must have done so before, and with a
+        fence.proxy.async on the way from the read to this. That of the reader is the usual one: a
+        release of the read to the async proxy (PTX ISA, "Memory Consistency Model": operations of
+        different proxies are ordered by a proxy fence along their causality order). Copies are not
+        held to that, since compilers and libraries alike leave it out there.
+        """
+        if not self.on:
+            return
+        known = w.ledger.known.own
+        codes = np.array([*self.answers.get(chunk, {}).values()], np.uint32)
+        self.answers[chunk] = {}
+        if not codes.size or not late(codes, known[PROXY]):
+            return
+        if late(codes, known[SEEN], w.ledger.me):
+            raise self.fault(codes, known[SEEN], w.ledger.me, "an answer over", "read")
+        who = self.agents.text(late_agent(codes, known[PROXY], -1))
+        raise Fault(f"an answer over shared memory that {who} read {NO_PROXY_FENCE}")
 
     def async_written(self, index: object, code: int) -> None:
         """A copy has written bytes; the stamp says what to wait for."""

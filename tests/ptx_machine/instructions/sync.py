@@ -461,6 +461,7 @@ def _try_cancel(ctx: Context, ins: Instruction) -> Closure:
             target.shared.check_range(where, where + 16, "try_cancel")
             span = slice(where, where + 16)
             target.shared.begin_write(span, span, w)
+            target.shared.accesses.answer_asked_for(where >> 4, w)
             check_initialized(target.shared.barrier(barrier_at), w, asynchronous=True)
 
         def complete() -> None:
