@@ -174,6 +174,7 @@ struct Target {
 
 std::array<Target, 2> QuantizeTargets();
 std::array<Target, 2> GemmTargets();
+std::array<Target, 2> LinearTargets();
 
 }  // namespace jax_nvfp4
 

@@ -1,20 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // gemm: y (m, n) = alpha * x (m, k) @ w (n, k).T + bias, the weight repacked for the architecture.
-#include "common.h"
-
-namespace jax_nvfp4 {
-namespace {
-
-struct GemmAttributes {
-  std::string_view kernel;
-  int32_t num_sms;
-  int32_t split_k;
-};
-
-using State = CallState<GemmAttributes>;
-
-}  // namespace
-}  // namespace jax_nvfp4
+#include "gemm.h"
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nvfp4::GemmAttributes,
                                       ::xla::ffi::StructMember<std::string_view>("kernel"),
@@ -24,19 +10,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nvfp4::GemmAttributes,
 namespace jax_nvfp4 {
 namespace {
 
-// The buffers of a call, in the order of the custom call's operands and results. Operands that are
-// not given are empty.
-struct Buffers {
-  ffi::AnyBuffer x, sfx, w, sfw, x_scale, w_scale, bias;
-  ffi::AnyBuffer y, scratch;
-};
-
-struct Sizes {
-  int32_t m, n, k;
-  int32_t x_scale_stride, w_scale_stride;
-  DType bias_dtype, out_dtype;
-};
-
 // What a repacked weight's sizes are rounded up to.
 struct Padding {
   int64_t n, k;
@@ -44,20 +17,6 @@ struct Padding {
 
 Padding WeightPadding(const Kernel& kernel) {
   return kernel.arch() == std::string_view("sm_90a") ? Padding{128, 128} : Padding{128, 64};
-}
-
-// Checks the attributes and finds the kernel.
-ffi::ErrorOr<State> Decode(GemmAttributes attributes) {
-  Checker check(Op::kGemm);
-  check.Attribute("split_k", attributes.split_k, 1, 1 << 16);
-  if (!check.ok()) return ffi::Unexpected(check.error());
-  return Resolve(Op::kGemm, attributes);
-}
-
-ffi::ErrorOr<std::unique_ptr<State>> Instantiate(GemmAttributes attributes) {
-  ffi::ErrorOr<State> state = Decode(attributes);
-  if (state.has_error()) return ffi::Unexpected(state.error());
-  return std::make_unique<State>(*state);
 }
 
 // 0 for one value, 1 for one per row; an operand of another size fails the check.
@@ -70,8 +29,17 @@ int32_t ScaleStride(Checker& check, std::string_view operand, const ffi::AnyBuff
   return count == 1 ? 0 : 1;
 }
 
-// Checks all buffers against one another and against the kernel; reads no memory.
-ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
+}  // namespace
+
+ffi::ErrorOr<GemmState> DecodeGemm(GemmAttributes attributes) {
+  Checker check(Op::kGemm);
+  check.Attribute("split_k", attributes.split_k, 1, 1 << 16);
+  if (!check.ok()) return ffi::Unexpected(check.error());
+  return Resolve(Op::kGemm, attributes);
+}
+
+ffi::ErrorOr<GemmSizes> CheckGemm(const GemmState& state, const GemmBuffers& b) {
+  const Kernel& kernel = *state.kernel;
   Checker check(Op::kGemm);
   check.Matrix("x", b.x);
   check.Matrix("y", b.y);
@@ -104,8 +72,8 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
   check.Bytes("sfw", b.sfw);
   check.Count("sfw", b.sfw, w_elements / 16, "scales" + of);
 
-  Sizes sizes{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), -1, 0,
-              kNone, kNone};
+  GemmSizes sizes{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), -1, 0,
+                  kNone, kNone};
   sizes.w_scale_stride = ScaleStride(check, "w_scale", b.w_scale, n);
   if (b.x_scale.element_count() > 0) {
     sizes.x_scale_stride = ScaleStride(check, "x_scale", b.x_scale, m);
@@ -126,25 +94,38 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const Buffers& b) {
   return sizes;
 }
 
-ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
-                   ffi::AnyBuffer x, ffi::AnyBuffer sfx, ffi::AnyBuffer w, ffi::AnyBuffer sfw,
-                   ffi::AnyBuffer x_scale, ffi::AnyBuffer w_scale, ffi::AnyBuffer bias,
-                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
-  const Buffers b{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
-  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
-  if (sizes.has_error()) return sizes.error();
-  if (sizes->m == 0 || sizes->n == 0) return ffi::Error::Success();
+ffi::Error LaunchGemm(cudaStream_t stream, int32_t ordinal, const GemmState& state,
+                      const GemmBuffers& b, const GemmSizes& sizes) {
+  if (sizes.m == 0 || sizes.n == 0) return ffi::Error::Success();
   // Loaded by Initialize: this only makes sure.
-  if (ffi::Error error = state->kernel->Load(ordinal); error.failure()) return error;
+  if (ffi::Error error = state.kernel->Load(ordinal); error.failure()) return error;
   ffi::ErrorOr<Device> device = GetDevice(ordinal);
   if (device.has_error()) return device.error();
-  return state->kernel->Launch(
-      stream, x.untyped_data(), sfx.untyped_data(), w.untyped_data(), sfw.untyped_data(),
-      x_scale.untyped_data(), w_scale.untyped_data(), bias.untyped_data(), y->untyped_data(),
-      scratch->untyped_data(), sizes->m, sizes->n, sizes->k, sizes->x_scale_stride,
-      sizes->w_scale_stride, static_cast<int32_t>(sizes->bias_dtype),
-      static_cast<int32_t>(sizes->out_dtype), state->attributes.split_k,
-      UsableSms(state->attributes.num_sms, *device));
+  return state.kernel->Launch(
+      stream, b.x.untyped_data(), b.sfx.untyped_data(), b.w.untyped_data(), b.sfw.untyped_data(),
+      b.x_scale.untyped_data(), b.w_scale.untyped_data(), b.bias.untyped_data(),
+      b.y.untyped_data(), b.scratch.untyped_data(), sizes.m, sizes.n, sizes.k,
+      sizes.x_scale_stride, sizes.w_scale_stride, static_cast<int32_t>(sizes.bias_dtype),
+      static_cast<int32_t>(sizes.out_dtype), state.attributes.split_k,
+      UsableSms(state.attributes.num_sms, *device));
+}
+
+namespace {
+
+ffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(GemmAttributes attributes) {
+  ffi::ErrorOr<GemmState> state = DecodeGemm(attributes);
+  if (state.has_error()) return ffi::Unexpected(state.error());
+  return std::make_unique<GemmState>(*state);
+}
+
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, GemmState* state, ffi::AnyBuffer x,
+                   ffi::AnyBuffer sfx, ffi::AnyBuffer w, ffi::AnyBuffer sfw,
+                   ffi::AnyBuffer x_scale, ffi::AnyBuffer w_scale, ffi::AnyBuffer bias,
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
+  const GemmBuffers buffers{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
+  ffi::ErrorOr<GemmSizes> sizes = CheckGemm(*state, buffers);
+  if (sizes.has_error()) return sizes.error();
+  return LaunchGemm(stream, ordinal, *state, buffers, *sizes);
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
@@ -152,20 +133,20 @@ ffi::Error HostExecute(GemmAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuff
                        ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer x_scale,
                        ffi::AnyBuffer w_scale, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> scratch) {
-  ffi::ErrorOr<State> state = Decode(attributes);
+  ffi::ErrorOr<GemmState> state = DecodeGemm(attributes);
   if (state.has_error()) return state.error();
-  const Buffers b{x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch};
-  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, b);
+  ffi::ErrorOr<GemmSizes> sizes =
+      CheckGemm(*state, {x, sfx, w, sfw, x_scale, w_scale, bias, *y, *scratch});
   if (sizes.has_error()) return sizes.error();
   return CudaOnly(*state->kernel);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                        ffi::Ffi::BindInstantiate().Attrs<GemmAttributes>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<GemmState>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<State>>());
+                           .Ctx<ffi::State<GemmState>>());
 
 }  // namespace
 
@@ -173,7 +154,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Gemm, Execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<State>>()
+                                  .Ctx<ffi::State<GemmState>>()
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // sfx
                                   .Arg<ffi::AnyBuffer>()   // w
@@ -199,10 +180,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4GemmHost, HostExecute,
                                   .Ret<ffi::AnyBuffer>());
 
 std::array<Target, 2> GemmTargets() {
-  static ffi::TypeInfo info = ffi::MakeTypeInfo<State>();
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<GemmState>();
   return {
       Target{"jax_nvfp4_gemm", "CUDA", kInstantiate, kInitialize, JaxNvfp4Gemm,
-             "jax_nvfp4_gemm_state", &State::id, &info},
+             "jax_nvfp4_gemm_state", &GemmState::id, &info},
       Target{"jax_nvfp4_gemm", "cpu", nullptr, nullptr, JaxNvfp4GemmHost, nullptr, nullptr,
              nullptr},
   };

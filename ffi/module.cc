@@ -14,7 +14,7 @@ namespace {
 // state_name and state are None for a target without.
 nb::list Targets() {
   nb::list list;
-  for (const auto& targets : {QuantizeTargets(), GemmTargets()}) {
+  for (const auto& targets : {QuantizeTargets(), GemmTargets(), LinearTargets()}) {
     for (const Target& target : targets) {
       nb::dict handlers;
       const std::pair<const char*, XLA_FFI_Handler*> stages[] = {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize: x (m, k) and, where given, a global scale or amax -> data, block_scale, global_scale.
-#include "common.h"
+#include "quantize.h"
 
 namespace jax_nvfp4 {
 namespace {
@@ -15,15 +15,6 @@ enum Mode : int32_t {
   kPerRowAmax = 5,
 };
 enum OutFormat : int32_t { kLinear = 0, kOperand = 1, kBF16Values = 2 };
-
-struct QuantizeAttributes {
-  std::string_view kernel;
-  int32_t mode;
-  int32_t num_sms;
-  int32_t out_format;
-};
-
-using State = CallState<QuantizeAttributes>;
 
 bool PerRow(int32_t mode) {
   return mode == kPerRowGiven || mode == kPerRow || mode == kPerRowAmax;
@@ -44,14 +35,34 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 namespace jax_nvfp4 {
 namespace {
 
-struct Sizes {
-  int32_t m;
-  int32_t k;
-  DType x_dtype;
-};
+// The global scale of an x without elements: the one given, or that of an amax of 0, which is 1.
+ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::AnyBuffer& g,
+                               ffi::AnyBuffer global_scale, cudaStream_t stream) {
+  const size_t count = global_scale.element_count();
+  if (count == 0) return ffi::Error::Success();
+  char* out = static_cast<char*>(global_scale.untyped_data());
+  cudaError_t error = kCudaSuccess;
+  if (ScaleGiven(attributes.mode)) {
+    error = cudaMemcpyAsync(out, g.untyped_data(), count * sizeof(float), kMemcpyDeviceToDevice,
+                            stream);
+  } else {
+    // 1.0f is the bytes 00 00 80 3f.
+    error = cudaMemset2DAsync(out, sizeof(float), 0x00, 2, count, stream);
+    if (error == kCudaSuccess) {
+      error = cudaMemset2DAsync(out + 2, sizeof(float), 0x80, 1, count, stream);
+    }
+    if (error == kCudaSuccess) {
+      error = cudaMemset2DAsync(out + 3, sizeof(float), 0x3f, 1, count, stream);
+    }
+  }
+  if (error == kCudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("jax_nvfp4 quantize: ") + cudaGetErrorString(error));
+}
 
-// Checks the attributes and finds the kernel.
-ffi::ErrorOr<State> Decode(QuantizeAttributes attributes) {
+}  // namespace
+
+ffi::ErrorOr<QuantizeState> DecodeQuantize(QuantizeAttributes attributes) {
   Checker check(Op::kQuantize);
   check.Attribute("mode", attributes.mode, kScalarGiven, kPerRowAmax);
   check.Attribute("out_format", attributes.out_format, kLinear, kBF16Values);
@@ -59,17 +70,11 @@ ffi::ErrorOr<State> Decode(QuantizeAttributes attributes) {
   return Resolve(Op::kQuantize, attributes);
 }
 
-ffi::ErrorOr<std::unique_ptr<State>> Instantiate(QuantizeAttributes attributes) {
-  ffi::ErrorOr<State> state = Decode(attributes);
-  if (state.has_error()) return ffi::Unexpected(state.error());
-  return std::make_unique<State>(*state);
-}
-
-// Checks all buffers against one another and against the kernel; reads no memory.
-ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const QuantizeAttributes& attributes,
-                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& g,
-                          const ffi::AnyBuffer& data, const ffi::AnyBuffer& block_scale,
-                          const ffi::AnyBuffer& global_scale, const ffi::AnyBuffer& scratch) {
+ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
+                                          const QuantizeBuffers& buffers) {
+  const Kernel& kernel = *state.kernel;
+  const QuantizeAttributes& attributes = state.attributes;
+  const auto& [x, g, data, block_scale, global_scale, scratch] = buffers;
   Checker check(Op::kQuantize);
   const DType dtype = check.Float("x", x);
   check.Matrix("x", x);
@@ -114,54 +119,43 @@ ffi::ErrorOr<Sizes> Check(const Kernel& kernel, const QuantizeAttributes& attrib
   check.Aligned("block_scale", block_scale);
   check.Aligned("scratch", scratch);
   if (!check.ok()) return ffi::Unexpected(check.error());
-  return Sizes{static_cast<int32_t>(m), static_cast<int32_t>(k), dtype};
+  return QuantizeSizes{static_cast<int32_t>(m), static_cast<int32_t>(k), dtype};
 }
 
-// The global scale of an x without elements: the one given, or that of an amax of 0, which is 1.
-ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::AnyBuffer& g,
-                               ffi::AnyBuffer& global_scale, cudaStream_t stream) {
-  const size_t count = global_scale.element_count();
-  if (count == 0) return ffi::Error::Success();
-  char* out = static_cast<char*>(global_scale.untyped_data());
-  cudaError_t error = kCudaSuccess;
-  if (ScaleGiven(attributes.mode)) {
-    error = cudaMemcpyAsync(out, g.untyped_data(), count * sizeof(float), kMemcpyDeviceToDevice,
-                            stream);
-  } else {
-    // 1.0f is the bytes 00 00 80 3f.
-    error = cudaMemset2DAsync(out, sizeof(float), 0x00, 2, count, stream);
-    if (error == kCudaSuccess) {
-      error = cudaMemset2DAsync(out + 2, sizeof(float), 0x80, 1, count, stream);
-    }
-    if (error == kCudaSuccess) {
-      error = cudaMemset2DAsync(out + 3, sizeof(float), 0x3f, 1, count, stream);
-    }
-  }
-  if (error == kCudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("jax_nvfp4 quantize: ") + cudaGetErrorString(error));
-}
-
-ffi::Error Execute(cudaStream_t stream, int32_t ordinal, State* state,
-                   ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> data,
-                   ffi::Result<ffi::AnyBuffer> block_scale,
-                   ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
-  const QuantizeAttributes& attributes = state->attributes;
-  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, attributes, x, g, *data, *block_scale,
-                                    *global_scale, *scratch);
-  if (sizes.has_error()) return sizes.error();
-  if (sizes->m == 0 || sizes->k == 0) {
-    return WriteScaleOfNothing(attributes, g, *global_scale, stream);
+ffi::Error LaunchQuantize(cudaStream_t stream, int32_t ordinal, const QuantizeState& state,
+                          const QuantizeBuffers& buffers, const QuantizeSizes& sizes) {
+  const QuantizeAttributes& attributes = state.attributes;
+  const auto& [x, g, data, block_scale, global_scale, scratch] = buffers;
+  if (sizes.m == 0 || sizes.k == 0) {
+    return WriteScaleOfNothing(attributes, g, global_scale, stream);
   }
   // Loaded by Initialize: this only makes sure.
-  if (ffi::Error error = state->kernel->Load(ordinal); error.failure()) return error;
+  if (ffi::Error error = state.kernel->Load(ordinal); error.failure()) return error;
   ffi::ErrorOr<Device> device = GetDevice(ordinal);
   if (device.has_error()) return device.error();
-  return state->kernel->Launch(stream, x.untyped_data(), g.untyped_data(), data->untyped_data(),
-                               block_scale->untyped_data(), global_scale->untyped_data(),
-                               scratch->untyped_data(), sizes->m, sizes->k,
-                               static_cast<int32_t>(sizes->x_dtype), attributes.mode,
-                               attributes.out_format, UsableSms(attributes.num_sms, *device));
+  return state.kernel->Launch(stream, x.untyped_data(), g.untyped_data(), data.untyped_data(),
+                              block_scale.untyped_data(), global_scale.untyped_data(),
+                              scratch.untyped_data(), sizes.m, sizes.k,
+                              static_cast<int32_t>(sizes.x_dtype), attributes.mode,
+                              attributes.out_format, UsableSms(attributes.num_sms, *device));
+}
+
+namespace {
+
+ffi::ErrorOr<std::unique_ptr<QuantizeState>> Instantiate(QuantizeAttributes attributes) {
+  ffi::ErrorOr<QuantizeState> state = DecodeQuantize(attributes);
+  if (state.has_error()) return ffi::Unexpected(state.error());
+  return std::make_unique<QuantizeState>(*state);
+}
+
+ffi::Error Execute(cudaStream_t stream, int32_t ordinal, QuantizeState* state, ffi::AnyBuffer x,
+                   ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> data,
+                   ffi::Result<ffi::AnyBuffer> block_scale,
+                   ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
+  const QuantizeBuffers buffers{x, g, *data, *block_scale, *global_scale, *scratch};
+  ffi::ErrorOr<QuantizeSizes> sizes = CheckQuantize(*state, buffers);
+  if (sizes.has_error()) return sizes.error();
+  return LaunchQuantize(stream, ordinal, *state, buffers, *sizes);
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
@@ -169,20 +163,20 @@ ffi::Error HostExecute(QuantizeAttributes attributes, ffi::AnyBuffer x, ffi::Any
                        ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
                        ffi::Result<ffi::AnyBuffer> global_scale,
                        ffi::Result<ffi::AnyBuffer> scratch) {
-  ffi::ErrorOr<State> state = Decode(attributes);
+  ffi::ErrorOr<QuantizeState> state = DecodeQuantize(attributes);
   if (state.has_error()) return state.error();
-  ffi::ErrorOr<Sizes> sizes = Check(*state->kernel, state->attributes, x, g, *data, *block_scale,
-                                    *global_scale, *scratch);
+  ffi::ErrorOr<QuantizeSizes> sizes =
+      CheckQuantize(*state, {x, g, *data, *block_scale, *global_scale, *scratch});
   if (sizes.has_error()) return sizes.error();
   return CudaOnly(*state->kernel);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                        ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<State>,
+XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<QuantizeState>,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<State>>());
+                           .Ctx<ffi::State<QuantizeState>>());
 
 }  // namespace
 
@@ -190,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<State>>()
+                                  .Ctx<ffi::State<QuantizeState>>()
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // global_scale or amax (given)
                                   .Ret<ffi::AnyBuffer>()   // data
@@ -210,10 +204,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4QuantizeHost, HostExecute,
                                   .Ret<ffi::AnyBuffer>());
 
 std::array<Target, 2> QuantizeTargets() {
-  static ffi::TypeInfo info = ffi::MakeTypeInfo<State>();
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<QuantizeState>();
   return {
       Target{"jax_nvfp4_quantize", "CUDA", kInstantiate, kInitialize, JaxNvfp4Quantize,
-             "jax_nvfp4_quantize_state", &State::id, &info},
+             "jax_nvfp4_quantize_state", &QuantizeState::id, &info},
       Target{"jax_nvfp4_quantize", "cpu", nullptr, nullptr, JaxNvfp4QuantizeHost, nullptr, nullptr,
              nullptr},
   };

@@ -123,7 +123,27 @@ def quantize_call(
         zero. VALUES: bfloat16 (m, ceil(k/64)*64) and uint8 (0,). global_scale is float32, () or,
         by row, (m,).
     """
-    m, k = x.shape
+    results = _quantize_results(x.shape, config, mode, out_format, num_sms)
+    codes, scales, used, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
+        x,
+        _empty(np.float32) if global_scale is None else global_scale,
+        kernel=config.name,
+        mode=np.int32(mode),
+        num_sms=np.int32(num_sms),
+        out_format=np.int32(out_format),
+    )
+    return codes, scales, used
+
+
+def _quantize_results(
+    shape: tuple[int, ...],
+    config: QuantizeConfig,
+    mode: Mode | int,
+    out_format: OutFormat | int,
+    num_sms: int,
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a quantize kernel writes for an x of a shape: its results, and scratch memory."""
+    m, k = shape
     if out_format == OutFormat.LINEAR:
         data = jax.ShapeDtypeStruct((m, _padded(k, 16) // 2), jnp.uint8)
         block_scale = jax.ShapeDtypeStruct((m, -(-k // 16)), jnp.float8_e4m3fn)
@@ -134,22 +154,12 @@ def quantize_call(
         data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
         block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
     per_row = Mode(mode).per_row
-    results = (
+    return (
         data,
         block_scale,
         jax.ShapeDtypeStruct((m,) if per_row else (), jnp.float32),
         jax.ShapeDtypeStruct((quantize_scratch_bytes(config, m, k, num_sms),), jnp.uint8),
     )
-    given = _empty(np.float32) if global_scale is None else global_scale
-    codes, scales, used, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
-        x,
-        given,
-        kernel=config.name,
-        mode=np.int32(mode),
-        num_sms=np.int32(num_sms),
-        out_format=np.int32(out_format),
-    )
-    return codes, scales, used
 
 
 def gemm_call(
@@ -188,11 +198,7 @@ def gemm_call(
     """
     m, columns = x.shape
     k = 2 * columns if config.x_dtype == "e2m1" else columns
-    problem = GemmProblem(m=m, n=n, k=k, arch=config.arch, x_dtype=config.x_dtype)
-    results = (
-        jax.ShapeDtypeStruct((m, n), out_dtype),
-        jax.ShapeDtypeStruct((scratch_bytes(config, problem, split_k, num_sms),), jnp.uint8),
-    )
+    results = _gemm_results(m, n, k, config, split_k, out_dtype, num_sms)
     y, _ = jax.ffi.ffi_call("jax_nvfp4_gemm", results)(
         x,
         _empty(np.uint8) if sfx is None else sfx,
@@ -206,3 +212,74 @@ def gemm_call(
         split_k=np.int32(split_k),
     )
     return y
+
+
+def _gemm_results(
+    m: int, n: int, k: int, config: GemmConfig, split_k: int, out_dtype: DTypeLike, num_sms: int
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a GEMM kernel writes: y, and scratch memory."""
+    problem = GemmProblem(m=m, n=n, k=k, arch=config.arch, x_dtype=config.x_dtype)
+    return (
+        jax.ShapeDtypeStruct((m, n), out_dtype),
+        jax.ShapeDtypeStruct((scratch_bytes(config, problem, split_k, num_sms),), jnp.uint8),
+    )
+
+
+def linear_call(
+    x: jax.Array,
+    given: jax.Array | None,
+    w: jax.Array,
+    sfw: jax.Array,
+    w_scale: jax.Array,
+    bias: jax.Array | None,
+    *,
+    quantize_config: QuantizeConfig,
+    mode: Mode | int,
+    gemm_config: GemmConfig,
+    split_k: int,
+    n: int,
+    out_dtype: DTypeLike,
+    num_sms: int,
+) -> jax.Array:
+    """Calls a quantize kernel and a GEMM kernel on what it writes, as one custom call.
+
+    The result is that of `quantize_call` and `gemm_call`, bit for bit. In one call the second
+    kernel starts while the first runs.
+
+    Args:
+        x: (m, k), of the dtype the quantize config is for.
+        given: float32, the scale or amax that is given, () or, by row, (m,); else None.
+        w: uint8, the repacked weight's codes.
+        sfw: the repacked weight's scales.
+        w_scale: float32, one value or (n,).
+        bias: (n,) float32, bfloat16 or float16, or None.
+        quantize_config: the first kernel.
+        mode: where the global scale of x comes from.
+        gemm_config: the second kernel, for an x of e2m1 codes or of bfloat16 values.
+        split_k: number of ways in which K is split.
+        n: logical rows of the weight.
+        out_dtype: float32, bfloat16 or float16.
+        num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
+
+    Returns:
+        y, (m, n) of `out_dtype`.
+    """
+    m, k = x.shape
+    out_format = OutFormat.OPERAND if gemm_config.x_dtype == "e2m1" else OutFormat.VALUES
+    operand = _quantize_results(x.shape, quantize_config, mode, out_format, num_sms)
+    y, scratch = _gemm_results(m, n, _padded(k, 64), gemm_config, split_k, out_dtype, num_sms)
+    results = jax.ffi.ffi_call("jax_nvfp4_linear", (y, *operand, scratch))(
+        x,
+        _empty(np.float32) if given is None else given,
+        w,
+        sfw,
+        w_scale,
+        _empty(np.float32) if bias is None else bias,
+        gemm_kernel=gemm_config.name,
+        mode=np.int32(mode),
+        num_sms=np.int32(num_sms),
+        out_format=np.int32(out_format),
+        quantize_kernel=quantize_config.name,
+        split_k=np.int32(split_k),
+    )
+    return results[0]

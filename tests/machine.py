@@ -23,7 +23,7 @@ def arches() -> tuple[str, ...]:
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export` must be told on a GPU: JAX vouches for no custom call but its own."""
-    calls = ("jax_nvfp4_quantize", "jax_nvfp4_gemm")
+    calls = ("jax_nvfp4_quantize", "jax_nvfp4_gemm", "jax_nvfp4_linear")
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
 
 

@@ -122,6 +122,106 @@ def test_gemm_operands_have_the_sizes_the_handler_checks(
     assert PASSED in message
 
 
+def linear_operands(
+    arch: str, dtype: str, mode: Mode, m: int, n: int, k: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Operands and options of a valid call of `linear_call`."""
+    x_dtype = "bfloat16" if arch == "sm_90a" else "e2m1"
+    c = select_quantize(arch, dtype, mode)
+    x, given = quantize_operands(c, m, k, mode)
+    gemm = gemm_operands(arch, x_dtype, m, n, -(-k // 64) * 64)
+    operands = {"x": x, "given": given} | {
+        name: gemm[name] for name in ("w", "sfw", "w_scale", "bias")
+    }
+    options = {
+        "quantize_config": c,
+        "mode": mode,
+        "gemm_config": next(c for c in config.configs(arch) if c.x_dtype == x_dtype),
+        "split_k": 1,
+        "n": n,
+        "out_dtype": jnp.bfloat16,
+        "num_sms": 99,
+    }
+    return operands, options
+
+
+@given(
+    arch=st.sampled_from(ARCHES),
+    dtype=st.sampled_from(list(DTYPES)),
+    mode=st.sampled_from(Mode),
+    m=st.integers(1, 300),
+    n=st.integers(1, 300),
+    k=st.integers(1, 300),
+    has_bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_linear_buffers_have_the_sizes_the_handler_checks(
+    arch: str, dtype: str, mode: Mode, m: int, n: int, k: int, has_bias: bool
+) -> None:
+    operands, options = linear_operands(arch, dtype, mode, m, n, k)
+    if not has_bias:
+        operands["bias"] = None
+    message = error_of(kernel_objects.ffi().linear_call, **operands, **options)
+    assert f"kernel {options['gemm_config'].name} {PASSED}" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": jnp.ones((5, 64), jnp.int32)}, "quantize: operand x: expected F32, BF16 or F16"),
+        ({"given": jnp.ones((4,))}, "quantize: operand global_scale (given): expected 5 elements"),
+        ({"mode": 6}, "quantize: operand mode: expected 0 to 5, got 6"),
+        ({"w": jnp.ones((7, 32), jnp.uint8)}, "gemm: operand w: expected 8192 elements"),
+        ({"bias": jnp.ones((5,))}, "gemm: operand bias: expected 7 elements (n), got F32[5]"),
+        ({"split_k": 0}, "gemm: operand split_k: expected 1 to 65536, got 0"),
+        ({"data": ((64, 5), jnp.bfloat16)}, "gemm: operand y: expected 64 rows, as many as x"),
+        (
+            {
+                "mode": 0,
+                "given": jnp.ones(()),
+                "global_scale": ((), jnp.float32),
+                "data": ((1, 320), jnp.bfloat16),
+                "y": ((1, 7), jnp.bfloat16),
+                "w": jnp.ones((128 * 384 // 2,), jnp.uint8),
+                "sfw": jnp.ones((128 * 384 // 16,), jnp.uint8),
+            },
+            "gemm: operand x: expected 5 rows, as many as quantize's x, got BF16[1,320]",
+        ),
+        ({"quantize_kernel": "no_such"}, "quantize: no kernel named 'no_such' is built in"),
+        ({"gemm_kernel": "no_such"}, "gemm: no kernel named 'no_such' is built in"),
+    ],
+)
+def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: str) -> None:
+    kernel_objects.ffi()
+    operands, options = linear_operands("sm_90a", "bfloat16", Mode.ROWS_GIVEN, 5, 7, 64)
+
+    def call(**changes: Any) -> str:
+        c: dict[str, Any] = operands | {
+            "y": ((5, 7), jnp.bfloat16),
+            "data": ((5, 64), jnp.bfloat16),
+            "block_scale": ((0,), jnp.uint8),
+            "global_scale": ((5,), jnp.float32),
+            "scratch": ((0,), jnp.uint8),
+            "quantize_kernel": options["quantize_config"].name,
+            "gemm_kernel": options["gemm_config"].name,
+            "mode": Mode.ROWS_GIVEN,
+            "split_k": 1,
+        }
+        c |= changes
+        results = ("y", "data", "block_scale", "global_scale", "scratch", "scratch")
+        numbers = {"mode": c["mode"], "num_sms": 0, "out_format": 2, "split_k": c["split_k"]}
+        return error_of(
+            jax.ffi.ffi_call("jax_nvfp4_linear", [jax.ShapeDtypeStruct(*c[r]) for r in results]),
+            *(c[name] for name in ("x", "given", "w", "sfw", "w_scale", "bias")),
+            quantize_kernel=c["quantize_kernel"],
+            gemm_kernel=c["gemm_kernel"],
+            **{name: np.int32(value) for name, value in numbers.items()},
+        )
+
+    assert PASSED in call()
+    assert f"jax_nvfp4 {message}" in call(**changes)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_is_found_by_its_config(arch: str) -> None:
     ffi = kernel_objects.ffi()
@@ -311,7 +411,13 @@ def test_extension_is_small_and_keeps_its_symbols_to_itself() -> None:
     library = ctypes.PyDLL(str(path))
     assert library.PyInit__ffi
     entry = kernel_objects.manifest()["kernels"][0]["entry"]
-    for symbol in ("JaxNvfp4Gemm", "JaxNvfp4Quantize", "cudaLaunchKernelExC", entry):
+    for symbol in (
+        "JaxNvfp4Gemm",
+        "JaxNvfp4Quantize",
+        "JaxNvfp4Linear",
+        "cudaLaunchKernelExC",
+        entry,
+    ):
         with pytest.raises(AttributeError):
             getattr(library, symbol)
 

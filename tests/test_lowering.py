@@ -28,24 +28,25 @@ def kernels_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_cuda_device", lambda: None)
 
 
-def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list[tuple[str, int]]:
-    """(kernel, split of K) of each custom call in the graph of `linear`."""
+def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list[tuple[str, ...]]:
+    """(target, kernels in their order, split of K) of each custom call in the graph of `linear`."""
     w = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
     packed = nvfp4.repack(nvfp4.quantize(w), arch)
     traced = jax.jit(lambda x: nvfp4.linear(x, packed, **options)).trace(jnp.zeros((m, K), dtype))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     found = []
     for line in text.splitlines():
-        if match := re.search(r'kernel = "(\w+)"', line):
-            split = re.search(r"split_k = (\d+)", line)
-            found.append((match[1], int(split[1]) if split else 0))
+        if match := re.search(r"custom_call @jax_nvfp4_(\w+)\(", line):
+            kernels = re.findall(r'kernel = "(\w+)"', line)
+            (split,) = re.findall(r"split_k = (\d+)", line)
+            found.append((match[1], *sorted(kernels, key=lambda name: "gemm" in name), split))
     return found
 
 
 @pytest.mark.parametrize("m", [1, 33, 64, 128, 300, 4096])
 @pytest.mark.parametrize("arch", BLACKWELL)
 def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> None:
-    """One call quantizes, one multiplies, and the table says by which config.
+    """One call quantizes and multiplies, and the table says by which config.
 
     One scale for the tensor and one per token are the same for one row: no exchange is needed.
     """
@@ -54,7 +55,8 @@ def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> Non
     tensor = "rows" if m == 1 else "grid"
     for scaling, kind in (("token", "rows"), ("tensor", tensor), (0.5, "flat")):
         found = calls(arch, m, activation_scale=scaling)
-        assert found == [(f"quantize_{short}_{kind}_bf16", 0), (config.name, split)]
+        quantize = f"quantize_{short}_{kind}_bf16"
+        assert found == [("linear", quantize, config.name, str(split))]
 
 
 @pytest.mark.parametrize(("dtype", "short"), [("bfloat16", "bf16"), ("float16", "f16")])
@@ -63,14 +65,15 @@ def test_weight_only(kernels_built_in: None, arch: str, dtype: str, short: str) 
     """Few rows by the kernel; many, and a batch-invariant call, by XLA's dot."""
     kernel = f"gemm_{arch.replace('_', '')}_weight_only_{short}_t16x64"
     for m in (1, 64):
-        assert [name for name, _ in calls(arch, m, dtype, activation_scale=None)] == [kernel]
+        ((target, name, _),) = calls(arch, m, dtype, activation_scale=None)
+        assert (target, name) == ("gemm", kernel)
     assert calls(arch, 65, dtype, activation_scale=None) == []
     assert calls(arch, 1, dtype, activation_scale=None, batch_invariant=True) == []
 
 
 @pytest.mark.parametrize("arch", BLACKWELL)
 def test_batch_invariant(kernels_built_in: None, arch: str) -> None:
-    chosen = {calls(arch, m, batch_invariant=True)[1] for m in (1, 64, 300)}
+    chosen = {calls(arch, m, batch_invariant=True)[0][2:] for m in (1, 64, 300)}
     assert len(chosen) == 1
 
 

@@ -49,7 +49,7 @@ class OutFormat(enum.IntEnum):
 
 BLOCK = 16
 SHARED_ROW = 16384
-"""The longest row that several CTAs of a "rows" kernel share. It is faster than "grid" up to it."""
+"""The longest tensor of one row that is left to a "rows" kernel, faster than "grid" up to it."""
 MAX_CTAS = 256
 """CTAs of a "grid" kernel, which starts one for each multiprocessor at most."""
 GRID_MESSAGE_BYTES = 8

@@ -18,6 +18,11 @@ no room for one, to its ring, once its threads have told the others that they ar
 barrier of the cluster would say so too, and would wait for a fence at the scope of the GPU.) No
 atomics, no scratch memory, no state from one launch to the next: what a launch computes depends on
 its arguments alone.
+An x with scales comes from the quantize kernel that was launched just before. The launch is then a
+programmatic one, so that CTAs set up their barriers while that kernel runs. Until it has ended
+(`griddepcontrol.wait`) they read nothing and only ask for some of the weight to come to the L2
+cache, which is right whatever was launched before.
+
 The order in which one output is summed is fixed by K, the split and `k_groups`: columns in rising
 order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same in every config.
 """
@@ -63,6 +68,11 @@ FORMS = ("f32", "bf16x2", "f16x2")
 REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (24, 112)}
 # Shared memory of a CTA when a multiprocessor holds so many.
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
+# What a CTA asks for that is to be alone on a multiprocessor.
+ALONE_BYTES = 116 * 1024
+# Stages whose part of the weight is asked for before the kernel before has ended. Each takes time
+# to issue: with 4 the call is slower, with all of a ring by 0.7 us.
+STAGES_AHEAD = 2
 
 
 class GemmSm90:
@@ -221,10 +231,18 @@ class GemmSm90:
                     ctas = tiles * split
                     if const_expr(not self.reduces(split)):
                         ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
+                    smem = Int32(self.smem_bytes)
+                    if const_expr(self.config.ctas_per_sm > 1):
+                        # While the kernel before holds some multiprocessors, CTAs that start early
+                        # would be placed in pairs on the others.
+                        if ctas <= num_sms:
+                            smem = Int32(max(self.smem_bytes, ALONE_BYTES))
                     self.kernel(*arguments, split).launch(
                         grid=[ctas, 1, 1],
                         block=[self.threads, 1, 1],
                         cluster=[split, 1, 1],
+                        smem=smem,
+                        use_pdl=x_scale_stride >= 0,
                         min_blocks_per_mp=self.config.ctas_per_sm,
                         preferred_smem_carveout=100,
                         stream=stream,
@@ -307,6 +325,7 @@ class GemmSm90:
         else:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_increase(self.registers[1])
+            cute.arch.griddepcontrol_wait()
             self._consume(
                 x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
                 m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
@@ -366,6 +385,22 @@ class GemmSm90:
         base = ops.shared_address(buffers)
         # The last tile along N may reach past the weight's tiles of 128 rows.
         last_row = cute.ceil_div(n, layout.TILE_N) - 1
+        if first_tile < tiles:
+            _, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
+            ahead = cutlass.min(k_count, min(STAGES_AHEAD, self.stages))
+            for i in cutlass.range(ahead, unroll=1):
+                with cute.arch.elect_one():
+                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_begin + i)
+                        ops.bulk_prefetch(
+                            ops.element_address(w, at, CODE_BYTES),
+                            Int32(self.copy_blocks * CODE_BYTES),
+                        )
+                        ops.bulk_prefetch(
+                            ops.element_address(sfw, at, SCALE_BYTES),
+                            Int32(self.copy_blocks * SCALE_BYTES),
+                        )
+        cute.arch.griddepcontrol_wait()
         stage = Int32(0)
         phase = Int32(1)
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
@@ -378,9 +413,7 @@ class GemmSm90:
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
                     for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
                         slot = stage * self.tile_blocks + part * self.copy_blocks
-                        block = tile_w * self.tile_blocks + part * self.copy_blocks
-                        at = Int64(cutlass.min(block // 2, last_row)) * Int64(k_tiles)
-                        at = (at + Int64(k_tile)) * 2 + Int64(block % 2)
+                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_tile)
                         ops.bulk_load(
                             base + self._code_offset() + slot * CODE_BYTES,
                             ops.element_address(w, at, CODE_BYTES),
@@ -406,6 +439,12 @@ class GemmSm90:
                 if stage == self.stages:
                     stage = Int32(0)
                     phase ^= 1
+
+    def _weight_at(self, tile_w, part, last_row, k_tiles, k_tile):
+        """Where a copy's part of a tile of the weight is, in blocks."""
+        block = tile_w * self.tile_blocks + part * self.copy_blocks
+        at = Int64(cutlass.min(block // 2, last_row)) * Int64(k_tiles)
+        return (at + Int64(k_tile)) * 2 + Int64(block % 2)
 
     @cute.jit
     def _consume(

@@ -200,6 +200,20 @@ def bulk_load(destination, source, size, barrier, policy, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def bulk_prefetch(source, size, *, loc=None, ip=None):
+    """Asks for contiguous bytes to be brought into the L2 cache.
+
+    Args:
+        source: Int64 global address, a multiple of 16.
+        size: Int32, a multiple of 16.
+        loc: of the call in the source, as `dsl_user_op` gives it.
+        ip: where to insert, likewise.
+    """
+    text = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+    return asm([], [source, size], text, "l,r", True, loc, ip)
+
+
+@dsl_user_op
 def arrive_if(condition, barrier, *, loc=None, ip=None):
     """Arrives at an mbarrier (Int32 address) where the Int32 `condition` is not 0.
 

@@ -25,6 +25,10 @@ Rows are read by 16-byte loads where k and the address of x allow it ("vector"),
 element elsewhere. Blocks that pad a row to 64 columns are loaded as zeros and quantized like any
 other, which writes zeros; the scale bytes that pad the rows to a multiple of 128 are written by
 spare CTAs. There are no atomics: a row's result depends on its elements and the global scale alone.
+
+Each kernel begins by letting a programmatic launch behind it start (`launch_dependents`). It is no
+such launch itself, so that by then all that came before it is complete: what it leads starts early
+beside this kernel alone, and waits for its end (`griddepcontrol.wait`) before it reads.
 """
 
 import dataclasses
@@ -394,6 +398,7 @@ class QuantizeKernel:
         values: cutlass.Constexpr,
     ):
         """The global scale or amax is given; CTAs past the last block write the scales' padding."""
+        cute.arch.griddepcontrol_launch_dependents()
         call, g_in, g_out, _ = unpack(pointers, sizes, vector, values)
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
@@ -451,6 +456,7 @@ class QuantizeKernel:
         scales' padding. CTAs that share a row (y of the grid) all read the whole of it, so that
         each knows its amax by itself; then each quantizes what `share_threads` of its threads hold.
         """
+        cute.arch.griddepcontrol_launch_dependents()
         call, _, g_out, _ = unpack(pointers, sizes, vector, values)
         thread, group, _ = cute.arch.thread_idx()
         row_threads, rows, _ = cute.arch.block_dim()
@@ -547,6 +553,7 @@ class QuantizeKernel:
         CTA and one more for each of the first `rest`. The divisor is that of blocks by their
         number: from `small_divisor` where x is one run of blocks (`whole`).
         """
+        cute.arch.griddepcontrol_launch_dependents()
         call, _, g_out, scratch = unpack(pointers, sizes, vector, values, whole)
         thread, _, _ = cute.arch.thread_idx()
         threads, _, _ = cute.arch.block_dim()
@@ -833,7 +840,7 @@ class QuantizeKernel:
         elif const_expr(self.config.kind == "rows"):
             # Element by element, the loads are what takes the time.
             if const_expr(vector):
-                if (m <= num_sms) & (blocks <= self.few.threads):
+                if m * self.few.parts(blocks) <= num_sms:
                     self.few.launch_rows(
                         pointers, sizes, pad_items, num_sms, stream, vector, values
                     )
@@ -939,6 +946,9 @@ class QuantizeKernel:
         """Launches a "rows" kernel."""
         m, _, blocks, _, _ = sizes
         row_threads = ceil_div(ceil_div(blocks, self.units), WARP) * WARP
+        if const_expr(self.shared):
+            # Chunks of the same size: each share has a part of all of them.
+            row_threads = ceil_div(ceil_div(row_threads, self.parts(blocks)), WARP) * WARP
         row_threads = cutlass.min(row_threads, self.threads)
         rows = cutlass.max(ROWS_THREADS // row_threads, 1)
         row_ctas = ceil_div(m, rows)
@@ -954,6 +964,10 @@ class QuantizeKernel:
             stream=stream,
             **self.limits(),
         )
+
+    def parts(self, blocks):
+        """How many times what a CTA holds the blocks of a row are."""
+        return ceil_div(blocks, self.threads * self.units)
 
     def limits(self) -> dict:
         """Launch arguments that bound the registers; the L1 cache takes all of its memory."""
@@ -979,7 +993,10 @@ MIN_CTAS = {
     ("grid", True): 1,
 }
 FEW_ROWS = Shape(units=1, threads=1024, min_ctas=1, shared=True)
-"""For rows no more than multiprocessors: a thread for each block, since latency is all."""
+"""For rows, or parts of 16,384 columns, no more than multiprocessors.
+
+A thread for each block, since latency is all.
+"""
 WIDE_ROWS = {
     False: Shape(units=4, threads=512, min_ctas=2),
     True: Shape(units=4, threads=448, min_ctas=2),

@@ -17,7 +17,7 @@ from jax.interpreters import ad
 
 from jax_nvfp4 import ffi, numerics
 from jax_nvfp4.config import REFERENCE, GemmProblem, select, serves
-from jax_nvfp4.config.quantize import OutFormat
+from jax_nvfp4.config.quantize import select_quantize
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import K_MULTIPLE, pack_weight, unpack_weight
 from jax_nvfp4.ops import _partition, _primitive, backend
@@ -156,22 +156,6 @@ def _with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Ar
 # ---- Kernels ------------------------------------------------------------------------------------
 
 
-def _operand(
-    x: jax.Array, given: tuple[jax.Array, ...], spec: LinearSpec, arch: str
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, str]:
-    """x as the GEMM of `arch` takes it: values or codes, scales, global scale, and element type."""
-    if spec.activation is None:
-        if x.dtype == jnp.float32:
-            x = x.astype(jnp.bfloat16)
-        return numerics.pad_last(x, K_MULTIPLE), None, None, x.dtype.name
-    hopper = arch == "sm_90a"
-    out_format = OutFormat.VALUES if hopper else OutFormat.OPERAND
-    x, scales, x_scale = quantize_op.kernel(
-        x, *given, mode=spec.activation, arch=arch, out_format=out_format
-    )
-    return (x, None, x_scale, "bfloat16") if hopper else (x, scales, x_scale, "e2m1")
-
-
 def _problem(x: jax.Array, x_dtype: str, spec: LinearSpec, arch: str) -> GemmProblem:
     padded_k = -(-spec.k // K_MULTIPLE) * K_MULTIPLE
     return GemmProblem(x.shape[0], spec.n, padded_k, arch, x_dtype, spec.batch_invariant)
@@ -197,20 +181,43 @@ def _cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     if spec.arch is None:
         data, block_scale = pack_weight(arch, data, block_scale)
     sms = backend.num_sms(arch)
-    x, scales, x_scale, x_dtype = _operand(x, given, spec, arch)
+    out_dtype = jnp.dtype(spec.out_dtype)
+    if spec.activation is None:
+        if x.dtype == jnp.float32:
+            x = x.astype(jnp.bfloat16)
+        config, split_k = select(_problem(x, x.dtype.name, spec, arch), sms)
+        x = numerics.pad_last(x, K_MULTIPLE)
+        y = ffi.gemm_call(
+            x,
+            None,
+            data,
+            block_scale,
+            None,
+            w_scale,
+            bias,
+            config=config,
+            split_k=split_k,
+            n=spec.n,
+            out_dtype=out_dtype,
+            num_sms=sms,
+        )
+        return [y]
+    x_dtype = "bfloat16" if arch == "sm_90a" else "e2m1"
     config, split_k = select(_problem(x, x_dtype, spec, arch), sms)
-    y = ffi.gemm_call(
+    mode = quantize_op.kernel_mode(x, given, spec.activation)
+    y = ffi.linear_call(
         x,
-        scales,
+        given[0] if given else None,
         data,
         block_scale,
-        x_scale,
         w_scale,
         bias,
-        config=config,
+        quantize_config=select_quantize(arch, x.dtype.name, mode),
+        mode=mode,
+        gemm_config=config,
         split_k=split_k,
         n=spec.n,
-        out_dtype=jnp.dtype(spec.out_dtype),
+        out_dtype=out_dtype,
         num_sms=sms,
     )
     return [y]

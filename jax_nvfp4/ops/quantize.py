@@ -73,32 +73,36 @@ _KERNEL_MODES = {
 }
 
 
-def kernel(
-    x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes by a kernel. Results as of `ffi.quantize_call`."""
+def kernel_mode(x: jax.Array, given: tuple[jax.Array, ...], mode: Mode) -> KernelMode:
+    """The kernels' mode for a mode of the primitive."""
     m, k = x.shape
-    kernel_mode = _KERNEL_MODES[mode][bool(given and given[0].ndim)]
-    if kernel_mode == KernelMode.TENSOR and m == 1 and k <= SHARED_ROW and k % 8 == 0:
-        kernel_mode = KernelMode.TOKEN
+    found = _KERNEL_MODES[mode][bool(given and given[0].ndim)]
+    if found == KernelMode.TENSOR and m == 1 and k <= SHARED_ROW and k % 8 == 0:
+        return KernelMode.TOKEN  # the same for one row, and faster
+    return found
+
+
+def kernel(
+    x: jax.Array, *given: jax.Array, mode: Mode, arch: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Quantizes by a kernel of `arch`. Results as of `quantize`."""
+    of_kernel = kernel_mode(x, given, mode)
     data, block_scale, global_scale = ffi.quantize_call(
         x,
         given[0] if given else None,
-        config=select_quantize(arch, x.dtype.name, kernel_mode),
-        mode=kernel_mode,
-        out_format=out_format,
+        config=select_quantize(arch, x.dtype.name, of_kernel),
+        mode=of_kernel,
+        out_format=OutFormat.LINEAR,
         num_sms=backend.num_sms(arch),
     )
-    if mode == "tensor":
-        global_scale = global_scale.reshape(())
-    return data, block_scale, global_scale
+    return data, block_scale, global_scale.reshape(()) if mode == "tensor" else global_scale
 
 
 def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     arch = backend.kernel_arch(None)
     if arch is None or x.size == 0:
         return _reference(x, *given, mode=mode)
-    return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
+    return [*kernel(x, *given, mode=mode, arch=arch)]
 
 
 def _factors(x: Any, *given: Any, mode: Mode) -> _partition.Factors:

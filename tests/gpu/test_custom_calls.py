@@ -208,6 +208,84 @@ def test_rows_without_elements(m: int, mode: Mode) -> None:
     np.testing.assert_array_equal(scale, jnp.broadcast_to(expected, scale.shape))
 
 
+def weights(layers: int, n: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of several repacked weights, stacked."""
+    rng = np.random.default_rng(7)
+    codes = jnp.asarray(rng.integers(0, 256, (layers, n, k // 2), dtype=np.uint8))
+    scales = jnp.asarray(rng.uniform(0.25, 4, (layers, n, k // 16)), jnp.float8_e4m3fn)
+    packed = [pack_weight(ARCH, c, s) for c, s in zip(codes, scales, strict=True)]
+    w, sfw = (jnp.stack(parts) for parts in zip(*packed, strict=True))
+    return w, sfw
+
+
+def linear(x: jax.Array, w: jax.Array, sfw: jax.Array, *, mode: Mode, n: int, one: bool) -> Any:
+    """x times a weight, with one custom call or with two."""
+    x_dtype = "bfloat16" if ARCH == "sm_90a" else "e2m1"
+    m, k = x.shape
+    c, split = config.select(config.GemmProblem(m, n, -(-k // 64) * 64, ARCH, x_dtype), SMS)
+    given = None
+    if mode.given:
+        given = jnp.full((m,) if mode.per_row else (), 4.5 if mode in AMAX else 2e-3)
+    w_scale = jnp.float32(1 / 64)
+    options = {"split_k": split, "n": n, "out_dtype": jnp.bfloat16, "num_sms": SMS}
+    quantizer = select_quantize(ARCH, x.dtype.name, mode)
+    if one:
+        options |= {"quantize_config": quantizer, "mode": mode, "gemm_config": c}
+        return ffi.linear_call(x, given, w, sfw, w_scale, None, **options)
+    out_format = OutFormat.OPERAND if x_dtype == "e2m1" else OutFormat.VALUES
+    operand, sfx, x_scale = quantize(x, given, mode=mode, out_format=out_format)
+    sfx = sfx if x_dtype == "e2m1" else None
+    return ffi.gemm_call(operand, sfx, w, sfw, x_scale, w_scale, None, config=c, **options)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_one_custom_call_is_the_two(dtype: str, mode: Mode) -> None:
+    n, k = 384, 1344
+    (w,), (sfw,) = weights(1, n, k)
+    for m in (1, 16, 64, 200):
+        x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), dtype)
+        one, two = (
+            jax.jit(lambda x, one=one: linear(x, w, sfw, mode=mode, n=n, one=one))(x)
+            for one in (True, False)
+        )
+        assert np.isfinite(np.asarray(one, np.float32)).all()
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+
+
+@pytest.mark.parametrize("options", [{}, GRAPH, {"xla_gpu_enable_command_buffer": ""}], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 100])
+def test_the_second_kernel_waits_for_the_first(m: int, options: dict[str, Any]) -> None:
+    """Layers in a loop: each weight has just been sliced, each x written, scratch used before."""
+    layers, size = 8, 2048
+    w, sfw = weights(layers, size, size)
+    x = jnp.asarray(np.random.default_rng(8).standard_normal((m, size)), jnp.bfloat16)
+
+    def layer(x: jax.Array, weight: tuple[jax.Array, jax.Array], one: bool) -> jax.Array:
+        y = linear(x, *weight, mode=Mode.TOKEN, n=size, one=one).astype(jnp.float32)
+        return (y / jnp.max(jnp.abs(y), axis=-1, keepdims=True)).astype(x.dtype)
+
+    def loop(x: jax.Array, w: jax.Array, sfw: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(x: jax.Array, weight: tuple[jax.Array, jax.Array]) -> Any:
+            x = layer(x, weight, True)
+            return x, x
+
+        return jax.lax.scan(step, x, (w, sfw))
+
+    compiled = jax.jit(loop).lower(x, w, sfw).compile(compiler_options=options)
+    alone = jax.jit(lambda x, w, sfw: layer(x, (w, sfw), False))
+    for _ in range(3):
+        expected, y = [], x
+        for i in range(layers):
+            y = alone(y, w[i], sfw[i])
+            expected.append(np.asarray(y))
+        for _ in range(20):
+            last, every = compiled(x, w, sfw)
+            np.testing.assert_array_equal(np.asarray(every), np.stack(expected))
+            np.testing.assert_array_equal(np.asarray(last), expected[-1])
+        w, sfw, x = w[::-1], sfw[::-1], last  # other buffers
+
+
 def test_an_error_is_an_xla_error_and_leaves_the_device_usable() -> None:
     c = select_quantize(ARCH, "bfloat16", Mode.TOKEN)
     arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}

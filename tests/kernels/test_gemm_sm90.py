@@ -70,11 +70,14 @@ class Case:
 
     def run(self, split=1, seed=0):
         name = self.config.name
+        # What may not be touched before the kernel before has ended, if the launch is programmatic.
+        previous = [self.y] if self.x_scale is None else [self.x, self.x_scale, self.y]
         run_object(
             kernel_objects.folder() / f"{name}.o",
             ptx_of(name),
             self.arguments(split),
             uninitialized=[self.y],
+            previous=[a for a in previous if a.size],
             schedule_seed=seed,
         )
         assert self.y[self.m * self.n :].tobytes() == b"\xcd" * GUARD * self.y.itemsize
@@ -122,6 +125,20 @@ def some_cases(config):
         yield Case(config, 3, 40, 64, out=2), split
         # Each group and each CTA stores some of a tile's rows.
         yield Case(config, tile, 40, 640, out=split % 3, bias=0), split
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_launches(config):
+    """Programmatic behind the quantize kernel alone; few CTAs get a multiprocessor each."""
+    path = kernel_objects.folder() / f"{config.name}.o"
+    for x_scale in (True, False):
+        for n in (config.tile_n, 132 * config.tile_n + 1):
+            case = Case(config, 1, n, 64, x_scale=x_scale)
+            memory = GlobalMemory()
+            (one,) = record_launches(path, ptx_of(config.name), case.arguments(1), memory)
+            assert one.overlaps == x_scale
+            alone = 2 * (one.dynamic_smem + 1024) > 228 * 1024
+            assert alone == (config.ctas_per_sm == 1 or n == config.tile_n)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)

@@ -226,6 +226,7 @@ ROWS = (
     (2, 8704, 1),  # one row of a CTA
     (1, 8712, 8),  # few rows
     (2, 16640, 1),  # long rows of the 16-bit dtypes
+    (2, 16640, 4),  # two CTAs share a row, in two parts
     (1, 32776, 1),  # a row that is longer than the registers
     (1, 16387, 1),  # the same, element by element
 )
@@ -342,7 +343,7 @@ def test_scratch():
 def test_modes_of_the_primitive(mode, given, m, k, kernel_mode):
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     operands = [x] if given is None else [x, jax.ShapeDtypeStruct(given, jnp.float32)]
-    call = functools.partial(call_kernel, mode=mode, arch="sm_90a", out_format=OutFormat.LINEAR)
+    call = functools.partial(call_kernel, mode=mode, arch="sm_90a")
     jaxpr = jax.make_jaxpr(call)(*operands)
     (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "ffi_call")
     assert dict(equation.params["attributes"])["mode"] == kernel_mode

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// gemm, for the custom call of its own and for those that it is a part of.
+#ifndef JAX_NVFP4_FFI_GEMM_H_
+#define JAX_NVFP4_FFI_GEMM_H_
+
+#include "common.h"
+
+namespace jax_nvfp4 {
+
+struct GemmAttributes {
+  std::string_view kernel;
+  int32_t num_sms;
+  int32_t split_k;
+};
+
+using GemmState = CallState<GemmAttributes>;
+
+// The buffers of a call, in the order of the custom call's operands and results. Operands that are
+// not given are empty.
+struct GemmBuffers {
+  ffi::AnyBuffer x, sfx, w, sfw, x_scale, w_scale, bias;
+  ffi::AnyBuffer y, scratch;
+};
+
+struct GemmSizes {
+  int32_t m, n, k;
+  int32_t x_scale_stride, w_scale_stride;
+  DType bias_dtype, out_dtype;
+};
+
+// Checks the attributes and finds the kernel.
+ffi::ErrorOr<GemmState> DecodeGemm(GemmAttributes attributes);
+
+// Checks all buffers against one another and against the kernel; reads no memory.
+ffi::ErrorOr<GemmSizes> CheckGemm(const GemmState& state, const GemmBuffers& buffers);
+
+// Enqueues the work on buffers that were checked.
+ffi::Error LaunchGemm(cudaStream_t stream, int32_t ordinal, const GemmState& state,
+                      const GemmBuffers& buffers, const GemmSizes& sizes);
+
+}  // namespace jax_nvfp4
+
+#endif  // JAX_NVFP4_FFI_GEMM_H_
