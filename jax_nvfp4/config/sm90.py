@@ -42,18 +42,24 @@ def _turns(x_dtype: str) -> tuple[GemmConfig, ...]:
         _config("turns", x_dtype, 8, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
         _config("turns", x_dtype, 16, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
         _config("turns", x_dtype, 32, 64, 16, split_k=2, warpgroups=4, k_groups=4),
-        _config("turns", x_dtype, 64, 128, 8, split_k=3, warpgroups=4, k_groups=2),
+        _config("turns", x_dtype, 64, 64, 10, split_k=2, warpgroups=2, k_groups=2),
+        _config("turns", x_dtype, 64, 128, 8, warpgroups=4, k_groups=2),
     )
 
 
 def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
-    """Configs whose warpgroups each sum over all of a CTA's columns, in the same order in all."""
+    """Configs whose warpgroups each sum over all of a CTA's columns, in the same order in all.
+
+    Four stages for those that wait for memory: with two more in each of up to four CTAs a load
+    waits behind so many others that CTAs drift apart (28672x4096, 1 row: 24.8 us, with five stages
+    26.3, with six 27.4, with three 25.3).
+    """
     return (
         *(
-            _config("stream", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
+            _config("stream", x_dtype, rows, 64, 4, split_k=2, warpgroups=1, ctas_per_sm=4)
             for rows in smallest
         ),
-        _config("stream", x_dtype, 32, 128, 6, split_k=2, warpgroups=2, ctas_per_sm=2),
+        _config("stream", x_dtype, 32, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
         _config("stream", x_dtype, 64, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
         _config("tile", x_dtype, 128, 128, 5, split_k=3, warpgroups=2),
         _config("tile", x_dtype, 128, 256, 4, split_k=2, warpgroups=2),
@@ -62,7 +68,7 @@ def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
 
 # Tiles of 192 rows, for the numbers of tiles that 128 and 256 divide badly over multiprocessors.
 _BETWEEN = (
-    _config("tile", "bfloat16", 64, 192, 6, split_k=2, warpgroups=3),
+    _config("tile", "bfloat16", 64, 192, 5, split_k=2, warpgroups=3),
     _config("tile", "bfloat16", 128, 192, 4, split_k=2, warpgroups=3),
 )
 
@@ -166,8 +172,8 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 "stream_8x64",
                 _whole_k,
                 "many or short tiles: CTAs that go on to the next tile load it while they store"
-                " (24576x1536: 11.0 us, by turns 13.5; 57344x8192: 92 us, 97; 28672x4096: 25.9 us,"
-                " 26.7)",
+                " (24576x1536: 11.0 us, by turns 13.5; 57344x8192: 92 us, 97; 28672x4096: 24.8 us,"
+                " 26.0)",
             ),
             rule(
                 _rows(8),
@@ -180,7 +186,7 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 _rows(16, _many(3)),
                 "stream_16x64",
                 _whole_k,
-                "as for 8 rows (28672x4096: 26.0 us, by turns 27.0)",
+                "as for 8 rows (28672x4096: 25.1 us, by turns 27.1)",
             ),
             rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
             rule(
@@ -197,10 +203,18 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 " loads (28672x4096: 29.8 us, turns_32x64 35.2)",
             ),
             rule(
+                _rows(128, lambda p, sms: _tiles(p, 64, 64) <= sms),
+                "turns_64x64",
+                _split_to_fill(64, 64, 2),
+                "the most multiprocessors, and the least to exchange (64 rows: 4096x4096 7.2 us,"
+                " turns_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
+                " 128 rows: 4096x4096 10.0, 10.7)",
+            ),
+            rule(
                 _rows(64, _one_wave(128)),
                 "turns_64x128",
-                _split_to_fill(64, 128, 3),
-                "x is read once for 128 rows of the weight: with 64 the L2 cache is the limit",
+                _whole_k,
+                "sixteen warps hide the decode, on one tile for each multiprocessor",
             ),
             rule(
                 _rows(64, _one_wave(192)),
@@ -232,16 +246,17 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 "x is read once for 128 rows of the weight",
             ),
         ]
-    rules.append(
-        rule(
-            _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
-            "turns_64x128" if x_dtype == "bfloat16" else "stream_64x128",
-            _split_to_fill(64, 128, 2),
-            "two tiles of 64 rows fill more multiprocessors than one of 128"
-            " (4096x4096: 11.1 us, 14.7; stream_64x128 11.5)",
+    if x_dtype == "float16":
+        rules.append(
+            rule(
+                _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
+                "stream_64x128",
+                _split_to_fill(64, 128, 2),
+                "two tiles of 64 rows fill more multiprocessors than one of 128"
+                " (4096x4096: 11.5 us, 14.7)",
+            )
         )
-    )
-    if x_dtype == "bfloat16":
+    else:
         rules += [
             rule(
                 _rows(128, lambda p, sms: 2 * _tiles(p, 64, 192) <= sms),

@@ -140,7 +140,8 @@ class GemmSm90:
             raise ValueError(f"{c.name}: {c.warpgroups} warpgroups in {c.k_groups} groups")
         if self.moves_registers and self.registers is None:
             raise ValueError(f"{c.name}: no division of the registers")
-        if c.stages % c.k_groups:
+        # A group releases a stage while it works on its next one.
+        if c.stages % c.k_groups or c.stages < 2 * c.k_groups:
             raise ValueError(f"{c.name}: {c.stages} stages for {c.k_groups} groups")
         if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
             raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
@@ -472,7 +473,7 @@ class GemmSm90:
         # are registers to hold it; else after it, if possible before the sums of others come.
         eights = self._cta_eights(split)
         early = self.blocks == 1 and (self.reduces(split) or self.tile_m <= 64)
-        rows_early = self.blocks == 1 and eights <= 4
+        rows_early = self.blocks == 1 and eights <= (4 if self.reduces(split) else 8)
         for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
             tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
             first_block = tile_w * self.tile_blocks + row_group * self.blocks
