@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the linen and the nnx layer share: dtypes and the call."""
+"""What the linen and the nnx layer share: what they take, and dtypes."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_nvfp4 import functional
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -63,19 +62,10 @@ def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
         )
 
 
-def apply(
-    layer: str,
-    inputs: jax.Array,
-    kernel: Nvfp4Tensor | RepackedWeight,
-    bias: jax.Array | None,
-    *,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
-    activation_scale: Any,
-    batch_invariant: bool,
-    out_dtype: DTypeLike | None = None,
-) -> jax.Array:
-    """`linear` with the dtype rules of Flax's dense layers.
+def cast_inputs(
+    layer: str, inputs: jax.Array, dtype: DTypeLike | None, param_dtype: DTypeLike
+) -> tuple[jax.Array, jnp.dtype]:
+    """The inputs as they are quantized, and the compute dtype, by the rules of Flax's dense layers.
 
     The compute dtype is `dtype` or, where that is None, what inputs and params promote to. Inputs
     are rounded to it only where it is narrower: widening would only lose the fact that they are 16
@@ -95,11 +85,4 @@ def apply(
         jnp.promote_types(inputs.dtype, compute) != compute
     ):
         inputs = inputs.astype(compute)
-    return functional.linear(
-        inputs,
-        kernel,
-        bias,
-        activation_scale=activation_scale,
-        out_dtype=out_dtype or compute,
-        batch_invariant=batch_invariant,
-    )
+    return inputs, compute

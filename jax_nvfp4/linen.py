@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.core import meta
 from flax.typing import Dtype, Initializer
 
-from jax_nvfp4 import _layer, numerics, params
+from jax_nvfp4 import _layer, functional, numerics, params
 from jax_nvfp4.tensor import Nvfp4Tensor
 
 COLLECTION = "quant"
@@ -107,15 +107,14 @@ class Nvfp4Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        scale = self._static_scale(inputs) if self.activation_scale == "static" else None
-        return _layer.apply(
-            "Nvfp4Dense",
+        inputs, compute = _layer.cast_inputs("Nvfp4Dense", inputs, self.dtype, self.param_dtype)
+        scale: Any = self.activation_scale
+        return functional.linear(
             inputs,
             kernel,
             bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            activation_scale=self.activation_scale if scale is None else scale,
+            activation_scale=self._static_scale(inputs) if scale == "static" else scale,
+            out_dtype=compute,
             batch_invariant=self.batch_invariant,
         )
 

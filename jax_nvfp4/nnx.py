@@ -180,12 +180,13 @@ class Nvfp4Linear(nnx.Module):
             (..., out_features).
 
         Raises:
-            TypeError: the kernel is not an NVFP4 weight.
+            TypeError: the kernel is not an NVFP4 weight, or a dtype is not one we compute in.
             ValueError: shapes do not go together.
         """
         inputs = jnp.asarray(inputs)
         kernel = _arrays(self.kernel)
         _layer.check_kernel("Nvfp4Linear", kernel, self.out_features, self.in_features)
+        inputs, compute = _layer.cast_inputs("Nvfp4Linear", inputs, self.dtype, self.param_dtype)
         scale: Any = self.activation_scale
         if scale == "static":
             if self.calibrating:
@@ -193,16 +194,13 @@ class Nvfp4Linear(nnx.Module):
                 self.input_amax[...] = amax
                 self.input_scale[...] = numerics.dynamic_scales(amax)[1]
             scale = self.input_scale[...]
-        return _layer.apply(
-            "Nvfp4Linear",
+        return functional.linear(
             inputs,
             kernel,
             None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
             activation_scale=scale,
+            out_dtype=self.preferred_element_type or compute,
             batch_invariant=self.batch_invariant,
-            out_dtype=self.preferred_element_type,
         )
 
 

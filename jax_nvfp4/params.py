@@ -54,11 +54,17 @@ def box_like(box: meta.AxisMetadata[Any], weight: Nvfp4Tensor) -> Nvfp4Tensor:
 
     Raises:
         TypeError: another kind of metadata, without axis names.
+        ValueError: it has not a name for each axis.
     """
     if not isinstance(box, meta.Partitioned):
         raise TypeError(
             f"the kernel's metadata is a {type(box).__name__}; only flax.linen.Partitioned and its "
             f"subclasses name their axes"
+        )
+    if len(box.names) != weight.ndim:
+        raise ValueError(
+            f"the kernel's metadata has the axis names {box.names}, and the kernel has "
+            f"{weight.ndim} axes"
         )
     *stacked, k_name, n_name = box.names
     names = {"data": (*stacked, n_name, k_name), "global_scale": tuple(stacked)}
@@ -68,6 +74,14 @@ def box_like(box: meta.AxisMetadata[Any], weight: Nvfp4Tensor) -> Nvfp4Tensor:
         return box.replace(value=leaf, names=names[path[-1].name])
 
     return jax.tree_util.tree_map_with_path(put, weight)
+
+
+def _key_name(key: Any) -> Any:
+    """The key of a dict, the name of an attribute or the index of an item."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
 
 
 def quantize_params(params: Any, where: Callable[[Path, Any], bool] = is_kernel) -> Any:
@@ -93,7 +107,7 @@ def quantize_params(params: Any, where: Callable[[Path, Any], bool] = is_kernel)
 
     def one(path: Any, leaf: Any) -> Any:
         nonlocal quantized
-        names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        names = tuple(str(_key_name(key)) for key in path)
         if isinstance(leaf, Nvfp4Tensor | RepackedWeight):
             return leaf
         boxed = isinstance(leaf, meta.AxisMetadata)

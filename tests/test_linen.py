@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
-from flax import serialization
+from flax import nnx, serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -86,6 +86,27 @@ def test_calibration_keeps_the_running_amax():
         y, nvfp4.linear(X, kernel, bias, activation_scale=jnp.float32(scales[2]))
     )
     np.testing.assert_array_equal(variables["quant"]["activation_amax"], jnp.abs(X * 3).max())
+
+
+def test_calibration_takes_the_maximum_of_what_is_quantized():
+    """Inputs are rounded to the dtype first; 1.999 becomes 2."""
+    x = jnp.full((2, 40), 1.999)
+    layer = nvfp4.Nvfp4Dense(8, dtype=jnp.bfloat16, activation_scale="static")
+    _, variables = layer.apply(layer.init(KEY, x), x, mutable=["quant"])
+    assert variables["quant"]["activation_amax"] == 2
+    linear = nvfp4.nnx.Nvfp4Linear(
+        40, 8, dtype=jnp.bfloat16, activation_scale="static", rngs=nnx.Rngs(0)
+    )
+    linear.calibrating = True
+    linear(x)
+    assert linear.input_amax[...] == 2
+
+
+def test_where_sees_paths():
+    seen = []
+    tree = {"a": [{"kernel": jnp.ones((16, 8))}], "b": jnp.ones(3)}
+    nvfp4.quantize_params(tree, where=lambda path, leaf: not seen.append(path) and leaf.ndim == 2)
+    assert seen == [("a", "0", "kernel"), ("b",)]
 
 
 def test_calibration_under_jit():
@@ -309,6 +330,11 @@ PARAMS = nn.Dense(8).init(KEY, X)
             ),
             TypeError,
             "got Partitioned .*must be unboxed",
+        ),
+        (
+            lambda: nvfp4.quantize_params({"kernel": nn.Partitioned(X, names=("a",))}),
+            ValueError,
+            r"axis names \('a',\), and the kernel has 2 axes",
         ),
         (lambda: nvfp4.quantize_params({"bias": X}), ValueError, "no leaf .* was chosen"),
         (
