@@ -50,3 +50,7 @@ def __getattr__(name: str) -> Any:
     if name == "nnx":
         return importlib.import_module("jax_nvfp4.nnx")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "nnx"})

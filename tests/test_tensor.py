@@ -20,6 +20,11 @@ SCALE = np.zeros((4, 2), ml_dtypes.float8_e4m3fn)
 ONE = np.float32(1)
 
 
+def test_what_is_imported_late_is_listed():
+    assert {*nvfp4.__all__, "nnx"} <= set(dir(nvfp4))
+    assert all(hasattr(nvfp4, name) for name in dir(nvfp4))
+
+
 def test_shapes_and_bytes():
     t = nvfp4.quantize(jnp.ones((3, 5, 100)))
     assert (t.shape, t.ndim) == ((3, 5, 100), 3)
