@@ -50,13 +50,13 @@ def _turns(x_dtype: str) -> tuple[GemmConfig, ...]:
 def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
     """Configs whose warpgroups each sum over all of a CTA's columns, in the same order in all.
 
-    Four stages for those that wait for memory: with two more in each of up to four CTAs a load
-    waits behind so many others that CTAs drift apart (28672x4096, 1 row: 24.8 us, with five stages
-    26.3, with six 27.4, with three 25.3).
+    Where CTAs crowd on the multiprocessors the kernel uses four of six stages (28672x4096, 1 row:
+    24.8 us, with five 26.3, with six 27.4, with three 25.3); a CTA of up to 16 rows needs six where
+    it is by itself (4096x7168, split in 2: 9.1 us, with four 10.2).
     """
     return (
         *(
-            _config("stream", x_dtype, rows, 64, 4, split_k=2, warpgroups=1, ctas_per_sm=4)
+            _config("stream", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
             for rows in smallest
         ),
         _config("stream", x_dtype, 32, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),

@@ -70,6 +70,9 @@ REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (2
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
 # What a CTA asks for that is to be alone on a multiprocessor.
 ALONE_BYTES = 116 * 1024
+# Stages that are used where CTAs that could do with more crowd on the multiprocessors: with more in
+# flight a load waits behind so many others that CTAs drift apart.
+CROWDED_STAGES = 4
 # Stages whose part of the weight is asked for before the kernel before has ended. Each takes time
 # to issue: with 4 the call is slower, with all of a ring by 0.7 us.
 STAGES_AHEAD = 2
@@ -102,6 +105,9 @@ class GemmSm90:
         self.producers = WARPGROUP if self.moves_registers else 32
         self.consumers = config.warpgroups * WARPGROUP
         self.threads = self.consumers + self.producers
+        self.may_crowd = (
+            config.ctas_per_sm > 1 and config.k_groups == 1 and config.stages > CROWDED_STAGES
+        )
         self.x_bytes = self.tile_m * TILE_K * 2
         self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
         self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16) + 16
@@ -238,7 +244,11 @@ class GemmSm90:
                         # would be placed in pairs on the others.
                         if ctas <= num_sms:
                             smem = Int32(max(self.smem_bytes, ALONE_BYTES))
-                    self.kernel(*arguments, split).launch(
+                    stages = Int32(self.stages)
+                    if const_expr(self.may_crowd):
+                        if 2 * ctas > self.config.ctas_per_sm * num_sms:
+                            stages = Int32(CROWDED_STAGES)
+                    self.kernel(*arguments, stages, split).launch(
                         grid=[ctas, 1, 1],
                         block=[self.threads, 1, 1],
                         cluster=[split, 1, 1],
@@ -267,9 +277,12 @@ class GemmSm90:
         w_scale_stride: Int32,
         bias_dtype: Int32,
         out_dtype: Int32,
+        stages: Int32,
         split: cutlass.Constexpr[int],
     ):
         """The device code; a cluster is `split` CTAs that share a tile."""
+        if const_expr(not self.may_crowd):
+            stages = self.stages
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         block = cute.arch.block_idx()[0]
@@ -319,7 +332,8 @@ class GemmSm90:
             if warp == self.consumers // 32:
                 self._produce(
                     tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
-                    m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
+                    m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
+                    x_scale_stride,
                 )  # fmt: skip
             if const_expr(split > 1):
                 cute.arch.cluster_wait()
@@ -330,7 +344,7 @@ class GemmSm90:
             self._consume(
                 x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
                 m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
-                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split,
+                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages, split,
             )  # fmt: skip
 
     def _n_tiles(self, n):
@@ -368,7 +382,8 @@ class GemmSm90:
     @cute.jit
     def _produce(
         self, tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
-        m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step,
+        m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
+        x_scale_stride,
     ):  # fmt: skip
         """The producer warp: fills the ring."""
         x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
@@ -386,7 +401,8 @@ class GemmSm90:
         base = ops.shared_address(buffers)
         # The last tile along N may reach past the weight's tiles of 128 rows.
         last_row = cute.ceil_div(n, layout.TILE_N) - 1
-        if first_tile < tiles:
+        # A launch that is not programmatic would do so for nothing.
+        if first_tile < tiles and x_scale_stride >= 0:
             _, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
             ahead = cutlass.min(k_count, min(STAGES_AHEAD, self.stages))
             for i in cutlass.range(ahead, unroll=1):
@@ -437,7 +453,7 @@ class GemmSm90:
                     tma_bar_ptr=full + stage,
                 )
                 stage += 1
-                if stage == self.stages:
+                if stage == stages:
                     stage = Int32(0)
                     phase ^= 1
 
@@ -451,7 +467,8 @@ class GemmSm90:
     def _consume(
         self, x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
         m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
-        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, split: cutlass.Constexpr[int],
+        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages,
+        split: cutlass.Constexpr[int],
     ):  # fmt: skip
         """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
         thread = cute.arch.thread_idx()[0]
@@ -487,7 +504,7 @@ class GemmSm90:
             sums.fill(0.0)
             stage, phase = self._multiply(
                 tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
-                k_count, stage, phase, k_group, exponent,
+                k_count, stages, stage, phase, k_group, exponent,
             )  # fmt: skip
             if const_expr(not early):
                 constants = self._constants(w_scale, bias, columns, bias_dtype)
@@ -519,7 +536,7 @@ class GemmSm90:
     @cute.jit
     def _multiply(
         self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
-        k_count, stage, phase, k_group, exponent,
+        k_count, stages, stage, phase, k_group, exponent,
     ):  # fmt: skip
         """Adds a tile's products to `sums`; returns the ring's state."""
         bf16 = self.dtype is BFloat16
@@ -582,7 +599,7 @@ class GemmSm90:
                 warpgroup.commit_group()
             last = stage
             stage += self.k_groups
-            if stage >= self.stages:
+            if stage >= stages:
                 stage = k_group
                 phase ^= 1
         warpgroup.wait_group(0)
