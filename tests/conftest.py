@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings for all tests; they must be in the environment before JAX is imported."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import pathlib
 import sys
@@ -25,13 +28,21 @@ def _resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
+def _free() -> None:
+    """Frees what JAX has compiled, and gives the memory back: malloc (glibc's) would keep it."""
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """JAX keeps every program that it compiles: a few gigabytes, if no test let go of them."""
     global _kept_bytes
     yield
     if "jax" in sys.modules and _resident_bytes() > _kept_bytes + _FORGET_BYTES:
-        sys.modules["jax"].clear_caches()
+        _free()
         _kept_bytes = _resident_bytes()
 
 
