@@ -29,7 +29,7 @@ def kernels_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list[tuple[str, ...]]:
-    """(target, kernels in their order, split of K) of each custom call in the graph of `linear`."""
+    """(target, kernels in their order, any split of K) of the custom calls of `linear`."""
     w = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
     packed = nvfp4.repack(nvfp4.quantize(w), arch)
     traced = jax.jit(lambda x: nvfp4.linear(x, packed, **options)).trace(jnp.zeros((m, K), dtype))
@@ -38,15 +38,15 @@ def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list
     for line in text.splitlines():
         if match := re.search(r"custom_call @jax_nvfp4_(\w+)\(", line):
             kernels = re.findall(r'kernel = "(\w+)"', line)
-            (split,) = re.findall(r"split_k = (\d+)", line)
-            found.append((match[1], *sorted(kernels, key=lambda name: "gemm" in name), split))
+            split = re.findall(r"split_k = (\d+)", line)
+            found.append((match[1], *sorted(kernels, key=lambda name: "gemm" in name), *split))
     return found
 
 
-@pytest.mark.parametrize("m", [1, 33, 64, 128, 300, 4096])
+@pytest.mark.parametrize("m", [1, 33, 64, 128, 512, 513, 4096])
 @pytest.mark.parametrize("arch", BLACKWELL)
 def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> None:
-    """One call quantizes and multiplies, and the table says by which config.
+    """One call quantizes and multiplies, for many rows two; the table says by which config.
 
     One scale for the tensor and one per token are the same for one row: no exchange is needed.
     """
@@ -56,7 +56,34 @@ def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> Non
     for scaling, kind in (("token", "rows"), ("tensor", tensor), (0.5, "flat")):
         found = calls(arch, m, activation_scale=scaling)
         quantize = f"quantize_{short}_{kind}_bf16"
-        assert found == [("linear", quantize, config.name, str(split))]
+        if m <= 512:
+            assert found == [("linear", quantize, config.name, str(split))]
+        else:
+            assert found == [("quantize", quantize), ("gemm", config.name, str(split))]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", *BLACKWELL])
+def test_layers_that_share_x_quantize_it_once_where_that_is_long(
+    kernels_built_in: None, arch: str
+) -> None:
+    """By what XLA leaves of the custom calls of two layers."""
+    rng = np.random.default_rng(0)
+    layers = [
+        nvfp4.repack(nvfp4.quantize(rng.standard_normal((N, K)).astype(np.float32)), arch)
+        for _ in range(2)
+    ]
+    linear_op = importlib.import_module("jax_nvfp4.ops.linear")
+    spec = linear_op.LinearSpec(arch, N, K, "token", False, "bfloat16", False)
+
+    def both(x: jax.Array) -> list[jax.Array]:
+        operands = [(w.data, w.block_scale, w.global_scale) for w in layers]
+        return [y for w in operands for y in linear_op._cuda(x, *w, spec=spec)]
+
+    for m, expected in ((512, ["linear"] * 2), (513, ["gemm", "gemm", "quantize"])):
+        # The targets are there on the CPU too, to be compiled and not to be run.
+        text = jax.jit(both).lower(jnp.zeros((m, K), jnp.bfloat16)).compile().as_text()
+        found = re.findall(r'custom_call_target="jax_nvfp4_(\w+)"', text)
+        assert sorted(found) == expected
 
 
 @pytest.mark.parametrize(("dtype", "short"), [("bfloat16", "bf16"), ("float16", "f16")])

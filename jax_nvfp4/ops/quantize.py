@@ -83,16 +83,16 @@ def kernel_mode(x: jax.Array, given: tuple[jax.Array, ...], mode: Mode) -> Kerne
 
 
 def kernel(
-    x: jax.Array, *given: jax.Array, mode: Mode, arch: str
+    x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes by a kernel of `arch`. Results as of `quantize`."""
+    """Quantizes by a kernel of `arch`. Results as of `ffi.quantize_call`."""
     of_kernel = kernel_mode(x, given, mode)
     data, block_scale, global_scale = ffi.quantize_call(
         x,
         given[0] if given else None,
         config=select_quantize(arch, x.dtype.name, of_kernel),
         mode=of_kernel,
-        out_format=OutFormat.LINEAR,
+        out_format=out_format,
         num_sms=backend.num_sms(arch),
     )
     return data, block_scale, global_scale.reshape(()) if mode == "tensor" else global_scale
@@ -102,7 +102,7 @@ def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     arch = backend.kernel_arch(None)
     if arch is None or x.size == 0:
         return _reference(x, *given, mode=mode)
-    return [*kernel(x, *given, mode=mode, arch=arch)]
+    return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
 
 
 def _factors(x: Any, *given: Any, mode: Mode) -> _partition.Factors:

@@ -343,7 +343,7 @@ def test_scratch():
 def test_modes_of_the_primitive(mode, given, m, k, kernel_mode):
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     operands = [x] if given is None else [x, jax.ShapeDtypeStruct(given, jnp.float32)]
-    call = functools.partial(call_kernel, mode=mode, arch="sm_90a")
+    call = functools.partial(call_kernel, mode=mode, arch="sm_90a", out_format=OutFormat.LINEAR)
     jaxpr = jax.make_jaxpr(call)(*operands)
     (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "ffi_call")
     assert dict(equation.params["attributes"])["mode"] == kernel_mode
