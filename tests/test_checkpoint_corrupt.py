@@ -235,6 +235,13 @@ def test_not_a_safetensors_file(content, tmp_path):
     refuse(path, "model.safetensors")
 
 
+def test_malformed_header(tmp_path):
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    refuse(path, "model.safetensors: ", "header")
+
+
 def test_pointer_of_git_lfs(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

@@ -158,7 +158,7 @@ def _why_not_whole(path: Path) -> str | None:
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if 8 + header_size + info["data_offsets"][1] > size:
                 return f"{path}: truncated in tensor {name!r}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return None
 
