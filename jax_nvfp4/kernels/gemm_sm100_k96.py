@@ -48,8 +48,8 @@ def copy_scale_tile(column, descriptor, *, loc=None, ip=None):
     llvm.inline_asm(
         None,
         [Int32(v).ir_value(loc=loc, ip=ip) for v in (column, descriptor)],
-        f"{{ .reg .b64 d; mov.b64 d, {{$1, {SCALES_HIGH}}}; "
-        "tcgen05.cp.cta_group::2.32x128b.warpx4 [$0], d; }",
+        f"{{\n.reg .b64 d;\nmov.b64 d, {{$1, {SCALES_HIGH}}};\n"
+        "tcgen05.cp.cta_group::2.32x128b.warpx4 [$0], d;\n}",
         "r,r,~{memory}",
         has_side_effects=True,
         loc=loc,
@@ -64,10 +64,10 @@ def mma(acc, a, b, instruction, sfa, sfb, accumulate, *, loc=None, ip=None):
     llvm.inline_asm(
         None,
         [Int32(v).ir_value(loc=loc, ip=ip) for v in operands],
-        "{ .reg .b64 a, b; .reg .pred p; setp.ne.b32 p, $6, 0; "
-        f"mov.b64 a, {{$1, {OPERAND_HIGH}}}; mov.b64 b, {{$2, {OPERAND_HIGH}}}; "
+        "{\n.reg .b64 a, b;\n.reg .pred p;\nsetp.ne.b32 p, $6, 0;\n"
+        f"mov.b64 a, {{$1, {OPERAND_HIGH}}};\nmov.b64 b, {{$2, {OPERAND_HIGH}}};\n"
         "tcgen05.mma.cta_group::2.kind::mxf4nvf4.block_scale.block16 "
-        "[$0], a, b, $3, [$4], [$5], p; }",
+        "[$0], a, b, $3, [$4], [$5], p;\n}",
         "r,r,r,r,r,r,r,~{memory}",
         has_side_effects=True,
         loc=loc,
