@@ -189,7 +189,11 @@ def test_persistent_ctas_work_through_all_tiles(config):
     launch = record_launches(path, ptx_of(config.name), arguments, GlobalMemory())
     assert launch[0].grid == (config.ctas_per_sm, 1, 1)
     run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
-    case.check(case.y[: case.m * case.n].reshape(case.m, case.n))
+    y = case.y[: case.m * case.n].reshape(case.m, case.n)
+    case.check(y)
+    # With multiprocessors for all tiles, where more stages may be in use, the bits are the same.
+    other = Case(config, config.tile_m + 2, 260, 320, out=1, bias=0)
+    np.testing.assert_array_equal(y, other.run())
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 16), (16, 0), (0, 0)])
