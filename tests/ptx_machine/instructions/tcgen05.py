@@ -405,7 +405,11 @@ def _cp(ctx: Context, ins: Instruction) -> Closure:
     def run(w) -> None:
         cta = w.cta
         _use_group(cta, size)
-        lane = w.first()
+        lanes_of_warp = w.lanes()
+        if lanes_of_warp.size != 1:
+            # An mma or a commit of one of the threads would not follow the others' copies.
+            raise Fault("tcgen05.cp issued by more than one thread")
+        lane = lanes_of_warp[0]
         base_lane, column = split_address(int(w.R[slot][lane]) + offset)
         desc = decode_blackwell(int(w.R[desc_slot][lane]))
         index = chunk_index(desc, True, rows, bits // 8, 1)
