@@ -2,7 +2,6 @@
 """The functional API: checks what the user gave, once, and calls the operations."""
 
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -114,17 +113,10 @@ def quantize(
                 f"got shape {given.shape}"
             )
 
-    def flat(x: jax.Array, given: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        given = given.reshape(-1) if given is not None and given.ndim else given
-        data, block_scale, scale = ops.quantize(x.reshape(math.prod(rows), k), given, mode=mode)
-        return (
-            data.reshape(*rows, data.shape[-1]),
-            block_scale.reshape(*rows, block_scale.shape[-1]),
-            scale.reshape(rows) if scale.ndim else scale,
-        )
-
     parts = explicit.call(
-        flat, (x, given), lambda: explicit.quantized(x, given, scaling == "token")
+        functools.partial(ops.quantize, mode=mode),
+        (x, given),
+        lambda: explicit.quantized(x, given, scaling == "token"),
     )
     return Nvfp4Tensor(*parts, k=k)
 
@@ -278,8 +270,7 @@ def linear(
         ValueError: shapes do not go together, or activation_scale has an unknown value.
     """
     x = _as_float_array("x", x, min_ndim=1)
-    rows, k = x.shape[:-1], x.shape[-1]
-    n, arch = _check_weight(weight, k)
+    n, arch = _check_weight(weight, x.shape[-1])
     if bias is not None:
         bias = _as_float_array("bias", bias, min_ndim=0)
         if bias.shape != (n,):
@@ -292,21 +283,16 @@ def linear(
     spec = ops.LinearSpec(
         arch=arch,
         n=n,
-        k=k,
+        k=x.shape[-1],
         activation=mode,
         has_bias=bias is not None,
         out_dtype=out_dtype.name,
         batch_invariant=bool(batch_invariant),
     )
     leaves = (weight.data, weight.block_scale, weight.global_scale)
-
-    def flat(
-        x: jax.Array, leaves: Any, bias: jax.Array | None, given: jax.Array | None
-    ) -> tuple[jax.Array]:
-        y = ops.linear(x.reshape(math.prod(rows), k), leaves, bias, given, spec)
-        return (y.reshape(*rows, n),)
-
     (y,) = explicit.call(
-        flat, (x, leaves, bias, given), lambda: explicit.multiplied(x, weight.data, n)
+        lambda x, leaves, bias, given: (ops.linear(x, leaves, bias, given, spec),),
+        (x, leaves, bias, given),
+        lambda: explicit.multiplied(x, weight.data, n),
     )
     return y

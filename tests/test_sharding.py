@@ -416,6 +416,32 @@ def test_vmap_and_leading_axes(mesh):
         assert moved == []
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("axes", ["x", ("x", "y")])
+def test_a_leading_axis_behind_a_whole_one_is_divided(mesh, activation, axes):
+    x, w, spec = X.reshape(2, 8, K), weight(ARCHES[-1]), P(None, axes)
+    f = functools.partial(nvfp4.linear, activation_scale=activation)
+    y, moved = run(f, put(mesh, x, spec), w)
+    np.testing.assert_allclose(y, f(x, w), rtol=1e-5, atol=1e-4)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    amax = activation == "tensor" and parts(mesh, axes) > 1
+    assert moved == ([("all-reduce", "f32[]")] if amax else [])
+
+    dx, moved = run(jax.grad(lambda x: f(x, w).sum()), put(mesh, x, spec))
+    np.testing.assert_allclose(dx, jax.grad(lambda x: f(x, w).sum())(x), rtol=1e-5, atol=1e-4)
+    assert moved == []
+
+
+@pytest.mark.parametrize("how", [{}, {"scaling": "token"}, {"global_scale": 0.01}])
+def test_a_leading_axis_behind_a_whole_one_is_divided_when_it_is_quantized(mesh, how):
+    x, spec = X.reshape(2, 8, K), P(None, "x")
+    f = functools.partial(nvfp4.quantize, **how)
+    t, moved = run(f, put(mesh, x, spec))
+    assert_same(t, f(x))
+    assert t.data.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    assert moved == ([("all-reduce", "f32[]")] if not how and parts(mesh, "x") > 1 else [])
+
+
 def test_scan_over_layers(mesh):
     ws = jax.vmap(nvfp4.quantize)(KERNEL.reshape(4, K, K))
     f = lambda x, ws: jax.lax.scan(lambda x, w: (nvfp4.linear(x, w), None), x, ws)[0]  # noqa: E731

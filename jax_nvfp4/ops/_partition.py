@@ -126,6 +126,16 @@ class Factors:
         return axes
 
 
+def leading(x: Any) -> tuple[str, ...]:
+    """A factor for each axis of x (..., K) but the last."""
+    return tuple(f"m{i}" for i in range(x.ndim - 1))
+
+
+def mesh_axes(axes: Axes, factors: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes over which any of the factors is divided."""
+    return tuple(a for f in factors for a in axes.get(f, ()))
+
+
 def _is_product(axis: Any) -> bool:
     return not isinstance(axis, str)
 

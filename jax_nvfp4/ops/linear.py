@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear primitive: quantize the rows of x as asked, multiply by an NVFP4 weight, add a bias.
 
-One primitive holds the activation quantization and the GEMM, so that a batch axis folds into the
-rows of both. Its derivative is straight-through: that of `x @ dequantize(weight).T + bias`.
+One primitive holds the activation quantization and the GEMM, so that a batch axis joins the rows of
+both. Its derivative is straight-through: that of `x @ dequantize(weight).T + bias`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,18 +55,18 @@ def linear(
     given: jax.Array | None,
     spec: LinearSpec,
 ) -> jax.Array:
-    """`y = alpha * (x_q @ w_q.T) + bias` for a matrix x.
+    """`y = alpha * (x_q @ w_q.T) + bias`.
 
     Args:
-        x: (M, K), f32, bf16 or f16.
+        x: (..., K), f32, bf16 or f16. Its axes stay apart, for each may be divided over devices.
         weight: data, block_scale, global_scale (() or (N,)) in the order of `spec.arch`.
         bias: (N,) or None.
-        given: the activations' global scale or amax, () or (M,); None where `spec.activation`
+        given: the activations' global scale or amax, () or (...); None where `spec.activation`
             needs none.
         spec: the rest.
 
     Returns:
-        (M, N) of `spec.out_dtype`.
+        (..., N) of `spec.out_dtype`.
     """
     operands = _joined(x, weight, bias, () if given is None else (given,))
     (y,) = _primitive.bind(linear_p, *operands, spec=spec)
@@ -89,8 +90,21 @@ def _split(
 
 
 def _abstract(*operands: Any, spec: LinearSpec) -> list[Any]:
-    shape = (operands[0].shape[0], spec.n)
+    shape = (*operands[0].shape[:-1], spec.n)
     return [_primitive.out_aval(shape, spec.out_dtype, operands[0])]
+
+
+def _of_matrix(function: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array]]:
+    """An implementation for a matrix x as one for an x with any leading axes."""
+
+    def implementation(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+        x, weight, bias, given = _split(operands, spec)
+        *rows, k = x.shape
+        matrix = x.reshape(math.prod(rows), k)
+        (y,) = function(*_joined(matrix, weight, bias, quantize_op.flat(given)), spec=spec)
+        return [y.reshape(*rows, spec.n)]
+
+    return implementation
 
 
 # ---- Reference ----------------------------------------------------------------------------------
@@ -263,8 +277,9 @@ def _factors(*operands: Any, spec: LinearSpec) -> _partition.Factors:
     """
     x, (data, block_scale, w_scale), bias, given = _split(operands, spec)
     in_order = spec.arch in (None, REFERENCE)
-    sizes = {"m": x.shape[0]}
-    divisible = ["m"]
+    of_x = _partition.leading(x)
+    sizes = dict(zip(of_x, x.shape, strict=False))
+    divisible = [*of_x]
     rows: Any = "n"
     if in_order:
         sizes["n"] = spec.n
@@ -294,14 +309,14 @@ def _factors(*operands: Any, spec: LinearSpec) -> _partition.Factors:
             sizes[of_scales[-1]] = size
     return _partition.Factors(
         operands=(
-            ("m", columns),
+            (*of_x, columns),
             tuple(of_data),
             tuple(of_scales),
             (rows,) if w_scale.ndim else (),
             *([(rows,)] if bias is not None else []),
-            *(("m",) if g.ndim else () for g in given),
+            *(of_x if g.ndim else () for g in given),
         ),
-        results=(("m", rows),),
+        results=((*of_x, rows),),
         sizes=sizes,
         divisible=tuple(divisible),
     )
@@ -319,7 +334,7 @@ def _part(
     over_k = axes.get("blocks", ())
     mode = spec.activation
     if mode is not None:
-        given, mode = quantize_op.of_part(x, given, mode, axes["m"], over_k)
+        given, mode = quantize_op.of_part(x, given, mode, axes)
     part = dataclasses.replace(
         spec,
         n=spec.n // parts.get("n", 1),
@@ -346,16 +361,13 @@ def _batch(
 
     x, weight, bias, given = _split(operands, spec)
     x_dim, _, _, given_dims = _split(dims, spec)
-    size = _primitive.batch_size(operands, dims)
     mode = spec.activation
     if mode is None:
-        rows = _primitive.to_front(x, x_dim)
-        rows = rows.reshape(size * rows.shape[1], spec.k)
+        x = _primitive.to_front(x, x_dim)
     else:
-        rows, given, mode = quantize_op.fold_rows((x, *given), (x_dim, *given_dims), mode)
-    folded = dataclasses.replace(spec, activation=mode)
-    y = linear(rows, weight, bias, given[0] if given else None, folded)
-    return [y.reshape(size, rows.shape[0] // size, spec.n)], [0]
+        x, given, mode = quantize_op.with_batch((x, *given), (x_dim, *given_dims), mode)
+    whole = dataclasses.replace(spec, activation=mode)
+    return [linear(x, weight, bias, given[0] if given else None, whole)], [0]
 
 
 def _jvp(
@@ -384,17 +396,17 @@ def _ste_abstract(
     v: Any, *weight: Any, transposed: bool, dtype: str, spec: LinearSpec
 ) -> list[Any]:
     columns = spec.k if transposed else spec.n
-    return [_primitive.out_aval((v.shape[0], columns), dtype, v)]
+    return [_primitive.out_aval((*v.shape[:-1], columns), dtype, v)]
 
 
 def _ste_impl(
     v: jax.Array, *weight: jax.Array, transposed: bool, dtype: str, spec: LinearSpec
 ) -> list[jax.Array]:
-    """v (M, K) @ dequantize(w).T or, transposed, v (M, N) @ dequantize(w), as `dtype`."""
+    """v (..., K) @ dequantize(w).T or, transposed, v (..., N) @ dequantize(w), as `dtype`."""
     data, block_scale, w_scale = _canonical((weight[0], weight[1], weight[2]), spec)
     w = numerics.dequantize(data, block_scale, w_scale if w_scale.ndim == 0 else w_scale[:, None])
     w = w[:, : spec.k]
-    contract = (((1,), (0 if transposed else 1,)), ((), ()))
+    contract = (((v.ndim - 1,), (0 if transposed else 1,)), ((), ()))
     product = lax.dot_general(v.astype(jnp.float32), w, contract, precision=lax.Precision.HIGHEST)
     return [product.astype(dtype)]
 
@@ -427,9 +439,9 @@ def _ste_transpose(
 linear_p = _primitive.define(
     "nvfp4_linear",
     abstract=_abstract,
-    reference=_reference,
+    reference=_of_matrix(_reference),
     batch=_batch,
-    cuda=_cuda,
+    cuda=_of_matrix(_cuda),
     partitioning=_partition.Partitioning(_factors, _part),
 )
 ad.primitive_jvps[linear_p] = _jvp

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantize primitive: rows of 16-element blocks, with one of four sources of global scale."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,16 +23,16 @@ scale, or a given amax (of data of which x is a part)."""
 def quantize(
     x: jax.Array, given: jax.Array | None = None, *, mode: Mode
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes the rows of a matrix.
+    """Quantizes the rows of an array.
 
     Args:
-        x: (M, K), f32, bf16 or f16.
-        given: float32 () or (M,), the global scale ("static") or the amax ("amax").
+        x: (..., K), f32, bf16 or f16. Its axes stay apart, for each may be divided over devices.
+        given: float32 () or (...), the global scale ("static") or the amax ("amax").
         mode: the source of the global scale.
 
     Returns:
-        data uint8 (M, ceil(K/16)*8), block_scale float8_e4m3fn (M, ceil(K/16)), and global_scale
-        float32, () or (M,).
+        data uint8 (..., ceil(K/16)*8), block_scale float8_e4m3fn (..., ceil(K/16)), and
+        global_scale float32, () or (...).
     """
     operands = (x,) if given is None else (x, given)
     data, block_scale, global_scale = _primitive.bind(quantize_p, *operands, mode=mode)
@@ -49,12 +50,12 @@ def scales(x: jax.Array, *given: jax.Array, mode: Mode) -> tuple[jax.Array, jax.
 
 
 def _abstract(x: Any, *given: Any, mode: Mode) -> list[Any]:
-    m, k = x.shape
+    *rows, k = x.shape
     blocks = -(-k // numerics.BLOCK)
-    scale_shape = given[0].shape if given else ((m,) if mode == "token" else ())
+    scale_shape = given[0].shape if given else (rows if mode == "token" else ())
     return [
-        _primitive.out_aval((m, blocks * 8), jnp.uint8, x),
-        _primitive.out_aval((m, blocks), jnp.float8_e4m3fn, x),
+        _primitive.out_aval((*rows, blocks * 8), jnp.uint8, x),
+        _primitive.out_aval((*rows, blocks), jnp.float8_e4m3fn, x),
         _primitive.out_aval(scale_shape, jnp.float32, x),
     ]
 
@@ -85,7 +86,7 @@ def kernel_mode(x: jax.Array, given: tuple[jax.Array, ...], mode: Mode) -> Kerne
 def kernel(
     x: jax.Array, *given: jax.Array, mode: Mode, arch: str, out_format: OutFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes by a kernel of `arch`. Results as of `ffi.quantize_call`."""
+    """Quantizes a matrix by a kernel of `arch`. Results as of `ffi.quantize_call`."""
     of_kernel = kernel_mode(x, given, mode)
     data, block_scale, global_scale = ffi.quantize_call(
         x,
@@ -102,35 +103,44 @@ def _cuda(x: jax.Array, *given: jax.Array, mode: Mode) -> list[jax.Array]:
     arch = backend.kernel_arch(None)
     if arch is None or x.size == 0:
         return _reference(x, *given, mode=mode)
-    return [*kernel(x, *given, mode=mode, arch=arch, out_format=OutFormat.LINEAR)]
+    *rows, k = x.shape
+    results = kernel(
+        x.reshape(math.prod(rows), k),
+        *flat(given),
+        mode=mode,
+        arch=arch,
+        out_format=OutFormat.LINEAR,
+    )
+    return [r.reshape(*rows, *r.shape[1:]) if r.ndim else r for r in results]
+
+
+def flat(given: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """A given scale, if any, for the rows of x as a matrix."""
+    return tuple(g.reshape(-1) if g.ndim else g for g in given)
 
 
 def _factors(x: Any, *given: Any, mode: Mode) -> _partition.Factors:
     """Rows may be divided, and columns where shards hold whole blocks."""
-    m, k = x.shape
+    rows, k = _partition.leading(x), x.shape[-1]
     blocks = -(-k // numerics.BLOCK)
     per_row = given[0].shape if given else mode == "token"
-    scale: tuple[Any, ...] = ("m",) if per_row else ()
-    sizes = {"m": m, "blocks": blocks, "codes": 8}
+    scale = rows if per_row else ()
+    sizes = {**dict(zip(rows, x.shape, strict=False)), "blocks": blocks, "codes": 8}
     columns: Any = "k"
     if k % numerics.BLOCK == 0:
         columns, sizes["elements"] = ("blocks", "elements"), numerics.BLOCK
     else:
         sizes["k"] = k
     return _partition.Factors(
-        operands=(("m", columns), *(scale for _ in given)),
-        results=(("m", ("blocks", "codes")), ("m", "blocks"), scale),
+        operands=((*rows, columns), *(scale for _ in given)),
+        results=((*rows, ("blocks", "codes")), (*rows, "blocks"), scale),
         sizes=sizes,
-        divisible=("m", "blocks") if k % numerics.BLOCK == 0 else ("m",),
+        divisible=(*rows, "blocks") if k % numerics.BLOCK == 0 else rows,
     )
 
 
 def of_part(
-    x: jax.Array,
-    given: tuple[jax.Array, ...],
-    mode: Mode,
-    rows: tuple[str, ...],
-    columns: tuple[str, ...],
+    x: jax.Array, given: tuple[jax.Array, ...], mode: Mode, axes: _partition.Axes
 ) -> tuple[tuple[jax.Array, ...], Mode]:
     """The scale with which a device quantizes its part of x to the bits of the whole.
 
@@ -141,12 +151,13 @@ def of_part(
         x: the part.
         given: the scale of the whole, or of the part's rows, if any.
         mode: of the quantization of the whole.
-        rows: mesh axes over which the rows of x are divided.
-        columns: mesh axes over which its columns are divided.
+        axes: mesh axes over which x is divided.
 
     Returns:
         `given` and `mode` for the part: an amax that is not that of the part alone is given.
     """
+    columns = axes.get("blocks", ())
+    rows = _partition.mesh_axes(axes, _partition.leading(x))
     shared = (*rows, *columns) if mode == "tensor" else columns if mode == "token" else ()
     if not shared:
         return given, mode
@@ -163,54 +174,58 @@ def _part(
 ) -> list[jax.Array]:
     del parts
     x, *given = operands
-    used, mode = of_part(x, tuple(given), mode, axes["m"], axes.get("blocks", ()))
+    used, mode = of_part(x, tuple(given), mode, axes)
     return quantize_p.bind(x, *used, mode=mode)
 
 
-def fold_rows(
+def with_batch(
     args: tuple[Any, ...], dims: tuple[int | None, ...], mode: Mode
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Mode]:
-    """Folds a batch axis of x and its given scale into the rows.
+    """Makes a batch axis the first axis of x and of its given scale.
 
     Args:
-        args: x (M, K), and perhaps the given scale, with a batch axis where `dims` says so.
+        args: x (..., K), and perhaps the given scale, with a batch axis where `dims` says so.
         dims: the batch axis of each, or None.
         mode: the mode of each element of the batch.
 
     Returns:
-        x of shape (B*M, K), the given scale of shape (B*M,) if any, and the mode that quantizes
-        those rows to the same bits.
+        x of shape (B, ..., K), the given scale of shape () or (B, ...) if any, and the mode that
+        quantizes those rows to the same bits.
     """
     size = _primitive.batch_size(args, dims)
     x = _primitive.to_front(args[0], dims[0])
     if dims[0] is None:
         x = jnp.broadcast_to(x, (size, *x.shape))
-    m, k = x.shape[1:]
     given = [_primitive.to_front(a, d) for a, d in zip(args[1:], dims[1:], strict=True)]
+    mapped = [d is not None for d in dims[1:]]
     if mode == "tensor":
-        given, mode = [numerics.amax(x, axis=(1, 2))], "amax"
-        rows = [jnp.broadcast_to(g[:, None], (size, m)) for g in given]
-    else:
-        per_batch = [g if d is not None else g[None] for g, d in zip(given, dims[1:], strict=True)]
-        rows = [jnp.broadcast_to(g if g.ndim == 2 else g[:, None], (size, m)) for g in per_batch]
-    return x.reshape(size * m, k), tuple(g.reshape(size * m) for g in rows), mode
+        given, mapped, mode = [_amax_of_each(x)], [True], "amax"
+    rows = x.shape[:-1]
+
+    def for_rows(scale: jax.Array, mapped: bool) -> jax.Array:
+        if mapped and scale.ndim == 1:  # one for each element of the batch
+            scale = scale.reshape(size, *[1] * (len(rows) - 1))
+        return jnp.broadcast_to(scale, rows) if scale.ndim else scale
+
+    return x, tuple(map(for_rows, given, mapped)), mode
+
+
+def _amax_of_each(x: jax.Array) -> jax.Array:
+    """The amax of each element of a batch."""
+    return numerics.amax(x, axis=tuple(range(1, x.ndim)))
 
 
 def _batch(args: tuple[Any, ...], dims: tuple[int | None, ...], *, mode: Mode) -> tuple[Any, Any]:
-    size = _primitive.batch_size(args, dims)
-    x, given, row_mode = fold_rows(args, dims, mode)
+    x, given, row_mode = with_batch(args, dims, mode)
     data, block_scale, row_scale = quantize_p.bind(x, *given, mode=row_mode)
-    m = x.shape[0] // size
-    data, block_scale = (a.reshape(size, m, a.shape[-1]) for a in (data, block_scale))
     if mode == "static":
         global_scale, dim = args[1], dims[1]
     elif mode == "amax":
         global_scale, dim = numerics.dynamic_scales(args[1])[1], dims[1]
     elif mode == "token":
-        global_scale, dim = row_scale.reshape(size, m), 0
+        global_scale, dim = row_scale, 0
     else:
-        largest = numerics.amax(_primitive.to_front(args[0], dims[0]), axis=(1, 2))
-        global_scale, dim = numerics.dynamic_scales(largest)[1], 0
+        global_scale, dim = numerics.dynamic_scales(_amax_of_each(x))[1], 0
     return [data, block_scale, global_scale], [0, 0, dim]
 
 
