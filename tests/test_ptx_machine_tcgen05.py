@@ -392,6 +392,57 @@ def test_bf16_mma_accumulates(m):
         np.testing.assert_allclose(out[lanes], expected, rtol=1e-5, atol=1e-5)
 
 
+def two_mmas(first, second, waited, fence=True):
+    """Two bf16 mma of one thread, each (address in tensor memory, m, n), in one order or another.
+
+    `waited`: the first is committed, and its barrier waited for, with or without a `fence` after.
+    """
+    image = tiles_image([(0, np.zeros(49152, np.uint8))])
+    wait = COMMIT.replace("WAIT", "WAIT0").replace("GO", "GO0") + "bar.sync 0;\n"
+    wait = wait if fence else wait.replace("tcgen05.fence::after_thread_sync;", "")
+    for seed in SEEDS:
+        body = fill(ALLOC, g=1, columns=64) + fill(STAGE, rank="")
+        body += "ld.param.u64 %rd10, [p1]; ld.param.u64 %rd11, [p2]; setp.ne.u32 %p5, %r1, %r1;\n"
+        for i, (address, m, n) in enumerate((first, second)):
+            body += f"add.u32 %r9, %r3, {address}; mov.b32 %r17, {dense_idesc(m, n)};\n"
+            body += "@%p2 tcgen05.mma.cta_group::1.kind::f16 [%r9], %rd10, %rd11, %r17, %p5;\n"
+            body += wait if waited and i == 0 else ""
+        body += COMMIT.replace("[%r4], 0;", "[%r4], 1;") if waited else COMMIT
+        body += fill(FREE, g=1, columns=64)
+        text = kernel(body, ["u64"] * 3, shared=SHARED)
+        operands = [blackwell(BASE + at, 1024, 16, 2) for at in (A_AT, B_AT)]
+        run(text, [image, *operands], block=128, schedule_seed=seed)
+
+
+LOWER_HALVES = 16 << 16
+
+
+@pytest.mark.parametrize(
+    ("second", "alike"),
+    [((0, 128, 32), True), ((32, 128, 32), True), ((0, 128, 16), False), ((0, 128, 48), False),
+     ((16, 128, 32), False), ((0, 64, 32), False), ((LOWER_HALVES, 64, 32), False)],
+    ids=["same", "apart", "narrower", "wider", "overlapping", "fewer-rows", "other-lanes"],
+)  # fmt: skip
+def test_order_of_mmas_on_the_same_columns(second, alike):
+    """Two mma run in the order of their issue if they have one accumulator and shape."""
+    first = (0, 128, 32)
+    two_mmas(first, second, waited=True)
+    if alike:
+        two_mmas(first, second, waited=False)
+        return
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(PtxRuntimeError, match=r"mma writes .* another accumulator or shape"):
+            two_mmas(one, other, waited=False)
+    with pytest.raises(PtxRuntimeError, match=r"no tcgen05\.fence::after_thread_sync"):
+        two_mmas(first, second, waited=True, fence=False)
+
+
+def test_mmas_on_different_lanes_need_no_order():
+    """With M = 64 an accumulator takes 16 of each 32 lanes: another one may take the rest."""
+    two_mmas((0, 64, 32), (LOWER_HALVES, 64, 16), waited=False)
+    two_mmas((LOWER_HALVES, 64, 16), (0, 64, 32), waited=False)
+
+
 def test_nvfp4_mma_of_a_cta_pair():
     """M = 256: each CTA holds 128 rows of A and half of B; both hold all scales of B."""
     n = 128

@@ -186,6 +186,11 @@ class TensorAccesses:
         self.pending_store = np.zeros((4, 512), np.int32)
         self.stores = np.zeros((4, 512), np.uint32)
         self.access = np.zeros((4, 512), np.uint32)  # the last ld or st, as a generic access
+        # The last mma to write a column, by half of each 16 of 32 lanes: its stamp, and what its
+        # accumulator is (a number for each, in the order they came).
+        self.mma = np.zeros((2, 512), np.uint32)
+        self.accumulator = np.zeros((2, 512), np.int32)
+        self.accumulators: dict[tuple, int] = {}
 
     def check(self, codes: np.ndarray, w: Warp, me: int, action: str, did: str, cure: str) -> None:
         """Raises if a stamp is not ordered before a tcgen05 operation of the warp."""
@@ -260,6 +265,32 @@ class TensorAccesses:
         np.add.at(self.pending_use, used, 1)
         np.add.at(self.pending_write, written, 1)
 
+    def mma_issued(
+        self, halves: slice, written: np.ndarray, accumulator: tuple, w: Warp, code: int
+    ) -> None:
+        """A warp issues an mma: one on the same columns before it must be done, or be alike.
+
+        Of asynchronous tcgen05 operations only certain pairs run in the order of their issue. Two
+        mma do if they have the same accumulator and shape (and kind and CTA group); for others
+        their order needs a commit, and a wait for it (PTX ISA, "tcgen05 Memory Consistency Model",
+        on pipelined instructions).
+
+        Args:
+            halves: rows of ``mma``: those of the lanes that D takes.
+            written: columns of D.
+            accumulator: all that has to be alike.
+            w: the warp.
+            code: the mma's stamp.
+        """
+        number = self.accumulators.setdefault(accumulator, len(self.accumulators) + 1)
+        codes = self.mma[halves, written][self.accumulator[halves, written] != number]
+        if codes.size:
+            self.check(
+                codes, w, -1, "tcgen05.mma writes", "uses",
+                "that mma has another accumulator or shape, and no commit was waited for between",
+            )  # fmt: skip
+        self.mma[halves, written], self.accumulator[halves, written] = code, number
+
     def check_overwrite(self, written: np.ndarray, w: Warp, what: str) -> None:
         """Raises if loads of columns are under way or not ordered before what the warp does."""
         if self.pending_load[:, written].any():
@@ -293,7 +324,7 @@ class TensorAccesses:
     def freed(self, columns: slice) -> None:
         for codes in (self.use, self.write):
             codes[columns] = 0
-        for codes in (self.load, self.stores, self.access):
+        for codes in (self.load, self.stores, self.access, self.mma):
             codes[:, columns] = 0
 
 

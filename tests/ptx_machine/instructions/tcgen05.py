@@ -723,10 +723,13 @@ def _mma(ctx: Context, ins: Instruction) -> Closure:
         used, written = _columns_used(idesc, size, d_column, sf, block, a_value if a_tensor else -1)
         queue = cta.cluster.agents.tensor_queue(cta.rank)
         code = next_stamp(cta)
+        shape = (d_lane, d_column, idesc.m, idesc.n, idesc.k, kind, size)
+        halves = slice(d_lane // 16, d_lane // 16 + 1) if idesc.m == 64 else slice(0, 2)
         for target in ctas:
             if a_index is not None:
                 check_operand(target.shared, a_index, w, "tcgen05.mma reads A")
             check_operand(target.shared, b_index, w, "tcgen05.mma reads B")
+            target.tensor.accesses.mma_issued(halves, written, shape, w, code)
             target.tensor.accesses.operation_issued(used, written, w, queue, "tcgen05.mma")
             if a_index is not None:
                 target.shared.accesses.pending[a_index] += 1
