@@ -30,6 +30,7 @@ from gemm_blackwell import (
     launches,
     ptx_of,
     quantize,
+    quantize_by_kernel,
     random_values,
     runs,
 )
@@ -49,6 +50,19 @@ EXECUTED = [
     if config not in (sm100.PAIR_256, sm100.PAIR_256_K96)
 ]
 EPILOGUES = [(c, split) for c, split in SPLITS if c.arch != "sm_103a"]  # its are those of sm_100f
+
+
+@pytest.mark.parametrize("arch", ["sm_100f", "sm_120f"])
+@pytest.mark.parametrize("scaling", ["tensor", "token", "unit"])
+@pytest.mark.parametrize("out_format", [OutFormat.OPERAND, OutFormat.LINEAR])
+def test_operands_are_what_the_quantize_kernels_write(arch, scaling, out_format):
+    """Padding and a bad block among them; the other tests here start from the oracle's."""
+    for m, k in ((70, 330), (1, 1), (5, 40), (130, 64)):
+        values = random_values(m, k, 0, bad_row=m // 2)
+        written = quantize_by_kernel(arch, values, scaling, out_format)
+        for made, kernels in zip(quantize(values, scaling, out_format)[:3], written, strict=True):
+            assert (made.shape, made.dtype) == (kernels.shape, kernels.dtype)
+            assert np.array_equal(made.view(np.uint8), kernels.view(np.uint8))
 
 
 @pytest.mark.parametrize(("config", "case"), runs(CONFIGS), ids=label)
@@ -74,7 +88,8 @@ def test_the_cases_have_each_property(config, named):
 def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out, split):
     """A bias on a tie of y's dtype: the product, however small, decides which way."""
     for n in (136, 75):  # rows of y that are stored whole, and element by element
-        case = Case(5, n, 600, sms=split, split=split, out=out, bias=F32, w_scaling="token")
+        m = config.tile_m - 3  # so that each element of a thread has a row of y
+        case = Case(m, n, 600, sms=split, split=split, out=out, bias=F32, w_scaling="token")
         problem = Problem(config, case)
         rng = np.random.default_rng(out)
         size = np.logspace(-10, -3, n, dtype=np.float32) / np.float32(300)
@@ -114,9 +129,7 @@ def test_rows_do_not_depend_on_the_batch(config, split):
     for rows in (np.random.default_rng(0).permutation(case.m)[:40], np.array([140])):
         part = Problem(config, dataclasses.replace(case, m=len(rows)))
         if config.x_dtype == "e2m1":
-            part.x, part.sfx, part.x_scale = quantize(
-                config.arch, values[rows], "token", OutFormat.OPERAND
-            )
+            part.x, part.sfx, part.x_scale, _ = quantize(values[rows], "token", OutFormat.OPERAND)
         else:
             part.x, part.x_scale = whole.x[rows], whole.x_scale[rows]
         assert np.array_equal(part.run(), y[rows])

@@ -56,6 +56,7 @@ class Program:
             context.build(i, ins) for i, ins in enumerate(function.instructions)
         ]
         self.code.append(lambda w: w.exit_lanes())
+        self.noting: tuple[set[int], list[Closure]] | None = None  # the code with coverage on
         self.initial = context.initial
         self.params: dict[str, tuple[int, int]] = {}
         offset = 0
@@ -440,7 +441,6 @@ class Machine:
         self.num_sms = max(1, min(132, grid[0] * grid[1] * grid[2]))
         self.clock = 0
         self.cancelled: set = set()
-        self.noting: dict[Program, list[Closure]] = {}
         self.coverage: set[int] | None = None
         self.next_cluster = iter(())
         self.waits_for_launch = any(
@@ -501,13 +501,14 @@ class Machine:
         """The closures of a function; with coverage on, they note their line when they run."""
         if self.coverage is None:
             return program.code
-        if program not in self.noting:
+        if program.noting is None or program.noting[0] is not self.coverage:
             lines = [ins.line for ins in program.function.instructions]
-            self.noting[program] = [
+            noting = [
                 _noting(closure, line, self.coverage)
                 for closure, line in zip(program.code, [*lines, 0], strict=True)
             ]
-        return self.noting[program]
+            program.noting = self.coverage, noting  # runs of a test have a set in common
+        return program.noting[1]
 
     def progress(self) -> None:
         """Something happened that a spinning warp may be waiting for."""
