@@ -136,6 +136,33 @@ def test_directed_rounding(mode, expected):
     assert negative == [{"rm": -(1 + 2.0**-23)}.get(mode, -1.0)]
 
 
+@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
+def test_the_sign_of_a_sum_of_zero(mode):
+    """IEEE 754: toward minus infinity a sum of zero is -0, unless of +0 and +0; else +0."""
+    a, b = F32([1, -1, 0.0, 0.0, -0.0, -0.0]), F32([-1, 1, 0.0, -0.0, 0.0, -0.0])
+    expected = [mode == "rm"] * 2 + [False, mode == "rm", mode == "rm", True]
+    minus, ones = F32(-b), F32([1] * 6)
+    packed = lambda v: np.stack([v, v[::-1]], 1).copy().view(np.uint64)[:, 0]  # noqa: E731
+    for name, operands in (("add", (a, b)), ("sub", (a, minus)), ("fma", (a, ones, b)),
+                           ("fma", (-ones, -a, b))):  # fmt: skip
+        arguments = ", ".join(f"{{a{i}}}" for i in range(len(operands)))
+        for ftz in ("", ".ftz"):
+            got = lanewise(f"{name}.{mode}{ftz}.f32 {{d0}}, {arguments};", [*operands], [F32])[0]
+            assert (got[:6] == 0).all() and np.signbit(got[:6]).tolist() == expected, (name, ftz)
+        pairs = [packed(v) for v in operands]
+        got = lanewise(f"{name}.{mode}.f32x2 {{d0}}, {arguments};", pairs, [np.uint64])[0]
+        got = got[:6].copy().view(np.float32).reshape(6, 2)
+        assert np.signbit(got[:, 0]).tolist() == np.signbit(got[::-1, 1]).tolist() == expected
+    # The product of 2^-100 and itself, of either sign, is not zero, nor is its sum with zero.
+    small = F32([2.0**-100, -(2.0**-100)])
+    zero = F32([-0.0, 0.0])
+    got = lanewise(f"fma.{mode}.f32 {{d0}}, {{a0}}, {{a1}}, {{a2}};",
+                   [small, abs(small), zero], [F32])[0][:2]  # fmt: skip
+    up, down = mode == "rp", mode == "rm"
+    assert got.tolist() == [up * 2.0**-149, -down * 2.0**-149]
+    assert np.signbit(got).tolist() == [False, True]
+
+
 def test_ftz_sat_minmax():
     tiny = F32(2**-130)
     assert one("add.ftz.f32 {d0}, {a0}, {a0};", tiny, out=F32) == [0.0]

@@ -239,14 +239,6 @@ def add_round_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((bits - below) | inexact).view(np.float64)
 
 
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.ndarray:
-    """Correctly rounded float32 a * b + c."""
-    exact = add_round_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
-    if mode == "rn":
-        return exact.astype(np.float32)
-    return f64_to_f32(exact, mode)
-
-
 def float_values(bits: np.ndarray, kind: str) -> np.ndarray:
     """float64 values of codes of a PTX float type held in unsigned integers."""
     if kind == "f32":

@@ -17,6 +17,7 @@ from ..parser import Instruction
 
 FLOAT_KINDS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2", "f32x2", "tf32"}
 ROUND = ("rn", "rz", "rm", "rp", "rna")
+SUMS = ("add", "sub", "fma")
 U32, U64, U16 = np.uint32, np.uint64, np.uint16
 TINY = np.float32(2.0**-126)
 SMALL = np.float32(2.0**-100)
@@ -37,6 +38,24 @@ def _exact(name: str) -> Callable:
         "div": np.divide,
         "fma": lambda a, b, c: fmt.add_round_to_odd(a * b, c),
     }[name]
+
+
+def _signed_zero(name: str, total: np.ndarray, x: list[np.ndarray]) -> np.ndarray:
+    """Sums rounded toward minus infinity: an exact zero is -0, unless both addends are +0.
+
+    IEEE 754-2019, section 6.3. Of addends with a sum of zero, one is negative or both are +0.
+
+    Args:
+        name: add, sub or fma.
+        total: the sums, float64.
+        x: the operands.
+    """
+    zero = total == 0
+    if not zero.any():
+        return total
+    first, last = (x[0] * x[1], x[2]) if name == "fma" else x
+    negative = np.signbit(first) | (np.signbit(last) ^ (name == "sub"))
+    return where(zero & negative, -0.0, total)
 
 
 _last_fma: tuple[np.ndarray | None, ...] = (None, None, None, None)
@@ -114,10 +133,14 @@ def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
                 x = [flush32(v) for v in x]
             if native is not None and mode == "rn":
                 y = native(*x)
-            elif name == "fma" and not ftz:
-                y = fmt.f64_to_f32(_exact_fma(*bits), mode)
             else:
-                y = fmt.f64_to_f32(exact(*[v.astype(np.float64) for v in x]), mode)
+                if name == "fma" and not ftz:
+                    wide = _exact_fma(*bits)
+                else:
+                    wide = exact(*[v.astype(np.float64) for v in x])
+                if mode == "rm" and name in SUMS:
+                    wide = _signed_zero(name, wide, x)
+                y = fmt.f64_to_f32(wide, mode)
             if ftz:
                 y = flush32(y)
             if sat:
@@ -136,7 +159,7 @@ def lanewise(kind: str, name: str, parts: list[str]) -> Callable:
 
         return packed32
     if kind == "f64":
-        if mode != "rn" and name != "fma":
+        if mode != "rn":
             raise NotImplementedError
         if name == "fma":
 
@@ -203,7 +226,10 @@ def _mixed(ctx: Context, ins: Instruction) -> Closure:
     def run(*bits: np.ndarray) -> np.ndarray:
         x = [fmt.float_values(b, small) for b in bits[:-1]]
         x.append(bits[-1].view(np.float32).astype(np.float64))
-        return fmt.f64_to_f32(exact(*x), mode).view(U32)
+        wide = exact(*x)
+        if mode == "rm":
+            wide = _signed_zero(parts[0], wide, x)
+        return fmt.f64_to_f32(wide, mode).view(U32)
 
     return elementwise(run, dst, *srcs, last)
 
