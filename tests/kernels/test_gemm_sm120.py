@@ -36,6 +36,13 @@ def test_a_fault_in_the_kernel_is_seen(config, fault):
         problem.check(problem.run(ptx=mutated))
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_as_many_tiles_as_a_word_has_bits(config):
+    """A row of y of more than 31 times 128 columns: tiles are counted, not marked in a word."""
+    problem = Problem(config, Case(1, 31 * 128 + 9, 16, sms=16))
+    problem.check(problem.run())
+
+
 PROBLEMS = [
     (m, n, k)
     for m in (1, 16, 17, 64, 65, 128, 129, 256, 1000, 4096, 100_000)
