@@ -43,7 +43,9 @@ from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight
 
 CONFIGS = (*sm100.CONFIGS, *sm120.CONFIGS)
-SPLITS = [(config, split) for config in CONFIGS for split in sorted({1, config.split_k})]
+DISTINCT = [c for c in CONFIGS if c not in sm100.WEIGHT_ONLY]
+"""Those whose PTX no other one has: sm_120f's kernels for 16-bit x are sm_100f's, too."""
+SPLITS = [(config, split) for config in DISTINCT for split in sorted({1, config.split_k})]
 EXECUTED = [
     config
     for config in (*sm100.CONFIGS, *sm120.CONFIGS[:3])
@@ -65,7 +67,7 @@ def test_operands_are_what_the_quantize_kernels_write(arch, scaling, out_format)
             assert np.array_equal(made.view(np.uint8), kernels.view(np.uint8))
 
 
-@pytest.mark.parametrize(("config", "case"), runs(CONFIGS), ids=label)
+@pytest.mark.parametrize(("config", "case"), runs(DISTINCT), ids=label)
 def test_matches_the_oracle(config, case):
     """Three schedules, in the last of which all that is padding is poison: the same bits."""
     problem = Problem(config, cases(config)[case])
@@ -108,7 +110,7 @@ def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out, split):
         raise AssertionError("a sum that is rounded twice passes the check")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", DISTINCT, ids=label)
 def test_a_bad_block_stays_in_its_row_and_column(config):
     """A NaN makes its own row or column of y NaN and leaves the bits of the others."""
     case = Case(20, 72, 320, sms=4, out=F32, x_scaling="token", w_scaling="token")
@@ -135,7 +137,7 @@ def test_rows_do_not_depend_on_the_batch(config, split):
         assert np.array_equal(part.run(), y[rows])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", DISTINCT, ids=label)
 def test_every_code_times_every_scale(config):
     """Each product of a code and a scale, on either side, with 1: exact."""
     scales = np.arange(NAN_SCALE)  # row r has scale r
@@ -177,7 +179,7 @@ def test_every_code_times_every_scale(config):
         assert np.array_equal(problem.run(), products.astype(np.float32))
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in sm100.W4A4], ids=label)
+@pytest.mark.parametrize("config", [c for c in DISTINCT if c not in sm100.W4A4], ids=label)
 @pytest.mark.parametrize("split", [1, 2])
 def test_without_k_y_is_the_bias(config, split):
     """The kernels of tcgen05 are never called without k."""
@@ -238,6 +240,28 @@ def test_the_cases_execute_all_code(config):
         if few and not any(re.search(essential, line) for line in left):
             return
     raise AssertionError(left)
+
+
+@pytest.mark.parametrize("config", sm100.WEIGHT_ONLY, ids=label)
+def test_kernels_for_16_bit_x_are_those_of_sm_120f(config):
+    """The same PTX, but for the target, launched alike where as many CTAs find a place.
+
+    What runs there need not run again.
+    """
+    other = next(c for c in sm120.WEIGHT_ONLY if c.x_dtype == config.x_dtype)
+    fields = {"name": config.name, "arch": config.arch, "ctas_per_sm": config.ctas_per_sm}
+    assert dataclasses.replace(other, **fields) == config
+    text, theirs = ptx_of(config.name), ptx_of(other.name)
+    assert re.search(r"^\.target sm_100f$", text, re.M)
+    assert text.replace("sm_100f", "sm_120f") == theirs.replace(other.name, config.name)
+    for case in cases(config).values():
+        sms = case.sms * config.ctas_per_sm // other.ctas_per_sm
+        one, two = launches(config, case), launches(other, dataclasses.replace(case, sms=sms))
+        assert len(one) == len(two) >= 1
+        for a, b in zip(one, two, strict=True):
+            assert (a.kernel, a.grid, a.block, a.cluster) == (b.kernel, b.grid, b.block, b.cluster)
+            assert (a.dynamic_smem, a.overlaps) == (b.dynamic_smem, b.overlaps)
+            assert set(a.attributes) == set(b.attributes)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)

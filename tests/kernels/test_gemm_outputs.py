@@ -7,6 +7,7 @@ product, however small, decides which way the one rounding goes. Every architect
 """
 
 import functools
+import re
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from ptx_machine.host import run_object
 
 import kernel_objects
-from jax_nvfp4.config import ARCHES, GemmProblem, configs, scratch_bytes
+from jax_nvfp4.config import ARCHES, GemmProblem, configs, scratch_bytes, sm100
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight
 
@@ -107,7 +108,10 @@ class Call:
         oracle.assert_linear_close(self.run(seed), self.exact, self.magnitude, self.k)
 
 
-CONFIGS = [c for arch in ARCHES if arch != "sm_103a" for c in configs(arch)]
+# sm_100f's kernels for 16-bit x are sm_120f's.
+CONFIGS = [
+    c for arch in ARCHES for c in configs(arch) if arch != "sm_103a" and c not in sm100.WEIGHT_ONLY
+]
 
 
 def splits(config):
@@ -115,7 +119,38 @@ def splits(config):
     return range(1, (config.split_k if config.arch == "sm_90a" else min(config.split_k, 2)) + 1)
 
 
-RUNS = [pytest.param(c, split, id=f"{c.name}-{split}") for c in CONFIGS for split in splits(c)]
+# Behind its last product a Hopper kernel for float16 x is the one for bfloat16; in those of 128x128
+# tiles one comparison is elsewhere.
+BY_NAME = {c.name: c for c in CONFIGS}
+TWINS = {
+    c.name: c.name.replace("_f16_", "_bf16_")
+    for c in CONFIGS
+    if c.arch == "sm_90a" and c.x_dtype == "float16" and (c.tile_m, c.tile_n) != (128, 128)
+}
+RUNS = [
+    pytest.param(c, split, id=f"{c.name}-{split}")
+    for c in CONFIGS
+    if c.name not in TWINS
+    for split in splits(c)
+]
+
+
+def ends(name):
+    """What each entry of a kernel's PTX does behind its last product, whatever the registers."""
+    for entry in ptx_of(name).split(".visible .entry")[1:]:
+        text = entry[entry.rindex("wgmma.wait_group") :]
+        text = re.sub(r"\w+_param_", "param_", re.sub(r"[%$]\w+", "%", text))
+        instructions = (line.strip() for line in text.splitlines())
+        yield [line for line in instructions if line.endswith(";")]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_kernels_for_float16_end_as_those_for_bfloat16(name):
+    """The same instructions in the same order, so that the runs below do for both."""
+    mine, others = list(ends(name)), list(ends(TWINS[name]))
+    assert mine == others
+    assert len(mine) == len(splits(BY_NAME[name])) == len(splits(BY_NAME[TWINS[name]]))
+    assert all(any(line.startswith("st.global") for line in end) for end in mine)
 
 
 @pytest.mark.parametrize(("config", "split"), RUNS)
