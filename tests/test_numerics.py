@@ -37,9 +37,11 @@ def jitted_static(x, g):
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("scaling", ["tensor", "token"])
 def test_dynamic(case, dtype, scaling):
+    """In a program; a third of them, every case and every dtype, also by a call of its own."""
     x = cases.make(case, dtype)
-    assert_same_bits(nvfp4.quantize(x, scaling=scaling), x, scaling=scaling)
     assert_same_bits(jitted(scaling)(x), x, scaling=scaling)
+    if list(cases.CASES).index(case) % 3 == list(cases.DTYPES).index(dtype):
+        assert_same_bits(nvfp4.quantize(x, scaling=scaling), x, scaling=scaling)
 
 
 def op_by_op(x, mode, g=None):
