@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the Blackwell GEMM kernels on the PTX machine, held to a float64 oracle.
 
-Operands are the bytes that the same architecture's quantize kernels write, as the oracle makes them
-(a test holds the two to each other): x in the GEMM's order, the weight in the canonical one, which
-`pack_weight` then repacks as at run time.
+Operands are the bytes that the same architecture's quantize kernels write: x in the GEMM's order,
+the weight in the canonical one, which `pack_weight` then repacks as at run time.
 """
 
 import dataclasses
@@ -199,10 +198,7 @@ def label(value):
 
 
 def quantize(values, scaling, out_format):
-    """(data, block scales, global scale) as quantize kernels write them, and dequantized float64.
-
-    By the oracle: the kernel for each pair of operands would take as long as the GEMM.
-    """
+    """By the oracle: (data, block scales, global scale, dequantized float64)."""
     given = 1.0 if scaling == "unit" else None
     codes, bits, g = oracle.quantize(values, "tensor" if scaling == "unit" else scaling, given)
     g = np.asarray(g, np.float32).reshape(-1)
@@ -251,15 +247,19 @@ def random_values(rows, k, side, bad_row=None):
 
 
 @functools.lru_cache(maxsize=32)
-def activations(m, k, scaling, bad_row=None):
+def activations(arch, m, k, scaling, bad_row=None):
     """(data, swizzled scales, global scale, dequantized float64) of random x."""
-    return quantize(random_values(m, k, 0, bad_row), scaling, OutFormat.OPERAND)
+    values, out_format = random_values(m, k, 0, bad_row), OutFormat.OPERAND
+    written = quantize_by_kernel(arch, values, scaling, out_format)
+    return *written, quantize(values, scaling, out_format)[-1]
 
 
 @functools.lru_cache(maxsize=32)
 def weight(arch, n, k, scaling, bad_row=None):
     """(repacked data, scales, global scale, dequantized float64) of a random weight."""
-    data, scales, g, exact = quantize(random_values(n, k, 1, bad_row), scaling, OutFormat.LINEAR)
+    values, out_format = random_values(n, k, 1, bad_row), OutFormat.LINEAR
+    data, scales, g = quantize_by_kernel(arch, values, scaling, out_format)
+    exact = quantize(values, scaling, out_format)[-1]
     packed = pack_weight(arch, data, scales.view(ml_dtypes.float8_e4m3fn))
     data, scales = (np.ascontiguousarray(p) for p in packed)
     return data, scales.reshape(-1), g, exact
@@ -288,7 +288,7 @@ class Problem:
         m, n, k = case.m, case.n, case.k
         family = runnable_arches(config.arch)[-1]
         if config.x_dtype == "e2m1":
-            made = activations(m, k, case.x_scaling, bad_row)
+            made = activations(family, m, k, case.x_scaling, bad_row)
             self.x, self.sfx, self.x_scale, self.x_values = made
         else:
             x = random_values(m, k, 0, bad_row).astype(config.x_dtype)
