@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_nvfp4.functional import FLOAT_NAMES, FLOATS
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
-
-_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 LayerActivationScale = Literal["token", "tensor", "static"] | None
 
@@ -36,10 +35,8 @@ def check_fields(layer: str, activation_scale: Any, param_dtype: Any, **products
         if value is not None:
             raise ValueError(f"{layer} has its own product: {name} must be None")
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
-    if dtype not in _FLOATS:
-        raise TypeError(
-            f"{layer}.param_dtype must be bfloat16, float16 or float32; got {dtype.name}"
-        )
+    if dtype not in FLOATS:
+        raise TypeError(f"{layer}.param_dtype must be {FLOAT_NAMES}; got {dtype.name}")
 
 
 def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
@@ -75,9 +72,9 @@ def cast_inputs(
         TypeError: the compute dtype is another than bfloat16, float16 and float32.
     """
     compute = jnp.dtype(dtype or jnp.promote_types(inputs.dtype, param_dtype))
-    if compute not in _FLOATS:
+    if compute not in FLOATS:
         raise TypeError(
-            f"{layer} computes in bfloat16, float16 or float32; its dtype {dtype}, inputs of "
+            f"{layer} computes in {FLOAT_NAMES}; its dtype {dtype}, inputs of "
             f"{inputs.dtype.name} and param_dtype {jnp.dtype(param_dtype).name} ask for "
             f"{compute.name}"
         )

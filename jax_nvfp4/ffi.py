@@ -265,7 +265,7 @@ def linear_call(
         y, (m, n) of `out_dtype`.
     """
     m, k = x.shape
-    out_format = OutFormat.OPERAND if gemm_config.x_dtype == "e2m1" else OutFormat.VALUES
+    out_format = OutFormat.for_gemm(gemm_config.x_dtype)
     operand = _quantize_results(x.shape, quantize_config, mode, out_format, num_sms)
     y, scratch = _gemm_results(m, n, _padded(k, 64), gemm_config, split_k, out_dtype, num_sms)
     results = jax.ffi.ffi_call("jax_nvfp4_linear", (y, *operand, scratch))(

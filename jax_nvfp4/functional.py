@@ -18,8 +18,9 @@ from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 Scaling = Literal["tensor", "token"]
 ActivationScale = Literal["tensor", "token"] | ArrayLike | None
 
-_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-_FLOAT_NAMES = "bfloat16, float16 or float32"
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+FLOAT_NAMES = "bfloat16, float16 or float32"
+"""The dtypes that we compute in, and what errors call them."""
 
 
 def _as_array(name: str, value: Any, expected: str) -> jax.Array:
@@ -34,9 +35,9 @@ def _as_array(name: str, value: Any, expected: str) -> jax.Array:
 
 def _as_float_array(name: str, value: ArrayLike, min_ndim: int) -> jax.Array:
     """An array of a dtype we take; says what is wrong with any other."""
-    value = _as_array(name, value, _FLOAT_NAMES)
-    if value.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be {_FLOAT_NAMES}; got {value.dtype.name}")
+    value = _as_array(name, value, FLOAT_NAMES)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {FLOAT_NAMES}; got {value.dtype.name}")
     if value.ndim < min_ndim:
         axes = "axis" if min_ndim == 1 else "axes"
         raise ValueError(f"{name} must have at least {min_ndim} {axes}; got shape {value.shape}")
@@ -61,9 +62,9 @@ def _dtype(name: str, value: DTypeLike) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be {_FLOAT_NAMES}; {error}") from None
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name} must be {_FLOAT_NAMES}; got {dtype.name}")
+        raise TypeError(f"{name} must be {FLOAT_NAMES}; {error}") from None
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be {FLOAT_NAMES}; got {dtype.name}")
     return dtype
 
 

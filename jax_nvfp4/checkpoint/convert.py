@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jax_nvfp4._version import __version__
@@ -46,7 +45,7 @@ from jax_nvfp4.checkpoint.files import (
 from jax_nvfp4.checkpoint.formats import split_name
 from jax_nvfp4.checkpoint.load import UNQUANTIZED, detect
 from jax_nvfp4.checkpoint.save import pack_weight, write_configs
-from jax_nvfp4.functional import quantize
+from jax_nvfp4.functional import FLOATS, quantize
 from jax_nvfp4.numerics import BLOCK
 from jax_nvfp4.tensor import Nvfp4Tensor
 
@@ -63,7 +62,6 @@ DEFAULT_SKIP = (
 )
 """Embeddings, norms, the output head and the routers of mixtures of experts."""
 
-_FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 # Their linear layers hold (K, N) under the name `weight`, where all others hold (N, K).
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -186,7 +184,7 @@ def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
 def _why_left_alone(entry: Entry, skip: Sequence[str], only: Sequence[str]) -> str | None:
     if split_name(entry.name)[1] != "weight":
         return "not a weight"
-    if entry.dtype not in _FLOATS:
+    if entry.dtype not in FLOATS:
         return f"dtype {entry.dtype.name}"
     if len(entry.shape) != 2:
         return f"{len(entry.shape)}-D"

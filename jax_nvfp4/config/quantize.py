@@ -46,6 +46,11 @@ class OutFormat(enum.IntEnum):
     VALUES = 2
     """bfloat16 values code * block_scale, rows padded to 64 columns."""
 
+    @classmethod
+    def for_gemm(cls, x_dtype: str) -> "OutFormat":
+        """What a GEMM reads whose x operand has this element type."""
+        return cls.OPERAND if x_dtype == "e2m1" else cls.VALUES
+
 
 BLOCK = 16
 SHARED_ROW = 16384

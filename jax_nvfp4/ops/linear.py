@@ -195,7 +195,7 @@ def _operand(
     x_dtype = _operand_dtype(x, spec, arch)
     if spec.activation is None:
         return numerics.pad_last(x.astype(x_dtype), K_MULTIPLE), None, None
-    out_format = OutFormat.OPERAND if x_dtype == "e2m1" else OutFormat.VALUES
+    out_format = OutFormat.for_gemm(x_dtype)
     x, scales, x_scale = quantize_op.kernel(
         x, *given, mode=spec.activation, arch=arch, out_format=out_format
     )
