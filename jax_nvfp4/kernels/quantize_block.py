@@ -341,10 +341,6 @@ class BlockQuantizer:
         """Sets `largest` of block i."""
         held.largest[i] = ops.amax_bits(self.words(held, i), self.dtype)
 
-    def quantize_held(self, call: Call, place: Place, held: Held, i: int, scales: Scales):
-        """Quantizes and writes block i, which is active."""
-        self.quantize_and_store(call, place, self.words(held, i), held.largest[i], scales)
-
     @cute.jit
     def held_amax(self, held, amax: Int32):
         """The larger of amax and the largest finite magnitude of the blocks that are held."""
