@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_nvfp4 import numerics, ops
+from jax_nvfp4 import numerics
 from jax_nvfp4.config import ARCHES, REFERENCE
 from jax_nvfp4.layout.weights import pack_weight
-from jax_nvfp4.ops import explicit
-from jax_nvfp4.ops.backend import local_arch
+from jax_nvfp4.ops.device import local_arch
+from jax_nvfp4.ops.linear.primitive import LinearSpec
+from jax_nvfp4.ops.linear.primitive import linear as linear_op
+from jax_nvfp4.ops.quantize.primitive import Mode
+from jax_nvfp4.ops.quantize.primitive import quantize as quantize_op
+from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 Scaling = Literal["tensor", "token"]
@@ -103,7 +107,7 @@ def quantize(
     x = _as_float_array("x", x, min_ndim=1)
     _check_scaling("scaling", scaling)
     rows, k = x.shape[:-1], x.shape[-1]
-    mode: ops.Mode = scaling
+    mode: Mode = scaling
     given = None
     if global_scale is not None:
         mode = "static"
@@ -114,10 +118,10 @@ def quantize(
                 f"got shape {given.shape}"
             )
 
-    parts = explicit.call(
-        functools.partial(ops.quantize, mode=mode),
+    parts = typed.call(
+        functools.partial(quantize_op, mode=mode),
         (x, given),
-        lambda: explicit.quantized(x, given, scaling == "token"),
+        lambda: typed.quantized(x, given, scaling == "token"),
     )
     return Nvfp4Tensor(*parts, k=k)
 
@@ -179,10 +183,10 @@ def repack(weight: Any, arch: str | None = None) -> Any:
         if isinstance(node, RepackedWeight):
             node = node.canonical()
         n, k = node.shape[-2:]
-        data, block_scale = explicit.call(
+        data, block_scale = typed.call(
             functools.partial(pack_weight, arch),
             (node.data, node.block_scale),
-            lambda: explicit.repacked(node.data, node.block_scale, arch),
+            lambda: typed.repacked(node.data, node.block_scale, arch),
         )
         return RepackedWeight(data, block_scale, node.global_scale, arch, n, k)
 
@@ -281,7 +285,7 @@ def linear(
             )
     out_dtype = x.dtype if out_dtype is None else _dtype("out_dtype", out_dtype)
     mode, given = _activation(activation_scale)
-    spec = ops.LinearSpec(
+    spec = LinearSpec(
         arch=arch,
         n=n,
         k=x.shape[-1],
@@ -291,9 +295,9 @@ def linear(
         batch_invariant=bool(batch_invariant),
     )
     leaves = (weight.data, weight.block_scale, weight.global_scale)
-    (y,) = explicit.call(
-        lambda x, leaves, bias, given: (ops.linear(x, leaves, bias, given, spec),),
+    (y,) = typed.call(
+        lambda x, leaves, bias, given: (linear_op(x, leaves, bias, given, spec),),
         (x, leaves, bias, given),
-        lambda: explicit.multiplied(x, weight.data, n),
+        lambda: typed.multiplied(x, weight.data, n),
     )
     return y

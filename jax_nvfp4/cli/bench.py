@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from jax_nvfp4.cli import COMMANDS, BadInputError
 
 if TYPE_CHECKING:
-    from jax_nvfp4.cli.report import Report
-    from jax_nvfp4.cli.timing import Compiler
+    from jax_nvfp4.bench.report import Report
+    from jax_nvfp4.bench.timing import Compiler
 
 _DESCRIPTION = """\
 Times the linear layer beside XLA's bf16 dot, the quantizer beside a copy, the cost of one custom
@@ -106,9 +106,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import jax
 
-    from jax_nvfp4.cli import timing
-    from jax_nvfp4.cli.report import Report
-    from jax_nvfp4.ops.backend import local_arch
+    from jax_nvfp4.bench import timing
+    from jax_nvfp4.bench.report import Report
+    from jax_nvfp4.ops.device import local_arch
 
     if len(args.layer_width) != 3:
         raise BadInputError(f"--layer-width takes three numbers, got {len(args.layer_width)}")
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     with timing.Compiler() as compiler:
         _measure(report, args, compiler)
     if args.plot:
-        from jax_nvfp4.cli import roofline
+        from jax_nvfp4.bench import roofline
 
         roofline.plot(report, args.plot)
     for error in report.errors:
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(report: Report, args: argparse.Namespace, compiler: Compiler) -> None:
     """Fills the report and prints it as it grows; the file is up to date after each part."""
-    from jax_nvfp4.cli import measurements
-    from jax_nvfp4.cli import report as tables
+    from jax_nvfp4.bench import measurements
+    from jax_nvfp4.bench import report as tables
 
     shapes = args.shape or (_QUICK_SHAPES if args.quick else sum(SHAPES.values(), ()))
     rows = args.rows or (_QUICK_ROWS if args.quick else ROWS)

@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
     import jaxlib
 
     import jax_nvfp4
-    from jax_nvfp4 import ffi
+    from jax_nvfp4 import custom_calls
     from jax_nvfp4.cli import selftest
     from jax_nvfp4.config import ARCHES
-    from jax_nvfp4.ops.backend import local_arch
+    from jax_nvfp4.ops.device import local_arch
 
     print(
         f"jax_nvfp4 {jax_nvfp4.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
         )
 
     print("\nkernels built in")
-    for arch in ffi.arches():
-        print(f"  {arch:<8} {len(ffi.kernels(arch))}")
-    if not ffi.arches():
-        print(f"  none: {ffi.reason(ARCHES[0])}")
+    for arch in custom_calls.arches():
+        print(f"  {arch:<8} {len(custom_calls.kernels(arch))}")
+    if not custom_calls.arches():
+        print(f"  none: {custom_calls.reason(ARCHES[0])}")
 
     print(f"\nself-test on {jax.local_devices()[0].device_kind}, arch {local_arch()}")
     passed = True
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _served_by(device: jax.Device) -> str:
     """The arch whose kernels serve a device, and whether they are there."""
-    from jax_nvfp4 import ffi
+    from jax_nvfp4 import custom_calls
     from jax_nvfp4.config import REFERENCE, arch_of_compute_capability
 
     capability = getattr(device, "compute_capability", None)
@@ -70,4 +70,4 @@ def _served_by(device: jax.Device) -> str:
         arch = arch_of_compute_capability(int(major), int(minor or 0))
     if arch == REFERENCE:
         return "arch reference (pure JAX)"
-    return f"arch {arch}" + ("" if ffi.available(arch) else ", not built in: pure JAX")
+    return f"arch {arch}" + ("" if custom_calls.available(arch) else ", not built in: pure JAX")

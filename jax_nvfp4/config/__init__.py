@@ -7,7 +7,8 @@ A problem says what is asked (`GemmProblem`); a config says how one compiled ker
 This package imports nothing but the standard library and itself.
 """
 
-from jax_nvfp4.config._types import (
+from jax_nvfp4.config.gemm.select import configs, scratch_bytes, select, serves
+from jax_nvfp4.config.gemm.types import (
     ARCHES,
     REFERENCE,
     GemmConfig,
@@ -18,7 +19,6 @@ from jax_nvfp4.config._types import (
     most_specific_arch,
     runnable_arches,
 )
-from jax_nvfp4.config.select import configs, scratch_bytes, select, serves
 
 __all__ = [
     "ARCHES",

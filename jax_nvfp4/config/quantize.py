@@ -3,7 +3,7 @@
 
 import enum
 
-from jax_nvfp4.config._types import QuantizeConfig, runnable_arches
+from jax_nvfp4.config.gemm.types import QuantizeConfig, runnable_arches
 
 X_DTYPES = ("float32", "bfloat16", "float16")
 """Element types of x; the index is the `x_dtype` argument of the kernels."""

@@ -36,7 +36,8 @@ from jax_nvfp4.kernels.variant import KernelVariant, Op
 
 DEFAULT_ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
 MODULES = tuple(
-    f"jax_nvfp4.kernels.{name}" for name in ("quantize", "gemm_sm90", "gemm_sm100", "gemm_sm120")
+    f"jax_nvfp4.kernels.{room}.kernel"
+    for room in ("quantize", "gemm.sm90", "gemm.sm100", "gemm.sm120")
 )
 MANIFEST = "manifest.json"
 # What linking the objects needs, and the packages that carry it.

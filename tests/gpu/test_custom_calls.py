@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental import serialize_executable
 
-from jax_nvfp4 import config, ffi, numerics
+from jax_nvfp4 import config, numerics
+from jax_nvfp4 import custom_calls as ffi
 from jax_nvfp4.config.quantize import Mode, OutFormat, select_quantize
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight

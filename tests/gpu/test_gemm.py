@@ -14,7 +14,7 @@ import pytest
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.layout.weights import pack_weight
-from jax_nvfp4.ops import backend
+from jax_nvfp4.ops import device as backend
 
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)

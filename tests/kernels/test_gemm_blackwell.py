@@ -37,7 +37,8 @@ from gemm_blackwell import (
 from ptx_machine.memory import TensorMemory
 
 import kernel_objects
-from jax_nvfp4.config import GemmProblem, runnable_arches, select, serves, sm100, sm120
+from jax_nvfp4.config import GemmProblem, runnable_arches, serves
+from jax_nvfp4.config.gemm import select, sm100, sm120
 from jax_nvfp4.config.quantize import OutFormat
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight

@@ -16,7 +16,8 @@ import pytest
 from ptx_machine.host import run_object
 
 import kernel_objects
-from jax_nvfp4.config import ARCHES, GemmProblem, configs, scratch_bytes, sm100
+from jax_nvfp4.config import ARCHES, GemmProblem, configs, scratch_bytes
+from jax_nvfp4.config.gemm import sm100
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight
 

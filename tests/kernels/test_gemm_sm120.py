@@ -8,7 +8,8 @@ from gemm_blackwell import Case, Problem, label, ptx_of
 from ptx_machine import PtxError
 
 import kernel_objects
-from jax_nvfp4.config import GemmProblem, scratch_bytes, select, serves, sm120
+from jax_nvfp4.config import GemmProblem, scratch_bytes, serves
+from jax_nvfp4.config.gemm import select, sm120
 
 CONFIGS = sm120.CONFIGS
 PINGPONG, STREAM_16, STREAM_64 = W4A4 = CONFIGS[:3]

@@ -15,8 +15,9 @@ from ptx_machine.host import record_launches, run_object
 from ptx_machine.memory import GlobalMemory
 
 import kernel_objects
-from jax_nvfp4.config import GemmProblem, configs, select
-from jax_nvfp4.config.sm90 import RULES, scratch_bytes
+from jax_nvfp4.config import GemmProblem, configs
+from jax_nvfp4.config.gemm.select import select
+from jax_nvfp4.config.gemm.sm90 import RULES, scratch_bytes
 from jax_nvfp4.layout import sm90
 
 CONFIGS = configs("sm_90a")

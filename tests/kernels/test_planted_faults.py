@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults planted into the PTX of each family of kernels: the machine reports them, or y is wrong.
 
-A seeded sample of the faults that such kernels are prone to; `tests/mutation.py` plants more of
-them, and other kinds, and runs all of the kernels' tests on each.
+A seeded sample of the faults that such kernels are prone to; `tests/support/mutation.py` plants
+more of them, and other kinds, and runs all of the kernels' tests on each.
 """
 
 import functools

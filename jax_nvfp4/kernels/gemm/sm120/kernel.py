@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GEMMs of sm_120 and sm_121 by an NVFP4 weight: what is built of them.
+
+y (m, n) = alpha * (x @ w.T) + bias, rounded once; alpha = x_scale * w_scale, each a scalar or one
+per row. The kernels are in `gemm_sm120_pingpong`, `gemm_sm120_stream` and
+`gemm_sm120_weight_only`, the choice between them in `config.sm120`, the performance model in
+NOTES.md.
+"""
+
+from cutlass import cute
+
+from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.config.gemm import sm120 as configs
+from jax_nvfp4.kernels.gemm.host import example_args, host_function
+from jax_nvfp4.kernels.gemm.sm120.pingpong import Pingpong
+from jax_nvfp4.kernels.gemm.sm120.small_m import Stream
+from jax_nvfp4.kernels.gemm.sm120.split_k import Reduce
+from jax_nvfp4.kernels.gemm.sm120.weight_only import WeightOnly
+from jax_nvfp4.kernels.variant import KernelVariant, Launch
+
+_KINDS = {"pingpong": Pingpong, "stream": Stream, "weight_only": WeightOnly}
+
+
+def variant(config: GemmConfig) -> KernelVariant:
+    """The kernel of a config: its launch, and the reduction's after a split."""
+    gemm = _KINDS[config.kind](config)
+    reduce = Reduce()
+
+    @cute.jit
+    def launch(operands, scales, out, k, split_k, num_sms, stream):
+        gemm.launch(operands, scales, out, k, split_k, num_sms * config.ctas_per_sm, stream)
+        if split_k > 1:
+            reduce.launch(scales, out, split_k, stream)
+
+    return KernelVariant(
+        config.name,
+        "gemm",
+        config.arch,
+        config,
+        host_function(launch),
+        example_args(),
+        Launch(gemm.threads, gemm.shared_bytes),
+    )
+
+
+def variants(arch: str) -> list[KernelVariant]:
+    """The kernels to build for `arch`: one for each config of it."""
+    return [variant(c) for c in configs.CONFIGS if c.arch == arch]

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the persistent sm_120 GEMMs share: a stage described as data, and the warp that loads it."""
+
+import dataclasses
+import math
+
+import cutlass
+from cutlass import Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync
+
+from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.config.gemm.sm120 import SHARED_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One TMA load of a stage, as it lies in shared memory.
+
+    Attributes:
+        shape: extents of the tile.
+        strides: their strides, in elements.
+        dtype: the element type.
+        swizzle_bytes: TMA's swizzle, 64 or 128: in rows of so many bytes the 16-byte chunks are
+            permuted by bits of the row. 0: none.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: type
+    swizzle_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a stage."""
+        return math.prod(self.shape) * self.dtype.width // 8
+
+    @property
+    def swizzle(self):
+        """The swizzle, or None."""
+        bits = {0: 0, 64: 2, 128: 3}[self.swizzle_bytes]
+        return cute.make_swizzle(bits, 4, 3) if bits else None
+
+    def tma(self, pointer, shape, stride):
+        """A TMA load of tiles of a global tensor, out of bounds zero.
+
+        Returns:
+            (copy atom, coordinate tensor).
+        """
+        tensor = cute.make_tensor(
+            cute.recast_ptr(pointer, dtype=self.dtype), cute.make_layout(shape, stride=stride)
+        )
+        layout = cute.make_layout(self.shape, stride=self.strides)
+        if self.swizzle_bytes:
+            layout = cute.make_composed_layout(self.swizzle, 0, layout)
+        op = cpasync.CopyBulkTensorTileG2SOp()
+        return cpasync.make_tiled_tma_atom(op, tensor, layout, self.shape)
+
+    def shared(self, pointer, stages):
+        """The tensor of all stages, the last mode, at a byte pointer."""
+        layout = cute.make_layout(
+            (*self.shape, stages), stride=(*self.strides, self.bytes * 8 // self.dtype.width)
+        )
+        return cute.make_tensor(cute.recast_ptr(pointer, self.swizzle, dtype=self.dtype), layout)
+
+
+def scales_load(words, k_tiles) -> Load:
+    """The first `words` words of `k_tiles` 512-byte scale tiles of one row tile."""
+    return Load((words, k_tiles, 1), (1, words, 0), Int32)
+
+
+def scales_tma(load, pointer, row_tiles, k_tiles):
+    """TMA of 128x4-swizzled scales.
+
+    Three modes (words of a tile, tiles along K, tiles along the rows), so that a box that runs
+    over the end of K gets zeros and not the next row tile.
+    """
+    return load.tma(pointer, (128, k_tiles, row_tiles), (1, 128, Int64(k_tiles) * 128))
+
+
+class Persistent:
+    """A GEMM whose CTAs go round over items (tile, part of K), one warp loading ahead.
+
+    A subclass says what a stage holds (`stage_loads`, `maps`, `coordinates`) and what the items
+    are (`item`).
+    """
+
+    def __init__(self, config: GemmConfig, more_barriers: int = 0) -> None:
+        self.stages = config.stages
+        self.loads = self.stage_loads()
+        self.stage_bytes = sum(load.bytes for load in self.loads)
+        self.barriers = 2 * self.stages + more_barriers
+        self.shared_bytes = self.stages * self.stage_bytes + 8 * self.barriers
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{config.name}: {self.shared_bytes} bytes of shared memory")
+
+    @cute.jit
+    def prologue(self, consumers: cutlass.Constexpr, turns: cutlass.Constexpr):
+        """Allocates shared memory and initializes the barriers; ends with all threads in step.
+
+        Args:
+            consumers: warps that give a stage back.
+            turns: warps that arrive at each of the barriers after those of the stages.
+
+        Returns:
+            (stages, barriers): full and empty ones of the stages, then the others.
+        """
+        smem = cutlass.utils.SmemAllocator()
+        shared = smem.allocate(self.stages * self.stage_bytes, 1024)
+        barriers = smem.allocate_array(Int64, self.barriers)
+        if cute.arch.thread_idx()[0] == 0:
+            for s in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(barriers + s, 1)
+                cute.arch.mbarrier_init(barriers + self.stages + s, consumers)
+            for s in cutlass.range_constexpr(2 * self.stages, self.barriers):
+                cute.arch.mbarrier_init(barriers + s, turns)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, barriers
+
+    @cute.jit
+    def produce(self, atoms, maps, shared, barriers, tiles, k_tiles: Int32, split_k: Int32):
+        """The producer warp: loads the stages of all items in order."""
+        pieces = []
+        offset = 0
+        for load, atom, tensor in zip(self.loads, atoms, maps, strict=True):
+            modes = len(load.shape)
+            pieces.append(
+                cpasync.tma_partition(
+                    atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(load.shared(shared + offset, self.stages), 0, modes),
+                    cute.group_modes(
+                        cute.local_tile(tensor, load.shape, (None,) * modes), 0, modes
+                    ),
+                )
+            )
+            offset += self.stages * load.bytes
+
+        stage = Int32(0)
+        parity = Int32(1)  # of the phase of `empty` before the one to come: all stages are free
+        index = cute.arch.block_idx()[0]
+        total = tiles[0] * tiles[1] * split_k
+        while index < total:
+            row, column, _, begin, count = self.item(index, tiles, k_tiles, split_k)
+            for i in cutlass.range(count, unroll=1):
+                cute.arch.mbarrier_wait(barriers + self.stages + stage, parity)
+                full = barriers + stage
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+                self.copy(atoms, pieces, self.coordinates(row, column, begin + i), stage, full)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    parity = parity ^ 1
+            index += cute.arch.grid_dim()[0]
+
+    def copy(self, atoms, pieces, coordinates, stage, full):
+        """Issues the loads of one stage."""
+        for atom, (target, source), coordinate in zip(atoms, pieces, coordinates, strict=True):
+            cute.copy(atom, source[None, *coordinate], target[None, stage], tma_bar_ptr=full)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the Hopper GEMM's sums: added up over groups and CTAs, scaled, stored.
+
+Which of a thread's sums is what, `wgmma` says: a lane 4*g + t has rows g and g + 8 of 16 rows of
+the weight for rows 2*t and 2*t + 1 of eight rows of x. Rows of x are divided by such eights over
+groups, then over CTAs.
+"""
+
+import cutlass
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, cute
+
+from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
+from jax_nvfp4.kernels.ptx import fma_to
+from jax_nvfp4.layout import sm90 as layout
+
+WARPGROUP = 128
+# A block is what a `wgmma` takes of a tile of the weight: half of its 128 rows.
+BLOCK_N = 64
+# How an output is stored, by the code of its dtype.
+FORMS = ("f32", "bf16x2", "f16x2")
+
+
+class Sums:
+    """The sums of a config's consumers.
+
+    Attributes:
+        k_groups: groups of a CTA's warpgroups that K is divided over.
+        row_groups: warpgroups of a group: a tile's blocks are divided over them.
+        blocks: blocks of a warpgroup.
+        consumers: threads that multiply.
+        eights: of a tile's rows of x.
+        group_eights: of the rows whose sums one of the groups adds up, at most.
+        apart: other CTAs' sums have a place beside the ring.
+    """
+
+    def __init__(self, config: GemmConfig):
+        self.k_groups = config.k_groups
+        self.row_groups = config.warpgroups // config.k_groups
+        self.blocks = config.tile_n // BLOCK_N // self.row_groups
+        self.consumers = config.warpgroups * WARPGROUP
+        self.eights = config.tile_m // 8
+        self.group_eights = -(-self.eights // self.k_groups)
+        self.apart = False
+
+    def reduces(self, split: int) -> bool:
+        """Whether a tile's sums meet in shared memory before they are stored."""
+        return split * self.k_groups > 1
+
+    def _cta_eights(self, split: int) -> int:
+        """How many of a group's eights one CTA of a cluster adds up, at most."""
+        return -(-self.group_eights // split)
+
+    def _groups_bytes(self) -> int:
+        """Shared memory for the sums that groups hand to one another."""
+        return (self.k_groups - 1) * self.group_eights * self.blocks * self.consumers * 16
+
+    def _inbox_bytes(self, split: int) -> int:
+        """Shared memory for the sums that a CTA gets from the others of its cluster."""
+        return (split - 1) * self._cta_eights(split) * self.blocks * self.consumers * 16
+
+    def _flat(self, j, b, half, e, eights):
+        """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is.
+
+        Of its sums for so many eights of rows of x.
+        """
+        return e + 2 * half + 4 * (j + eights * b)
+
+    # Adding up
+
+    @cute.jit
+    def _reduce(
+        self, sums, buffers, inbox, ready, received, thread, row_group, k_group, rank,
+        split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """Adds up the sums of groups, then of CTAs; returns those of the thread's share."""
+        if const_expr(split > 1):
+            # All CTAs have set up their mbarriers.
+            cute.arch.cluster_wait()
+        if const_expr(split > 1 and not self.apart):
+            # This thread is done with its CTA's ring: sums may come.
+            for to in cutlass.range_constexpr(split):
+                barrier = ops.map_shared(ops.shared_address(ready), Int32(to))
+                ops.arrive_remote_if(Int32(rank != to), barrier)
+        base = ops.shared_address(buffers)
+        count = self.eights
+        if const_expr(self.k_groups > 1):
+            count = self.group_eights
+            group_threads = self.row_groups * WARPGROUP
+            place = base + (row_group * WARPGROUP + thread) * 16
+            step = count * self.blocks * group_threads * 16
+            # All groups are done with the ring.
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            for to in cutlass.range_constexpr(self.k_groups):
+                at = place + (to * (self.k_groups - 1) + k_group - Int32(k_group > to)) * step
+                part = self._part(sums, self.eights, to, count)
+                if k_group != to:
+                    for i in cutlass.range_constexpr(len(part) // 4):
+                        ops.store_vector(at + i * (group_threads * 16), part[4 * i : 4 * i + 4])
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            sums = self._in_order(
+                self._own_part(sums, self.eights, k_group, self.k_groups, count),
+                k_group,
+                self.k_groups,
+                place + k_group * ((self.k_groups - 1) * step),
+                step,
+                group_threads * 16,
+            )
+        if const_expr(split > 1):
+            eights, count = count, self._cta_eights(split)
+            place = ops.shared_address(inbox)
+            if const_expr(not self.apart):
+                place += self._groups_bytes()
+            place += (k_group * self.row_groups + row_group) * (WARPGROUP * 16) + thread * 16
+            step = count * self.blocks * self.consumers * 16
+            if const_expr(not self.apart):
+                # All threads of the others are done with their rings.
+                cute.arch.mbarrier_wait(ready, 0)
+            for to in cutlass.range_constexpr(split):
+                inbox_there = ops.map_shared(place + (rank - Int32(rank > to)) * step, Int32(to))
+                received_there = ops.map_shared(ops.shared_address(received), Int32(to))
+                part = self._part(sums, eights, to, count)
+                if rank != to:
+                    for i in cutlass.range_constexpr(len(part) // 4):
+                        ops.send_vector(
+                            inbox_there + i * (self.consumers * 16),
+                            part[4 * i : 4 * i + 4],
+                            received_there,
+                        )
+            own = self._own_part(sums, eights, rank, split, count)
+            cute.arch.mbarrier_wait(received, 0)
+            sums = self._in_order(own, rank, split, place, step, self.consumers * 16)
+        return sums
+
+    def _part(self, sums, eights, index, count):
+        """Part `index` of sums for so many eights, `count` eights long: a list in `_flat`'s order.
+
+        Where the last parts are shorter, or empty, their ends repeat the last eight.
+        """
+        return [
+            sums[self._flat(min(index * count + j, eights - 1), b, half, e, eights)]
+            for b in range(self.blocks)
+            for j in range(count)
+            for half in range(2)
+            for e in range(2)
+        ]
+
+    def _own_part(self, sums, eights, index, parts, count):
+        """The same where `index` is known at run time only: one of `parts`."""
+        own = self._part(sums, eights, 0, count)
+        for other in range(1, parts):
+            part = self._part(sums, eights, other, count)
+            own = [ops.select(index == other, *pair) for pair in zip(part, own, strict=True)]
+        return own
+
+    def _in_order(self, own, index, parts, place, step, stride):
+        """Adds up the sums of `parts` agents in their order; those of agent `index` are `own`."""
+        if parts == 2:  # The order makes no difference.
+            return self._added(own, self._loaded(place, len(own), stride))
+        total = None
+        for source in range(parts):
+            # The agent itself has no place; for it another's sums are loaded, and not used.
+            other = cutlass.min(source - Int32(index < source), parts - 2)
+            part = self._loaded(place + other * step, len(own), stride)
+            part = [ops.select(index == source, *pair) for pair in zip(own, part, strict=True)]
+            total = self._added(total, part) if source else part
+        return total
+
+    def _added(self, a, b):
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    def _loaded(self, at, count, stride):
+        """So many sums, in vectors of four that are `stride` apart."""
+        return [v for i in range(count // 4) for v in ops.load_vector(at + i * stride)]
+
+    # Scaling and storing
+
+    @cute.jit
+    def _constants(self, w_scale, bias, columns, bias_dtype):
+        """The scales and the biases of the rows of the weight that a thread sums."""
+        first_block, n, thread, w_scale_stride = columns
+        lane = thread % 32
+        g = lane // 4
+        warp_n = self._warp_column(first_block, thread)
+        scales = []
+        biases = []
+        for b in cutlass.range_constexpr(self.blocks):
+            for half in cutlass.range_constexpr(2):
+                at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
+                at = cutlass.min(at, n - 1)
+                scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
+                biases.append(self._bias(bias, bias_dtype, at))
+        return scales, biases
+
+    def _row_scales(self, rows, j):
+        """The scales of the two rows of eight `j` that a thread's sums are of."""
+        x_scale, w_scale, stride, first, m, thread = rows
+        row = first + 8 * j + thread % 4 * 2
+        return [self._x_scale(x_scale, w_scale, stride, row + e, m) for e in range(2)]
+
+    def _x_scale(self, x_scale, w_scale, stride, row, m):
+        """The scale of a row of x; rows past the last get the last's."""
+        index = cutlass.min(row, m - 1) * stride
+        return ops.load_float_or_one(x_scale, w_scale, stride >= 0, index)
+
+    @cute.jit
+    def _bias(self, bias, dtype, index):
+        """An element of the bias, 0 where there is none."""
+        value = Float32(0.0)
+        if dtype == 0:
+            value = ops.load_element(bias, Float32, index)
+        elif dtype == 1:
+            value = ops.load_element(bias, BFloat16, index)
+        elif dtype == 2:
+            value = ops.load_element(bias, Float16, index)
+        return value
+
+    def _warp_column(self, first_block, thread):
+        """The first of the columns of y that a warp stores."""
+        tile = (first_block // 2) * layout.TILE_N
+        return tile + (thread // 32) * 32 + (first_block % 2) * 4
+
+    @cute.jit
+    def _store(
+        self, sums, rows, row_scales, constants, y, first, end, first_block, n, thread,
+        out_dtype, eights: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """Scales so many eights of a tile's rows and stores them up to row `end`, from registers.
+
+        A lane 4*g + t holds rows g of 8 of the weight for rows 2*t and 2*t + 1 of 8 of x. Once
+        transposed it holds row g of x and, the order of the weight's rows being what it is, eight
+        (or four, where the warpgroup has one block) neighboring elements from 8*t.
+        """
+        lane = thread % 32
+        g, t = lane // 4, lane % 4
+        warp_n = self._warp_column(first_block, thread)
+        scales, biases = constants
+        column = warp_n + t * 8
+        place = (first, end, column, n)
+        # A branch for each way of storing, and no branch within: code that is run once, and is
+        # long, should at least be contiguous.
+        if n % (4 * self.blocks) != 0:
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "any"
+            )
+        elif out_dtype == 0:
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f32"
+            )
+        elif out_dtype == 1:
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "bf16x2"
+            )
+        else:
+            self._store_tile(
+                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f16x2"
+            )
+
+    @cute.jit
+    def _store_tile(
+        self, sums, rows, row_scales, scales, biases, y, place, g, out_dtype,
+        eights: cutlass.Constexpr[int], form: cutlass.Constexpr[str],
+    ):  # fmt: skip
+        """Stores rows in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
+        first, end, column, n = place
+        for j in cutlass.range_constexpr(eights):
+            pairs = []
+            row_scale = self._row_scales(rows, j) if row_scales is None else row_scales[j]
+            for b in cutlass.range_constexpr(self.blocks):
+                for half in cutlass.range_constexpr(2):
+                    c = 2 * b + half
+                    pairs.append(
+                        [
+                            fma_to(
+                                row_scale[e] * scales[c],
+                                sums[self._flat(j, b, half, e, eights)]
+                                * Float32(ops.ACCUMULATOR_SCALE),
+                                biases[c],
+                                out_dtype if form == "any" else FORMS.index(form),
+                            )
+                            for e in range(2)
+                        ]
+                    )
+            words = self._transposed(pairs, form)
+            row = first + 8 * j + g
+            at = Int64(row) * Int64(n) + Int64(column)
+            if const_expr(form == "any"):
+                if row < end:
+                    for i in cutlass.range_constexpr(len(words)):
+                        if column + i < n:
+                            self._store_element(y, out_dtype, at + i, ops.float_of(words[i]))
+            else:
+                address = ops.element_address(y, at, 4 if form == "f32" else 2)
+                if row < end and column < n:
+                    if const_expr(len(words) == 2):
+                        ops.store_x2(address, words)
+                    else:
+                        for i in cutlass.range_constexpr(0, len(words), 4):
+                            ops.store_x4(address + 4 * i, words[i : i + 4])
+
+    def _transposed(self, pairs, form):
+        """Neighboring elements of a row of y, packed into words, from pairs of a column's.
+
+        Float32 goes as two matrices of 16-bit elements, the upper and the lower halves.
+        """
+        if form in ("bf16x2", "f16x2"):
+            return [ops.transpose(ops.round_pair(low, high, form)) for low, high in pairs]
+        words = []
+        for low, high in pairs:
+            a, b = ops.bits(low), ops.bits(high)
+            upper = ops.transpose(ops.permute(a, b, 0x7632))
+            lower = ops.transpose(ops.permute(a, b, 0x5410))
+            words += [ops.permute(lower, upper, 0x5410), ops.permute(lower, upper, 0x7632)]
+        return words
+
+    @cute.jit
+    def _store_element(self, y, out_dtype, index, value):
+        """Rounds a Float32 to the output's type and stores it."""
+        if out_dtype == 0:
+            self._store_as(y, "f32", index, value)
+        elif out_dtype == 1:
+            self._store_as(y, "bf16x2", index, value)
+        else:
+            self._store_as(y, "f16x2", index, value)
+
+    def _store_as(self, y, dtype, index, value):
+        """Rounds a Float32 to "f32", "bf16x2" or "f16x2" (its element type) and stores it."""
+        if dtype == "f32":
+            ops.store_word(ops.element_address(y, index, 4), ops.bits(value))
+        else:
+            ops.store_half(ops.element_address(y, index, 2), ops.round_pair(value, value, dtype))

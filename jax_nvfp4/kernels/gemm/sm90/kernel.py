@@ -1,0 +1,603 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper GEMM: 4-bit weights decoded in registers into the A operand of `wgmma`.
+
+    y (m, n) = x_scale * w_scale * (x @ W^T) + bias
+
+The weight is the M side of the MMA, the rows of x its N side (8 to 256 of them). A CTA has one
+producer warp and `warpgroups` warpgroups of consumers around a ring of `stages` buffers in shared
+memory. The producer copies 128 columns at a time: codes and scales as they lie in memory (the
+order of `layout.sm90`), x through a tensor map that zero-fills what is out of bounds. A consumer
+reads codes in the order of its registers, decodes a group of `wgmma` steps while the tensor cores
+work on the group before, and has two sets of A registers so that neither waits for the other.
+
+K may be split over the CTAs of a cluster, and over groups of a CTA's warpgroups (`k_groups`), which
+take its stages in turns. Then each group adds up some rows of x: the others hand it their sums of
+these through shared memory. Of these rows in turn each CTA adds up some, and gets the others' sums
+by asynchronous stores that an mbarrier counts. They go to a place of their own or, where there is
+no room for one, to its ring, once its threads have told the others that they are done with it. (A
+barrier of the cluster would say so too, and would wait for a fence at the scope of the GPU.) No
+atomics, no scratch memory, no state from one launch to the next: what a launch computes depends on
+its arguments alone.
+An x with scales comes from the quantize kernel that was launched just before. The launch is then a
+programmatic one, so that CTAs set up their barriers while that kernel runs. Until it has ended
+(`griddepcontrol.wait`) they read nothing and only ask for some of the weight to come to the L2
+cache, which is right whatever was launched before.
+
+The order in which one output is summed is fixed by K, the split and `k_groups`: columns in rising
+order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same in every config.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.utils
+from cutlass import (
+    BFloat16,
+    Float16,
+    Float32,
+    Int32,
+    Int64,
+    Uint8,
+    Uint32,
+    const_expr,
+    cute,
+)
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.runtime import make_ptr
+
+from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
+from jax_nvfp4.kernels.gemm.sm90.epilogue import BLOCK_N, WARPGROUP, Sums
+from jax_nvfp4.kernels.ptx import load_shared_x4
+from jax_nvfp4.kernels.variant import KernelVariant
+from jax_nvfp4.layout import sm90 as layout
+
+TILE_K = layout.TILE_K
+CODE_BYTES = BLOCK_N * TILE_K // 2
+HALF_BYTES = CODE_BYTES // 2
+SCALE_BYTES = BLOCK_N * TILE_K // layout.BLOCK
+STEPS = TILE_K // 16
+# Rows of x that neighboring CTAs work through before they go on along N: what a wave of CTAs
+# reads at a time then fits the L2 cache.
+RASTER_TILES = 8
+# Registers of a producer's and of a consumer's thread once the warpgroup of producers has handed
+# over, by CTAs of a multiprocessor and warpgroups of consumers in one.
+REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (24, 112)}
+# Shared memory of a CTA when a multiprocessor holds so many.
+SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
+# What a CTA asks for that is to be alone on a multiprocessor.
+ALONE_BYTES = 116 * 1024
+# Stages that are used where CTAs that could do with more crowd on the multiprocessors: with more in
+# flight a load waits behind so many others that CTAs drift apart.
+CROWDED_STAGES = 4
+# Stages whose part of the weight is asked for before the kernel before has ended. Each takes time
+# to issue: with 4 the call is slower, with all of a ring by 0.7 us.
+STAGES_AHEAD = 2
+
+
+class GemmSm90(Sums):
+    """One config of the kernel.
+
+    Attributes:
+        config: the config.
+    """
+
+    def __init__(self, config: GemmConfig):
+        super().__init__(config)
+        self.config = config
+        self.dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
+        self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
+        self.warpgroups = config.warpgroups
+        # Blocks of 64 rows of the weight in a tile and in one copy.
+        self.tile_blocks = config.tile_n // BLOCK_N
+        self.copy_blocks = 2 if self.tile_blocks % 2 == 0 else 1
+        # Steps of 16 columns between waits: two where that is work enough to hide a decode.
+        self.group_steps = 2 if self.tile_m >= 128 else 4
+        # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
+        # over most of its own.
+        self.moves_registers = self.blocks * self.tile_m >= 64
+        self.registers = REGISTERS.get((config.ctas_per_sm, config.warpgroups))
+        self.producers = WARPGROUP if self.moves_registers else 32
+        self.threads = self.consumers + self.producers
+        self.may_crowd = (
+            config.ctas_per_sm > 1 and config.k_groups == 1 and config.stages > CROWDED_STAGES
+        )
+        self.x_bytes = self.tile_m * TILE_K * 2
+        self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
+        self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16) + 16
+        # Whether there is room for other CTAs' sums beside the ring.
+        inbox = max(self._inbox_bytes(split) for split in range(1, config.split_k + 1))
+        self.apart = self.smem_bytes + inbox <= SMEM_BYTES[config.ctas_per_sm]
+        if self.apart:
+            self.smem_bytes += inbox
+        self._check()
+
+    def _check(self) -> None:
+        c = self.config
+        if c.tile_k != TILE_K or c.tile_n % BLOCK_N or c.tile_m % 8:
+            raise ValueError(f"{c.name}: tiles of {c.tile_m} x {c.tile_n} x {c.tile_k}")
+        if c.warpgroups % c.k_groups or self.tile_blocks % self.row_groups:
+            raise ValueError(f"{c.name}: {c.warpgroups} warpgroups in {c.k_groups} groups")
+        if self.moves_registers and self.registers is None:
+            raise ValueError(f"{c.name}: no division of the registers")
+        # A group releases a stage while it works on its next one.
+        if c.stages % c.k_groups or c.stages < 2 * c.k_groups:
+            raise ValueError(f"{c.name}: {c.stages} stages for {c.k_groups} groups")
+        if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
+            raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
+        for split in range(1, c.split_k + 1):
+            inbox = 0 if self.apart else self._inbox_bytes(split)
+            if self._groups_bytes() + inbox > self.stages * self.stage_bytes:
+                raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
+
+    def _tiled_mma(self):
+        op = warpgroup.MmaF16BF16Op(
+            self.dtype,
+            Float32,
+            (64, self.tile_m, 16),
+            warpgroup.OperandSource.RMEM,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+        )
+        return cute.make_tiled_mma(cute.make_mma_atom(op), (1, 1, 1))
+
+    def _x_layout(self):
+        return cutlass.utils.hopper_helpers.make_smem_layout_b(
+            cutlass.utils.LayoutEnum.ROW_MAJOR,
+            (64, self.tile_m, TILE_K),
+            self.dtype,
+            self.stages,
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Pointer,
+        sfx: cute.Pointer,
+        w: cute.Pointer,
+        sfw: cute.Pointer,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        scratch: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        split_k: Int32,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Encodes the tensor map of x and launches the kernel. See the package's GEMM signature.
+
+        `k` is a multiple of 64; sfx and scratch are not used. `split_k` is at most the config's.
+        """
+        # A tensor map has no empty axes. No copy is made where k is 0.
+        columns = cute.assume(cutlass.max(k, 64), divby=64)
+        x_tensor = cute.make_tensor(
+            x, cute.make_layout((cutlass.max(m, 1), columns), stride=(columns, 1))
+        )
+        tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            x_tensor,
+            cute.slice_(self._x_layout(), (None, None, 0)),
+            (self.tile_m, TILE_K),
+        )
+        tiles = cute.ceil_div(m, self.tile_m) * self._n_tiles(n)
+        arguments = (
+            tma_atom,
+            tma_tensor,
+            w,
+            sfw,
+            x_scale,
+            w_scale,
+            bias,
+            y,
+            m,
+            n,
+            k,
+            x_scale_stride,
+            w_scale_stride,
+            bias_dtype,
+            out_dtype,
+        )
+        if m > 0 and n > 0:
+            for split in cutlass.range_constexpr(1, self.config.split_k + 1):
+                # A launch each: a cluster's size is fixed when it is compiled.
+                if split_k == split:
+                    ctas = tiles * split
+                    if const_expr(not self.reduces(split)):
+                        ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
+                    smem = Int32(self.smem_bytes)
+                    if const_expr(self.config.ctas_per_sm > 1):
+                        # While the kernel before holds some multiprocessors, CTAs that start early
+                        # would be placed in pairs on the others.
+                        if ctas <= num_sms:
+                            smem = Int32(max(self.smem_bytes, ALONE_BYTES))
+                    stages = Int32(self.stages)
+                    if const_expr(self.may_crowd):
+                        if 2 * ctas > self.config.ctas_per_sm * num_sms:
+                            stages = Int32(CROWDED_STAGES)
+                    self.kernel(*arguments, stages, split).launch(
+                        grid=[ctas, 1, 1],
+                        block=[self.threads, 1, 1],
+                        cluster=[split, 1, 1],
+                        smem=smem,
+                        use_pdl=x_scale_stride >= 0,
+                        min_blocks_per_mp=self.config.ctas_per_sm,
+                        preferred_smem_carveout=100,
+                        stream=stream,
+                    )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_atom: cute.CopyAtom,
+        x_tensor: cute.Tensor,
+        w: cute.Pointer,
+        sfw: cute.Pointer,
+        x_scale: cute.Pointer,
+        w_scale: cute.Pointer,
+        bias: cute.Pointer,
+        y: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        x_scale_stride: Int32,
+        w_scale_stride: Int32,
+        bias_dtype: Int32,
+        out_dtype: Int32,
+        stages: Int32,
+        split: cutlass.Constexpr[int],
+    ):
+        """The device code; a cluster is `split` CTAs that share a tile."""
+        if const_expr(not self.may_crowd):
+            stages = self.stages
+        thread = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        block = cute.arch.block_idx()[0]
+        grid = cute.arch.grid_dim()[0]
+        first_tile = block // split
+        rank = block % split
+        tile_step = grid // split
+        m_tiles = cute.ceil_div(m, self.tile_m)
+        tiles = m_tiles * self._n_tiles(n)
+        k_tiles = cute.ceil_div(k, TILE_K)
+        k_begin = k_tiles * rank // split
+        k_count = k_tiles * (rank + 1) // split - k_begin
+
+        smem = cutlass.utils.SmemAllocator()
+        buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
+        inbox = buffers
+        if const_expr(self.apart and split > 1):
+            inbox = smem.allocate(self._inbox_bytes(split), byte_alignment=16)
+        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2 + 2)
+        full, empty, ready = barriers, barriers + self.stages, barriers + self.stages * 2
+        received = ready + 1
+        if warp == self.consumers // 32:
+            cpasync.prefetch_descriptor(tma_atom)
+        if thread == 0:
+            for stage in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(full + stage, 1)
+                cute.arch.mbarrier_init(empty + stage, self.row_groups * WARPGROUP)
+            if const_expr(split > 1):
+                cute.arch.mbarrier_init(received, 1)
+                if const_expr(not self.apart):
+                    cute.arch.mbarrier_init(ready, (split - 1) * self.consumers)
+            cute.arch.mbarrier_init_fence()
+            if const_expr(split > 1):
+                cute.arch.mbarrier_arrive_and_expect_tx(received, self._inbox_bytes(split))
+        if const_expr(split > 1):
+            # Waited for before the first access to another CTA.
+            cute.arch.cluster_arrive_relaxed()
+        cute.arch.sync_threads()
+
+        x_smem = cute.make_tensor(
+            cute.recast_ptr(buffers, self._x_layout().inner, dtype=self.dtype),
+            self._x_layout().outer,
+        )
+        if warp >= self.consumers // 32:
+            if const_expr(self.moves_registers):
+                cute.arch.setmaxregister_decrease(self.registers[0])
+            if warp == self.consumers // 32:
+                self._produce(
+                    tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
+                    m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
+                    x_scale_stride,
+                )  # fmt: skip
+            if const_expr(split > 1):
+                cute.arch.cluster_wait()
+        else:
+            if const_expr(self.moves_registers):
+                cute.arch.setmaxregister_increase(self.registers[1])
+            cute.arch.griddepcontrol_wait()
+            self._consume(
+                x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
+                m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
+                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages, split,
+            )  # fmt: skip
+
+    def _n_tiles(self, n):
+        """Tiles along N, of the blocks of the weight's whole tiles."""
+        return cute.ceil_div(cute.ceil_div(n, layout.TILE_N) * 2, self.tile_blocks)
+
+    @cute.jit
+    def _tile_coordinates(self, tile, m_tiles, n):
+        """(tile along M, tile along N) of a tile's number, in the raster's order."""
+        tile_x = Int32(0)
+        tile_w = tile
+        if m_tiles > 1:
+            per_group = RASTER_TILES * self._n_tiles(n)
+            group = tile // per_group
+            inside = tile % per_group
+            rows = cutlass.min(m_tiles - group * RASTER_TILES, RASTER_TILES)
+            tile_x = group * RASTER_TILES + inside % rows
+            tile_w = inside // rows
+        return tile_x, tile_w
+
+    def _code_offset(self):
+        """Where codes start in the buffers; scales follow all codes."""
+        return self.stages * self.x_bytes
+
+    def _scale_offset(self):
+        return self._code_offset() + self.stages * self.tile_blocks * CODE_BYTES
+
+    @cute.jit
+    def _produce(
+        self, tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
+        m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
+        x_scale_stride,
+    ):  # fmt: skip
+        """The producer warp: fills the ring."""
+        x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
+        x_to, x_from = cpasync.tma_partition(
+            tma_atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(x_smem, 0, 2),
+            cute.group_modes(x_tiles, 0, 2),
+        )
+        # A weight that is read once should not push x out of the L2 cache.
+        policy = Int64(ops.EVICT_NORMAL)
+        if m_tiles == 1:
+            policy = Int64(ops.EVICT_FIRST)
+        base = ops.shared_address(buffers)
+        # The last tile along N may reach past the weight's tiles of 128 rows.
+        last_row = cute.ceil_div(n, layout.TILE_N) - 1
+        # A launch that is not programmatic would do so for nothing.
+        if first_tile < tiles and x_scale_stride >= 0:
+            _, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
+            ahead = cutlass.min(k_count, min(STAGES_AHEAD, self.stages))
+            for i in cutlass.range(ahead, unroll=1):
+                with cute.arch.elect_one():
+                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_begin + i)
+                        ops.bulk_prefetch(
+                            ops.element_address(w, at, CODE_BYTES),
+                            Int32(self.copy_blocks * CODE_BYTES),
+                        )
+                        ops.bulk_prefetch(
+                            ops.element_address(sfw, at, SCALE_BYTES),
+                            Int32(self.copy_blocks * SCALE_BYTES),
+                        )
+        cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)
+        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+            for i in cutlass.range(k_count, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                k_tile = k_begin + i
+                barrier = ops.shared_address(full + stage)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
+                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                        slot = stage * self.tile_blocks + part * self.copy_blocks
+                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_tile)
+                        ops.bulk_load(
+                            base + self._code_offset() + slot * CODE_BYTES,
+                            ops.element_address(w, at, CODE_BYTES),
+                            Int32(self.copy_blocks * CODE_BYTES),
+                            barrier,
+                            policy,
+                        )
+                        ops.bulk_load(
+                            base + self._scale_offset() + slot * SCALE_BYTES,
+                            ops.element_address(sfw, at, SCALE_BYTES),
+                            Int32(self.copy_blocks * SCALE_BYTES),
+                            barrier,
+                            policy,
+                        )
+                # The copy through the tensor map elects a thread of its own.
+                cute.copy(
+                    tma_atom,
+                    x_from[None, tile_x, k_tile],
+                    x_to[None, stage],
+                    tma_bar_ptr=full + stage,
+                )
+                stage += 1
+                if stage == stages:
+                    stage = Int32(0)
+                    phase ^= 1
+
+    def _weight_at(self, tile_w, part, last_row, k_tiles, k_tile):
+        """Where a copy's part of a tile of the weight is, in blocks."""
+        block = tile_w * self.tile_blocks + part * self.copy_blocks
+        at = Int64(cutlass.min(block // 2, last_row)) * Int64(k_tiles)
+        return (at + Int64(k_tile)) * 2 + Int64(block % 2)
+
+    @cute.jit
+    def _consume(
+        self, x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
+        m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
+        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages,
+        split: cutlass.Constexpr[int],
+    ):  # fmt: skip
+        """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
+        thread = cute.arch.thread_idx()[0]
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        thread = thread % WARPGROUP
+        tiled_mma = self._tiled_mma()
+        x_fragments = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(x_smem))
+        sums = cute.make_rmem_tensor(
+            tiled_mma.partition_shape_C((64 * self.blocks, self.tile_m)), Float32
+        )
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        exponent = ops.scale_exponent(n)
+        k_group, row_group = group // self.row_groups, group % self.row_groups
+        k_count = (k_count - k_group + self.k_groups - 1) // self.k_groups
+        stage = k_group
+        phase = Int32(0)
+        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
+        # A thread's share of the tile. What scales it is loaded before the multiplication if there
+        # are registers to hold it; else after it, if possible before the sums of others come.
+        eights = self._cta_eights(split)
+        early = self.blocks == 1 and (self.reduces(split) or self.tile_m <= 64)
+        rows_early = self.blocks == 1 and eights <= (4 if self.reduces(split) else 8)
+        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
+            first_block = tile_w * self.tile_blocks + row_group * self.blocks
+            first, end = self._rows(tile_x, k_group, rank, m, split)
+            columns = (first_block, n, thread, w_scale_stride)
+            rows = (x_scale, w_scale, x_scale_stride, first, m, thread)
+            if const_expr(early):
+                constants = self._constants(w_scale, bias, columns, bias_dtype)
+            if const_expr(rows_early):
+                row_scales = [self._row_scales(rows, j) for j in range(eights)]
+            sums.fill(0.0)
+            stage, phase = self._multiply(
+                tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
+                k_count, stages, stage, phase, k_group, exponent,
+            )  # fmt: skip
+            if const_expr(not early):
+                constants = self._constants(w_scale, bias, columns, bias_dtype)
+            share = flat
+            if const_expr(self.reduces(split)):
+                if const_expr(not rows_early):
+                    row_scales = [self._row_scales(rows, j) for j in range(eights)]
+                # The only tile of this cluster.
+                share = self._reduce(
+                    flat, buffers, inbox, ready, received, thread, row_group, k_group, rank, split
+                )
+            elif const_expr(not rows_early):
+                row_scales = None
+            self._store(
+                share, rows, row_scales, constants, y, first, end, first_block, n, thread,
+                out_dtype, eights,
+            )  # fmt: skip
+
+    def _rows(self, tile_x, k_group, rank, m, split):
+        """The rows of y that a thread stores: the first, and where they end.
+
+        The next eights of a tile's rows go to the next group, of a group's to the next CTA.
+        """
+        first = k_group * self.group_eights + rank * self._cta_eights(split)
+        end = cutlass.min(first + self._cta_eights(split), (k_group + 1) * self.group_eights)
+        tile_row = tile_x * self.tile_m
+        return tile_row + first * 8, cutlass.min(tile_row + cutlass.min(end * 8, self.tile_m), m)
+
+    @cute.jit
+    def _multiply(
+        self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
+        k_count, stages, stage, phase, k_group, exponent,
+    ):  # fmt: skip
+        """Adds a tile's products to `sums`; returns the ring's state."""
+        bf16 = self.dtype is BFloat16
+        shape = tiled_mma.partition_shape_A((64 * self.blocks, 16 * self.group_steps))
+        fragments = [cute.make_rmem_tensor(shape, self.dtype) for _ in range(2)]
+        registers = []
+        for fragment in fragments:
+            words = cute.recast_tensor(fragment, Uint32)
+            registers.append(cute.make_tensor(words.iterator, cute.make_layout(cute.size(words))))
+        base = ops.shared_address(buffers)
+        lane_row = (thread // 32) * 8 + (thread % 32) // 4
+        # Every lane arrives that has read: one for its warp, after a barrier of the warp, takes as
+        # long. Nothing is there to release in the first round. 1 is written so that no compiler
+        # knows it: it would peel that round, and compute the ring's addresses for each lane.
+        releases, one = Int32(0), Int32(thread - stage < WARPGROUP)
+        first = row_group * self.blocks
+        code_at = base + self._code_offset() + first * CODE_BYTES + thread * 16
+        scale_at = base + self._scale_offset() + first * SCALE_BYTES + lane_row * 16
+        last = stage
+        for _ in cutlass.range(k_count, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            slot = stage * self.tile_blocks
+            scales = [
+                load_shared_x4(scale_at + (slot + b) * SCALE_BYTES) for b in range(self.blocks)
+            ]
+            for part in cutlass.range_constexpr(STEPS // self.group_steps):
+                if const_expr(part * self.group_steps % 4 == 0):
+                    # Half of the codes at a time: the assembler would else decode all at once, and
+                    # leave nothing to do while the last groups multiply.
+                    at = code_at + slot * CODE_BYTES + part * self.group_steps // 4 * HALF_BYTES
+                    codes = [load_shared_x4(at + b * CODE_BYTES) for b in range(self.blocks)]
+                # The group before the last is done: it was the reader of this set of registers.
+                warpgroup.wait_group(1)
+                if const_expr(part == 1):
+                    # So is all of the stage before this one.
+                    cute.arch.sync_warp()
+                    ops.arrive_if(releases, ops.shared_address(empty + last))
+                    releases = one
+                for pair in cutlass.range_constexpr(self.group_steps // 2):
+                    p = part * (self.group_steps // 2) + pair
+                    word = 2 * p % 4
+                    for b in cutlass.range_constexpr(self.blocks):
+                        decoded = ops.decode_pair(
+                            codes[b][word], codes[b][word + 1], scales[b][p], exponent, bf16
+                        )
+                        for step in cutlass.range_constexpr(2):
+                            for r in cutlass.range_constexpr(4):
+                                registers[part % 2][
+                                    r + 4 * (b + self.blocks * (2 * pair + step))
+                                ] = decoded[step][r]
+                warpgroup.fence()
+                for step in cutlass.range_constexpr(self.group_steps):
+                    cute.gemm(
+                        tiled_mma,
+                        sums,
+                        fragments[part % 2][None, None, step],
+                        x_fragments[None, None, part * self.group_steps + step, stage],
+                        sums,
+                    )
+                warpgroup.commit_group()
+            last = stage
+            stage += self.k_groups
+            if stage >= stages:
+                stage = k_group
+                phase ^= 1
+        warpgroup.wait_group(0)
+        cute.arch.sync_warp()
+        ops.arrive_if(releases, ops.shared_address(empty + last))
+        return stage, phase
+
+
+def _arguments(config: GemmConfig) -> tuple:
+    """Arguments to compile with: aligned addresses that nothing reads, and integers."""
+    dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
+
+    def pointer(element):
+        return make_ptr(element, 1024, cute.AddressSpace.gmem, assumed_align=16)
+
+    types = (dtype, Uint8, Uint8, Uint8, Float32, Float32, Uint8, Uint8, Uint8)
+    integers = (1, 1, 64, 0, 0, -1, 1, 1, 132)
+    return (*map(pointer, types), *map(Int32, integers), cuda.CUstream(0))
+
+
+def variants(arch: str) -> list[KernelVariant]:
+    """The kernels of `arch`, one for each config; none but for sm_90a."""
+    if arch != "sm_90a":
+        return []
+    return [
+        KernelVariant(
+            name=config.name,
+            op="gemm",
+            arch=arch,
+            config=config,
+            host=GemmSm90(config).__call__,
+            args=_arguments(config),
+        )
+        for config in configs(arch)
+    ]
