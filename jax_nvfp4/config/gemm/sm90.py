@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEMM configs of Hopper (sm_90a) and the table that chooses among them.
 
-Kinds: "stream" and "tile" CTAs work through tiles, one after the other, and store each from
-registers; "turns" CTAs have one tile, whose columns their groups of warpgroups take in turns.
+Kinds: "small_m" and "tile" CTAs work through tiles, one after the other, and store each from
+registers; "intra_split_k" CTAs have one tile, and groups of their warpgroups divide its columns.
 
 Figures in the reasons were measured on an H100 (132 multiprocessors) with weights that were not in
 the L2 cache.
@@ -36,14 +36,18 @@ def _config(
     )
 
 
-def _turns(x_dtype: str) -> tuple[GemmConfig, ...]:
+def _intra_split_k(x_dtype: str) -> tuple[GemmConfig, ...]:
     """Configs whose warpgroups divide K: the fastest for few rows, a sum's order of their own."""
     return (
-        _config("turns", x_dtype, 8, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
-        _config("turns", x_dtype, 16, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2),
-        _config("turns", x_dtype, 32, 64, 16, split_k=2, warpgroups=4, k_groups=4),
-        _config("turns", x_dtype, 64, 64, 10, split_k=2, warpgroups=2, k_groups=2),
-        _config("turns", x_dtype, 64, 128, 8, warpgroups=4, k_groups=2),
+        _config(
+            "intra_split_k", x_dtype, 8, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2
+        ),
+        _config(
+            "intra_split_k", x_dtype, 16, 64, 12, split_k=2, warpgroups=2, k_groups=2, ctas_per_sm=2
+        ),
+        _config("intra_split_k", x_dtype, 32, 64, 16, split_k=2, warpgroups=4, k_groups=4),
+        _config("intra_split_k", x_dtype, 64, 64, 10, split_k=2, warpgroups=2, k_groups=2),
+        _config("intra_split_k", x_dtype, 64, 128, 8, warpgroups=4, k_groups=2),
     )
 
 
@@ -56,11 +60,11 @@ def _whole(x_dtype: str, smallest: tuple[int, ...]) -> tuple[GemmConfig, ...]:
     """
     return (
         *(
-            _config("stream", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
+            _config("small_m", x_dtype, rows, 64, 6, split_k=2, warpgroups=1, ctas_per_sm=4)
             for rows in smallest
         ),
-        _config("stream", x_dtype, 32, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
-        _config("stream", x_dtype, 64, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
+        _config("small_m", x_dtype, 32, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
+        _config("small_m", x_dtype, 64, 128, 4, split_k=2, warpgroups=2, ctas_per_sm=2),
         _config("tile", x_dtype, 128, 128, 5, split_k=3, warpgroups=2),
         _config("tile", x_dtype, 128, 256, 4, split_k=2, warpgroups=2),
     )
@@ -73,16 +77,18 @@ _BETWEEN = (
 )
 
 CONFIGS: tuple[GemmConfig, ...] = (
-    *_turns("bfloat16"),
+    *_intra_split_k("bfloat16"),
     *_whole("bfloat16", (8, 16)),
     *_BETWEEN,
-    _turns("float16")[1],
+    _intra_split_k("float16")[1],
     *_whole("float16", (16,)),
 )
 
 
-def _named(name: str) -> GemmConfig:
-    return next(c for c in CONFIGS if c.name == f"gemm_sm90a_{name}")
+def _named(kind_and_tile: str, x_dtype: str) -> GemmConfig:
+    kind, _, tile = kind_and_tile.rpartition("_")
+    name = f"gemm_sm90a_{kind}_{_SHORT[x_dtype]}_{tile}"
+    return next(c for c in CONFIGS if c.name == name)
 
 
 def _tiles(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
@@ -147,72 +153,70 @@ def _invariant(most: int | None, more: When | None = None) -> When:
 
 _ORDER = (
     "order of sums: columns in rising order in each of the parts that (n, k) set, then the parts;"
-    " the same in every config without turns, whose results for a row are bit for bit the same"
+    " the same in every config but intra_split_k, so that results for a row are the same bits"
 )
 
 
 def _rules(x_dtype: str) -> tuple[Rule, ...]:
-    short = _SHORT[x_dtype]
-
     def rule(when: When, name: str, split: Split, reason: str) -> Rule:
-        return Rule(when, _named(name.replace("_", f"_{short}_", 1)), split, reason)
+        return Rule(when, _named(name, x_dtype), split, reason)
 
     rules = [
-        rule(_invariant(16), "stream_16x64", _invariant_split, _ORDER),
-        rule(_invariant(32), "stream_32x128", _invariant_split, _ORDER),
-        rule(_invariant(64), "stream_64x128", _invariant_split, _ORDER),
+        rule(_invariant(16), "small_m_16x64", _invariant_split, _ORDER),
+        rule(_invariant(32), "small_m_32x128", _invariant_split, _ORDER),
+        rule(_invariant(64), "small_m_64x128", _invariant_split, _ORDER),
         rule(_invariant(None, _wide_wins), "tile_128x256", _invariant_split, _ORDER),
         rule(_invariant(None), "tile_128x128", _invariant_split, _ORDER),
     ]
     if x_dtype == "bfloat16":
-        rules.insert(0, rule(_invariant(8), "stream_8x64", _invariant_split, _ORDER))
+        rules.insert(0, rule(_invariant(8), "small_m_8x64", _invariant_split, _ORDER))
         rules += [
             rule(
                 _rows(8, _many(3)),
-                "stream_8x64",
+                "small_m_8x64",
                 _whole_k,
                 "many or short tiles: CTAs that go on to the next tile load it while they store"
-                " (24576x1536: 11.0 us, by turns 13.5; 57344x8192: 92 us, 97; 28672x4096: 24.8 us,"
-                " 26.0)",
+                " (24576x1536: 11.0 us, intra_split_k 13.5; 57344x8192: 92 us, 97; 28672x4096:"
+                " 24.8 us, 26.0)",
             ),
             rule(
                 _rows(8),
-                "turns_8x64",
+                "intra_split_k_8x64",
                 _split_to_fill(8, 64, 2),
                 "eight warps for 64 rows keep up with memory on every multiprocessor; clusters of"
                 " two fit everywhere, larger ones leave multiprocessors idle",
             ),
             rule(
                 _rows(16, _many(3)),
-                "stream_16x64",
+                "small_m_16x64",
                 _whole_k,
-                "as for 8 rows (28672x4096: 25.1 us, by turns 27.1)",
+                "as for 8 rows (28672x4096: 25.1 us, intra_split_k 27.1)",
             ),
-            rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
+            rule(_rows(16), "intra_split_k_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
             rule(
                 _rows(32, _one_wave(64)),
-                "turns_32x64",
+                "intra_split_k_32x64",
                 _split_to_fill(32, 64, 2),
-                "sixteen warps hide the decode (8192x8192: 17.1 us, stream_32x128 19.0)",
+                "sixteen warps hide the decode (8192x8192: 17.1 us, small_m_32x128 19.0)",
             ),
             rule(
                 _rows(32),
-                "stream_32x128",
+                "small_m_32x128",
                 _whole_k,
                 "more tiles than multiprocessors: two CTAs overlap one's stores with the other's"
-                " loads (28672x4096: 29.8 us, turns_32x64 35.2)",
+                " loads (28672x4096: 29.8 us, intra_split_k_32x64 35.2)",
             ),
             rule(
                 _rows(128, lambda p, sms: _tiles(p, 64, 64) <= sms),
-                "turns_64x64",
+                "intra_split_k_64x64",
                 _split_to_fill(64, 64, 2),
                 "the most multiprocessors, and the least to exchange (64 rows: 4096x4096 7.2 us,"
-                " turns_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
+                " intra_split_k_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
                 " 128 rows: 4096x4096 10.0, 10.7)",
             ),
             rule(
                 _rows(64, _one_wave(128)),
-                "turns_64x128",
+                "intra_split_k_64x128",
                 _whole_k,
                 "sixteen warps hide the decode, on one tile for each multiprocessor",
             ),
@@ -220,28 +224,30 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
                 _rows(64, _one_wave(192)),
                 "tile_64x192",
                 _whole_k,
-                "one tile for each multiprocessor (24576x1536: 13.4 us, stream_64x128 14.8)",
+                "one tile for each multiprocessor (24576x1536: 13.4 us, small_m_64x128 14.8)",
             ),
             rule(
                 _rows(64),
-                "stream_64x128",
+                "small_m_64x128",
                 _whole_k,
-                "as for 32 rows (28672x4096: 30.2 us, turns_64x128 33.2)",
+                "as for 32 rows (28672x4096: 30.2 us, intra_split_k_64x128 33.2)",
             ),
         ]
     else:
         rules += [
-            rule(_rows(16, _many(3)), "stream_16x64", _whole_k, "as bfloat16; decoding costs more"),
-            rule(_rows(16), "turns_16x64", _split_to_fill(16, 64, 2), "as bfloat16"),
+            rule(
+                _rows(16, _many(3)), "small_m_16x64", _whole_k, "as bfloat16; decoding costs more"
+            ),
+            rule(_rows(16), "intra_split_k_16x64", _split_to_fill(16, 64, 2), "as bfloat16"),
             rule(
                 _rows(32),
-                "stream_32x128",
+                "small_m_32x128",
                 _split_to_fill(32, 128, 2),
                 "x is read once for 128 rows of the weight",
             ),
             rule(
                 _rows(64),
-                "stream_64x128",
+                "small_m_64x128",
                 _split_to_fill(64, 128, 2),
                 "x is read once for 128 rows of the weight",
             ),
@@ -250,7 +256,7 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
         rules.append(
             rule(
                 _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
-                "stream_64x128",
+                "small_m_64x128",
                 _split_to_fill(64, 128, 2),
                 "two tiles of 64 rows fill more multiprocessors than one of 128"
                 " (4096x4096: 11.5 us, 14.7)",

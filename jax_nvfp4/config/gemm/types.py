@@ -71,7 +71,7 @@ class GemmConfig:
     Attributes:
         name: the kernel's C identifier, unique over all archs.
         arch: a name of `ARCHES`.
-        kind: the design, e.g. "stream" or "pingpong" (the arch's module lists them).
+        kind: the design, e.g. "small_m" or "pingpong" (the arch's module lists them).
         x_dtype: element type of the x operand: "e2m1", "bfloat16" or "float16".
         tile_m: rows of x in a CTA's output tile (a pair's tile for 2-CTA kernels).
         tile_n: rows of the weight in it.
@@ -82,7 +82,7 @@ class GemmConfig:
         swap_ab: the weight is the MMA's M-side operand.
         split_k: largest number of ways in which K may be split (1: never).
         warpgroups: warpgroups of a CTA that run MMAs.
-        k_groups: into how many groups they divide to take turns along K.
+        k_groups: into how many groups they divide, each with a part of the CTA's stages along K.
         ctas_per_sm: CTAs that a multiprocessor holds at a time.
     """
 

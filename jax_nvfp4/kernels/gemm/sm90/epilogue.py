@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the Hopper GEMM's sums: added up over groups and CTAs, scaled, stored.
+"""The Hopper GEMM's epilogue: adds up the sums of groups and CTAs, scales and stores them.
 
 Which of a thread's sums is what, `wgmma` says: a lane 4*g + t has rows g and g + 8 of 16 rows of
-the weight for rows 2*t and 2*t + 1 of eight rows of x. Rows of x are divided by such eights over
-groups, then over CTAs.
+the weight for rows 2*t and 2*t + 1 of eight rows of x, an octet. Rows of x are divided by octets
+over groups, then over CTAs.
 """
 
 import cutlass
@@ -11,6 +11,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
+from jax_nvfp4.kernels.gemm.sm90.arguments import Exchange, Lane, OutputTile, Ring, Rows, Work
 from jax_nvfp4.kernels.ptx import fma_to
 from jax_nvfp4.layout import sm90 as layout
 
@@ -21,17 +22,17 @@ BLOCK_N = 64
 FORMS = ("f32", "bf16x2", "f16x2")
 
 
-class Sums:
-    """The sums of a config's consumers.
+class Epilogue:
+    """What a config's consumers do with their sums.
 
     Attributes:
         k_groups: groups of a CTA's warpgroups that K is divided over.
         row_groups: warpgroups of a group: a tile's blocks are divided over them.
         blocks: blocks of a warpgroup.
         consumers: threads that multiply.
-        eights: of a tile's rows of x.
-        group_eights: of the rows whose sums one of the groups adds up, at most.
-        apart: other CTAs' sums have a place beside the ring.
+        octets: of a tile's rows of x.
+        group_octets: of the rows whose sums one of the groups adds up, at most.
+        separate_exchange: other CTAs' sums have a place beside the ring.
     """
 
     def __init__(self, config: GemmConfig):
@@ -39,117 +40,135 @@ class Sums:
         self.row_groups = config.warpgroups // config.k_groups
         self.blocks = config.tile_n // BLOCK_N // self.row_groups
         self.consumers = config.warpgroups * WARPGROUP
-        self.eights = config.tile_m // 8
-        self.group_eights = -(-self.eights // self.k_groups)
-        self.apart = False
+        self.octets = config.tile_m // 8
+        self.group_octets = -(-self.octets // self.k_groups)
+        self.separate_exchange = False
 
     def reduces(self, split: int) -> bool:
         """Whether a tile's sums meet in shared memory before they are stored."""
         return split * self.k_groups > 1
 
-    def _cta_eights(self, split: int) -> int:
-        """How many of a group's eights one CTA of a cluster adds up, at most."""
-        return -(-self.group_eights // split)
+    def _cta_octets(self, split: int) -> int:
+        """How many of a group's octets one CTA of a cluster adds up, at most."""
+        return -(-self.group_octets // split)
 
     def _groups_bytes(self) -> int:
         """Shared memory for the sums that groups hand to one another."""
-        return (self.k_groups - 1) * self.group_eights * self.blocks * self.consumers * 16
+        return (self.k_groups - 1) * self.group_octets * self.blocks * self.consumers * 16
 
-    def _inbox_bytes(self, split: int) -> int:
+    def _exchange_bytes(self, split: int) -> int:
         """Shared memory for the sums that a CTA gets from the others of its cluster."""
-        return (split - 1) * self._cta_eights(split) * self.blocks * self.consumers * 16
+        return (split - 1) * self._cta_octets(split) * self.blocks * self.consumers * 16
 
-    def _flat(self, j, b, half, e, eights):
+    def _flat(self, j, b, half, e, octets):
         """Where a thread's sum for block b, row g + 8*half and row 8*j + 2*t + e of x is.
 
-        Of its sums for so many eights of rows of x.
+        Of its sums for so many octets of rows of x.
         """
-        return e + 2 * half + 4 * (j + eights * b)
+        return e + 2 * half + 4 * (j + octets * b)
 
     # Adding up
 
     @cute.jit
     def _reduce(
-        self, sums, buffers, inbox, ready, received, thread, row_group, k_group, rank,
+        self,
+        sums,
+        ring: Ring,
+        exchange: Exchange,
+        lane: Lane,
+        rank,
         split: cutlass.Constexpr[int],
-    ):  # fmt: skip
+    ):
         """Adds up the sums of groups, then of CTAs; returns those of the thread's share."""
         if const_expr(split > 1):
             # All CTAs have set up their mbarriers.
             cute.arch.cluster_wait()
-        if const_expr(split > 1 and not self.apart):
+        if const_expr(split > 1 and not self.separate_exchange):
             # This thread is done with its CTA's ring: sums may come.
             for to in cutlass.range_constexpr(split):
-                barrier = ops.map_shared(ops.shared_address(ready), Int32(to))
+                barrier = ops.map_shared(ops.shared_address(exchange.ready), Int32(to))
                 ops.arrive_remote_if(Int32(rank != to), barrier)
-        base = ops.shared_address(buffers)
-        count = self.eights
         if const_expr(self.k_groups > 1):
-            count = self.group_eights
-            group_threads = self.row_groups * WARPGROUP
-            place = base + (row_group * WARPGROUP + thread) * 16
-            step = count * self.blocks * group_threads * 16
-            # All groups are done with the ring.
-            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-            for to in cutlass.range_constexpr(self.k_groups):
-                at = place + (to * (self.k_groups - 1) + k_group - Int32(k_group > to)) * step
-                part = self._part(sums, self.eights, to, count)
-                if k_group != to:
-                    for i in cutlass.range_constexpr(len(part) // 4):
-                        ops.store_vector(at + i * (group_threads * 16), part[4 * i : 4 * i + 4])
-            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-            sums = self._in_order(
-                self._own_part(sums, self.eights, k_group, self.k_groups, count),
-                k_group,
-                self.k_groups,
-                place + k_group * ((self.k_groups - 1) * step),
-                step,
-                group_threads * 16,
-            )
+            sums = self._reduce_groups(sums, ring, lane)
         if const_expr(split > 1):
-            eights, count = count, self._cta_eights(split)
-            place = ops.shared_address(inbox)
-            if const_expr(not self.apart):
-                place += self._groups_bytes()
-            place += (k_group * self.row_groups + row_group) * (WARPGROUP * 16) + thread * 16
-            step = count * self.blocks * self.consumers * 16
-            if const_expr(not self.apart):
-                # All threads of the others are done with their rings.
-                cute.arch.mbarrier_wait(ready, 0)
-            for to in cutlass.range_constexpr(split):
-                inbox_there = ops.map_shared(place + (rank - Int32(rank > to)) * step, Int32(to))
-                received_there = ops.map_shared(ops.shared_address(received), Int32(to))
-                part = self._part(sums, eights, to, count)
-                if rank != to:
-                    for i in cutlass.range_constexpr(len(part) // 4):
-                        ops.send_vector(
-                            inbox_there + i * (self.consumers * 16),
-                            part[4 * i : 4 * i + 4],
-                            received_there,
-                        )
-            own = self._own_part(sums, eights, rank, split, count)
-            cute.arch.mbarrier_wait(received, 0)
-            sums = self._in_order(own, rank, split, place, step, self.consumers * 16)
+            sums = self._reduce_ctas(sums, exchange, lane, rank, split)
         return sums
 
-    def _part(self, sums, eights, index, count):
-        """Part `index` of sums for so many eights, `count` eights long: a list in `_flat`'s order.
+    @cute.jit
+    def _reduce_groups(self, sums, ring: Ring, lane: Lane):
+        """Adds up the sums of a CTA's groups; each group keeps those of some octets."""
+        base = ops.shared_address(ring.buffers)
+        count = self.group_octets
+        group_threads = self.row_groups * WARPGROUP
+        place = base + (lane.row_group * WARPGROUP + lane.thread) * 16
+        step = count * self.blocks * group_threads * 16
+        # All groups are done with the ring.
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        for to in cutlass.range_constexpr(self.k_groups):
+            at = place + (to * (self.k_groups - 1) + lane.k_group - Int32(lane.k_group > to)) * step
+            part = self._part(sums, self.octets, to, count)
+            if lane.k_group != to:
+                for i in cutlass.range_constexpr(len(part) // 4):
+                    ops.store_vector(at + i * (group_threads * 16), part[4 * i : 4 * i + 4])
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        return self._in_order(
+            self._own_part(sums, self.octets, lane.k_group, self.k_groups, count),
+            lane.k_group,
+            self.k_groups,
+            place + lane.k_group * ((self.k_groups - 1) * step),
+            step,
+            group_threads * 16,
+        )
+
+    @cute.jit
+    def _reduce_ctas(
+        self, sums, exchange: Exchange, lane: Lane, rank, split: cutlass.Constexpr[int]
+    ):
+        """Adds up the sums of a cluster's CTAs; each CTA keeps those of some octets."""
+        octets = self.group_octets if self.k_groups > 1 else self.octets
+        count = self._cta_octets(split)
+        place = ops.shared_address(exchange.sums)
+        if const_expr(not self.separate_exchange):
+            place += self._groups_bytes()
+        group = lane.k_group * self.row_groups + lane.row_group
+        place += group * (WARPGROUP * 16) + lane.thread * 16
+        step = count * self.blocks * self.consumers * 16
+        if const_expr(not self.separate_exchange):
+            # All threads of the others are done with their rings.
+            cute.arch.mbarrier_wait(exchange.ready, 0)
+        for to in cutlass.range_constexpr(split):
+            place_there = ops.map_shared(place + (rank - Int32(rank > to)) * step, Int32(to))
+            received_there = ops.map_shared(ops.shared_address(exchange.received), Int32(to))
+            part = self._part(sums, octets, to, count)
+            if rank != to:
+                for i in cutlass.range_constexpr(len(part) // 4):
+                    ops.send_vector(
+                        place_there + i * (self.consumers * 16),
+                        part[4 * i : 4 * i + 4],
+                        received_there,
+                    )
+        own = self._own_part(sums, octets, rank, split, count)
+        cute.arch.mbarrier_wait(exchange.received, 0)
+        return self._in_order(own, rank, split, place, step, self.consumers * 16)
+
+    def _part(self, sums, octets, index, count):
+        """Part `index` of sums for so many octets, `count` octets long: a list in `_flat`'s order.
 
         Where the last parts are shorter, or empty, their ends repeat the last eight.
         """
         return [
-            sums[self._flat(min(index * count + j, eights - 1), b, half, e, eights)]
+            sums[self._flat(min(index * count + j, octets - 1), b, half, e, octets)]
             for b in range(self.blocks)
             for j in range(count)
             for half in range(2)
             for e in range(2)
         ]
 
-    def _own_part(self, sums, eights, index, parts, count):
+    def _own_part(self, sums, octets, index, parts, count):
         """The same where `index` is known at run time only: one of `parts`."""
-        own = self._part(sums, eights, 0, count)
+        own = self._part(sums, octets, 0, count)
         for other in range(1, parts):
-            part = self._part(sums, eights, other, count)
+            part = self._part(sums, octets, other, count)
             own = [ops.select(index == other, *pair) for pair in zip(part, own, strict=True)]
         return own
 
@@ -175,10 +194,22 @@ class Sums:
 
     # Scaling and storing
 
+    def _rows(self, tile_x, lane: Lane, work: Work, m) -> Rows:
+        """The rows of y that a thread stores.
+
+        The next octets of a tile's rows go to the next group, of a group's to the next CTA.
+        """
+        octets = self._cta_octets(work.split)
+        first = lane.k_group * self.group_octets + work.rank * octets
+        end = cutlass.min(first + octets, (lane.k_group + 1) * self.group_octets)
+        tile_row = tile_x * self.tile_m
+        return Rows(
+            tile_row + first * 8, cutlass.min(tile_row + cutlass.min(end * 8, self.tile_m), m)
+        )
+
     @cute.jit
-    def _constants(self, w_scale, bias, columns, bias_dtype):
+    def _constants(self, operands, problem, first_block, thread):
         """The scales and the biases of the rows of the weight that a thread sums."""
-        first_block, n, thread, w_scale_stride = columns
         lane = thread % 32
         g = lane // 4
         warp_n = self._warp_column(first_block, thread)
@@ -187,21 +218,27 @@ class Sums:
         for b in cutlass.range_constexpr(self.blocks):
             for half in cutlass.range_constexpr(2):
                 at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
-                at = cutlass.min(at, n - 1)
-                scales.append(ops.load_element(w_scale, Float32, at * w_scale_stride))
-                biases.append(self._bias(bias, bias_dtype, at))
+                at = cutlass.min(at, problem.n - 1)
+                scales.append(
+                    ops.load_element(operands.w_scale, Float32, at * problem.w_scale_stride)
+                )
+                biases.append(self._bias(operands.bias, problem.bias_dtype, at))
         return scales, biases
 
-    def _row_scales(self, rows, j):
-        """The scales of the two rows of eight `j` that a thread's sums are of."""
-        x_scale, w_scale, stride, first, m, thread = rows
-        row = first + 8 * j + thread % 4 * 2
-        return [self._x_scale(x_scale, w_scale, stride, row + e, m) for e in range(2)]
+    def _row_scales(self, operands, problem, rows: Rows, thread, j):
+        """The scales of the two rows of octet `j` that a thread's sums are of.
 
-    def _x_scale(self, x_scale, w_scale, stride, row, m):
-        """The scale of a row of x; rows past the last get the last's."""
-        index = cutlass.min(row, m - 1) * stride
-        return ops.load_float_or_one(x_scale, w_scale, stride >= 0, index)
+        Rows past the last get the last's.
+        """
+        stride = problem.x_scale_stride
+        row = rows.first + 8 * j + thread % 4 * 2
+        scales = []
+        for e in range(2):
+            index = cutlass.min(row + e, problem.m - 1) * stride
+            scales.append(
+                ops.load_float_or_one(operands.x_scale, operands.w_scale, stride >= 0, index)
+            )
+        return scales
 
     @cute.jit
     def _bias(self, bias, dtype, index):
@@ -221,11 +258,8 @@ class Sums:
         return tile + (thread // 32) * 32 + (first_block % 2) * 4
 
     @cute.jit
-    def _store(
-        self, sums, rows, row_scales, constants, y, first, end, first_block, n, thread,
-        out_dtype, eights: cutlass.Constexpr[int],
-    ):  # fmt: skip
-        """Scales so many eights of a tile's rows and stores them up to row `end`, from registers.
+    def _store(self, sums, tile: OutputTile, operands, problem, thread):
+        """Scales a thread's share of a tile and stores it from registers.
 
         A lane 4*g + t holds rows g of 8 of the weight for rows 2*t and 2*t + 1 of 8 of x. Once
         transposed it holds row g of x and, the order of the weight's rows being what it is, eight
@@ -233,70 +267,71 @@ class Sums:
         """
         lane = thread % 32
         g, t = lane // 4, lane % 4
-        warp_n = self._warp_column(first_block, thread)
-        scales, biases = constants
+        warp_n = self._warp_column(tile.first_block, thread)
         column = warp_n + t * 8
-        place = (first, end, column, n)
         # A branch for each way of storing, and no branch within: code that is run once, and is
         # long, should at least be contiguous.
-        if n % (4 * self.blocks) != 0:
-            self._store_tile(
-                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "any"
-            )
-        elif out_dtype == 0:
-            self._store_tile(
-                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f32"
-            )
-        elif out_dtype == 1:
-            self._store_tile(
-                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "bf16x2"
-            )
+        if problem.n % (4 * self.blocks) != 0:
+            self._store_tile(sums, tile, operands, problem, (thread, g, column), "any")
+        elif problem.out_dtype == 0:
+            self._store_tile(sums, tile, operands, problem, (thread, g, column), "f32")
+        elif problem.out_dtype == 1:
+            self._store_tile(sums, tile, operands, problem, (thread, g, column), "bf16x2")
         else:
-            self._store_tile(
-                sums, rows, row_scales, scales, biases, y, place, g, out_dtype, eights, "f16x2"
-            )
+            self._store_tile(sums, tile, operands, problem, (thread, g, column), "f16x2")
 
     @cute.jit
     def _store_tile(
-        self, sums, rows, row_scales, scales, biases, y, place, g, out_dtype,
-        eights: cutlass.Constexpr[int], form: cutlass.Constexpr[str],
-    ):  # fmt: skip
+        self, sums, tile: OutputTile, operands, problem, place, form: cutlass.Constexpr[str]
+    ):
         """Stores rows in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
-        first, end, column, n = place
-        for j in cutlass.range_constexpr(eights):
-            pairs = []
-            row_scale = self._row_scales(rows, j) if row_scales is None else row_scales[j]
-            for b in cutlass.range_constexpr(self.blocks):
-                for half in cutlass.range_constexpr(2):
-                    c = 2 * b + half
-                    pairs.append(
-                        [
-                            fma_to(
-                                row_scale[e] * scales[c],
-                                sums[self._flat(j, b, half, e, eights)]
-                                * Float32(ops.ACCUMULATOR_SCALE),
-                                biases[c],
-                                out_dtype if form == "any" else FORMS.index(form),
-                            )
-                            for e in range(2)
-                        ]
-                    )
-            words = self._transposed(pairs, form)
-            row = first + 8 * j + g
+        thread, g, column = place
+        rows, y, n = tile.rows, operands.y, problem.n
+        out_dtype = problem.out_dtype if form == "any" else FORMS.index(form)
+        for j in cutlass.range_constexpr(tile.octets):
+            row_scale = (
+                self._row_scales(operands, problem, rows, thread, j)
+                if tile.row_scales is None
+                else tile.row_scales[j]
+            )
+            words = self._transposed(self._scaled(sums, tile, j, row_scale, out_dtype), form)
+            row = rows.first + 8 * j + g
             at = Int64(row) * Int64(n) + Int64(column)
             if const_expr(form == "any"):
-                if row < end:
+                if row < rows.end:
                     for i in cutlass.range_constexpr(len(words)):
                         if column + i < n:
-                            self._store_element(y, out_dtype, at + i, ops.float_of(words[i]))
+                            self._store_element(
+                                y, problem.out_dtype, at + i, ops.float_of(words[i])
+                            )
             else:
                 address = ops.element_address(y, at, 4 if form == "f32" else 2)
-                if row < end and column < n:
+                if row < rows.end and column < n:
                     if const_expr(len(words) == 2):
                         ops.store_x2(address, words)
                     else:
                         for i in cutlass.range_constexpr(0, len(words), 4):
                             ops.store_x4(address + 4 * i, words[i : i + 4])
+
+    def _scaled(self, sums, tile: OutputTile, j, row_scale, out_dtype):
+        """A thread's outputs of octet `j`: for each row of the weight those of two rows of x."""
+        pairs = []
+        for b in range(self.blocks):
+            for half in range(2):
+                c = 2 * b + half
+                pairs.append(
+                    [
+                        fma_to(
+                            row_scale[e] * tile.scales[c],
+                            sums[self._flat(j, b, half, e, tile.octets)]
+                            * Float32(ops.ACCUMULATOR_SCALE),
+                            tile.biases[c],
+                            out_dtype,
+                        )
+                        for e in range(2)
+                    ]
+                )
+        return pairs
 
     def _transposed(self, pairs, form):
         """Neighboring elements of a row of y, packed into words, from pairs of a column's.

@@ -46,7 +46,16 @@ from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
-from jax_nvfp4.kernels.gemm.sm90.epilogue import BLOCK_N, WARPGROUP, Sums
+from jax_nvfp4.kernels.gemm.sm90.arguments import (
+    Exchange,
+    Lane,
+    Operands,
+    OutputTile,
+    Problem,
+    Ring,
+    Work,
+)
+from jax_nvfp4.kernels.gemm.sm90.epilogue import BLOCK_N, WARPGROUP, Epilogue
 from jax_nvfp4.kernels.ptx import load_shared_x4
 from jax_nvfp4.kernels.variant import KernelVariant
 from jax_nvfp4.layout import sm90 as layout
@@ -64,17 +73,17 @@ RASTER_TILES = 8
 REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (24, 112)}
 # Shared memory of a CTA when a multiprocessor holds so many.
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
-# What a CTA asks for that is to be alone on a multiprocessor.
-ALONE_BYTES = 116 * 1024
-# Stages that are used where CTAs that could do with more crowd on the multiprocessors: with more in
-# flight a load waits behind so many others that CTAs drift apart.
-CROWDED_STAGES = 4
+# Shared memory that a CTA asks for so that no other fits beside it on its multiprocessor.
+SOLE_CTA_BYTES = 116 * 1024
+# Stages that are used where several CTAs share each multiprocessor: with more in flight a load
+# waits behind so many others that CTAs drift apart.
+SHARED_SM_STAGES = 4
 # Stages whose part of the weight is asked for before the kernel before has ended. Each takes time
 # to issue: with 4 the call is slower, with all of a ring by 0.7 us.
 STAGES_AHEAD = 2
 
 
-class GemmSm90(Sums):
+class GemmSm90(Epilogue):
     """One config of the kernel.
 
     Attributes:
@@ -98,17 +107,17 @@ class GemmSm90(Sums):
         self.registers = REGISTERS.get((config.ctas_per_sm, config.warpgroups))
         self.producers = WARPGROUP if self.moves_registers else 32
         self.threads = self.consumers + self.producers
-        self.may_crowd = (
-            config.ctas_per_sm > 1 and config.k_groups == 1 and config.stages > CROWDED_STAGES
+        self.dynamic_stages = (
+            config.ctas_per_sm > 1 and config.k_groups == 1 and config.stages > SHARED_SM_STAGES
         )
         self.x_bytes = self.tile_m * TILE_K * 2
         self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
         self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16) + 16
         # Whether there is room for other CTAs' sums beside the ring.
-        inbox = max(self._inbox_bytes(split) for split in range(1, config.split_k + 1))
-        self.apart = self.smem_bytes + inbox <= SMEM_BYTES[config.ctas_per_sm]
-        if self.apart:
-            self.smem_bytes += inbox
+        exchange = max(self._exchange_bytes(split) for split in range(1, config.split_k + 1))
+        self.separate_exchange = self.smem_bytes + exchange <= SMEM_BYTES[config.ctas_per_sm]
+        if self.separate_exchange:
+            self.smem_bytes += exchange
         self._check()
 
     def _check(self) -> None:
@@ -125,8 +134,8 @@ class GemmSm90(Sums):
         if self.smem_bytes > SMEM_BYTES[c.ctas_per_sm]:
             raise ValueError(f"{c.name}: {self.smem_bytes} bytes of shared memory")
         for split in range(1, c.split_k + 1):
-            inbox = 0 if self.apart else self._inbox_bytes(split)
-            if self._groups_bytes() + inbox > self.stages * self.stage_bytes:
+            exchange = 0 if self.separate_exchange else self._exchange_bytes(split)
+            if self._groups_bytes() + exchange > self.stages * self.stage_bytes:
                 raise ValueError(f"{c.name}: a tile's sums do not fit the shared memory")
 
     def _tiled_mma(self):
@@ -187,23 +196,8 @@ class GemmSm90(Sums):
             (self.tile_m, TILE_K),
         )
         tiles = cute.ceil_div(m, self.tile_m) * self._n_tiles(n)
-        arguments = (
-            tma_atom,
-            tma_tensor,
-            w,
-            sfw,
-            x_scale,
-            w_scale,
-            bias,
-            y,
-            m,
-            n,
-            k,
-            x_scale_stride,
-            w_scale_stride,
-            bias_dtype,
-            out_dtype,
-        )
+        pointers = (w, sfw, x_scale, w_scale, bias, y)
+        integers = (m, n, k, x_scale_stride, w_scale_stride, bias_dtype, out_dtype)
         if m > 0 and n > 0:
             for split in cutlass.range_constexpr(1, self.config.split_k + 1):
                 # A launch each: a cluster's size is fixed when it is compiled.
@@ -216,12 +210,12 @@ class GemmSm90(Sums):
                         # While the kernel before holds some multiprocessors, CTAs that start early
                         # would be placed in pairs on the others.
                         if ctas <= num_sms:
-                            smem = Int32(max(self.smem_bytes, ALONE_BYTES))
+                            smem = Int32(max(self.smem_bytes, SOLE_CTA_BYTES))
                     stages = Int32(self.stages)
-                    if const_expr(self.may_crowd):
+                    if const_expr(self.dynamic_stages):
                         if 2 * ctas > self.config.ctas_per_sm * num_sms:
-                            stages = Int32(CROWDED_STAGES)
-                    self.kernel(*arguments, stages, split).launch(
+                            stages = Int32(SHARED_SM_STAGES)
+                    self.kernel(tma_atom, tma_tensor, pointers, integers, stages, split).launch(
                         grid=[ctas, 1, 1],
                         block=[self.threads, 1, 1],
                         cluster=[split, 1, 1],
@@ -237,88 +231,83 @@ class GemmSm90(Sums):
         self,
         tma_atom: cute.CopyAtom,
         x_tensor: cute.Tensor,
-        w: cute.Pointer,
-        sfw: cute.Pointer,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
+        pointers: tuple,
+        integers: tuple,
         stages: Int32,
         split: cutlass.Constexpr[int],
     ):
         """The device code; a cluster is `split` CTAs that share a tile."""
-        if const_expr(not self.may_crowd):
+        if const_expr(not self.dynamic_stages):
             stages = self.stages
-        thread = cute.arch.thread_idx()[0]
+        operands, problem = Operands(*pointers), Problem(*integers)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        block = cute.arch.block_idx()[0]
-        grid = cute.arch.grid_dim()[0]
-        first_tile = block // split
-        rank = block % split
-        tile_step = grid // split
-        m_tiles = cute.ceil_div(m, self.tile_m)
-        tiles = m_tiles * self._n_tiles(n)
-        k_tiles = cute.ceil_div(k, TILE_K)
-        k_begin = k_tiles * rank // split
-        k_count = k_tiles * (rank + 1) // split - k_begin
-
-        smem = cutlass.utils.SmemAllocator()
-        buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
-        inbox = buffers
-        if const_expr(self.apart and split > 1):
-            inbox = smem.allocate(self._inbox_bytes(split), byte_alignment=16)
-        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2 + 2)
-        full, empty, ready = barriers, barriers + self.stages, barriers + self.stages * 2
-        received = ready + 1
+        work = self._work(problem, split)
+        ring, exchange = self._shared_memory(stages, split)
         if warp == self.consumers // 32:
             cpasync.prefetch_descriptor(tma_atom)
-        if thread == 0:
-            for stage in cutlass.range_constexpr(self.stages):
-                cute.arch.mbarrier_init(full + stage, 1)
-                cute.arch.mbarrier_init(empty + stage, self.row_groups * WARPGROUP)
-            if const_expr(split > 1):
-                cute.arch.mbarrier_init(received, 1)
-                if const_expr(not self.apart):
-                    cute.arch.mbarrier_init(ready, (split - 1) * self.consumers)
-            cute.arch.mbarrier_init_fence()
-            if const_expr(split > 1):
-                cute.arch.mbarrier_arrive_and_expect_tx(received, self._inbox_bytes(split))
-        if const_expr(split > 1):
-            # Waited for before the first access to another CTA.
-            cute.arch.cluster_arrive_relaxed()
-        cute.arch.sync_threads()
-
+        self._set_up_barriers(ring, exchange, split)
         x_smem = cute.make_tensor(
-            cute.recast_ptr(buffers, self._x_layout().inner, dtype=self.dtype),
+            cute.recast_ptr(ring.buffers, self._x_layout().inner, dtype=self.dtype),
             self._x_layout().outer,
         )
         if warp >= self.consumers // 32:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_decrease(self.registers[0])
             if warp == self.consumers // 32:
-                self._produce(
-                    tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
-                    m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
-                    x_scale_stride,
-                )  # fmt: skip
+                self._produce(tma_atom, x_tensor, x_smem, ring, operands, problem, work)
             if const_expr(split > 1):
                 cute.arch.cluster_wait()
         else:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_increase(self.registers[1])
             cute.arch.griddepcontrol_wait()
-            self._consume(
-                x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
-                m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
-                x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages, split,
-            )  # fmt: skip
+            self._consume(x_smem, ring, exchange, operands, problem, work)
+
+    def _work(self, problem, split) -> Work:
+        """The CTA's share: every `step`-th tile from `first`, and a part of K."""
+        block = cute.arch.block_idx()[0]
+        grid = cute.arch.grid_dim()[0]
+        first = block // split
+        rank = block % split
+        step = grid // split
+        m_tiles = cute.ceil_div(problem.m, self.tile_m)
+        tiles = m_tiles * self._n_tiles(problem.n)
+        k_tiles = cute.ceil_div(problem.k, TILE_K)
+        k_begin = k_tiles * rank // split
+        k_count = k_tiles * (rank + 1) // split - k_begin
+        return Work(first, step, m_tiles, tiles, k_tiles, k_begin, k_count, rank, split)
+
+    def _shared_memory(self, stages, split) -> tuple[Ring, Exchange]:
+        """Divides a CTA's shared memory: buffers, other CTAs' sums, mbarriers."""
+        smem = cutlass.utils.SmemAllocator()
+        buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
+        received_sums = buffers
+        if split > 1 and self.separate_exchange:
+            received_sums = smem.allocate(self._exchange_bytes(split), byte_alignment=16)
+        barriers = smem.allocate_array(cutlass.Int64, self.stages * 2 + 2)
+        full, empty, ready = barriers, barriers + self.stages, barriers + self.stages * 2
+        return Ring(buffers, full, empty, stages), Exchange(received_sums, ready, ready + 1)
+
+    @cute.jit
+    def _set_up_barriers(self, ring: Ring, exchange: Exchange, split: cutlass.Constexpr[int]):
+        """One thread initializes the mbarriers, before any other uses them."""
+        if cute.arch.thread_idx()[0] == 0:
+            for stage in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(ring.full + stage, 1)
+                cute.arch.mbarrier_init(ring.empty + stage, self.row_groups * WARPGROUP)
+            if const_expr(split > 1):
+                cute.arch.mbarrier_init(exchange.received, 1)
+                if const_expr(not self.separate_exchange):
+                    cute.arch.mbarrier_init(exchange.ready, (split - 1) * self.consumers)
+            cute.arch.mbarrier_init_fence()
+            if const_expr(split > 1):
+                cute.arch.mbarrier_arrive_and_expect_tx(
+                    exchange.received, self._exchange_bytes(split)
+                )
+        if const_expr(split > 1):
+            # Waited for before the first access to another CTA.
+            cute.arch.cluster_arrive_relaxed()
+        cute.arch.sync_threads()
 
     def _n_tiles(self, n):
         """Tiles along N, of the blocks of the weight's whole tiles."""
@@ -346,11 +335,7 @@ class GemmSm90(Sums):
         return self._code_offset() + self.stages * self.tile_blocks * CODE_BYTES
 
     @cute.jit
-    def _produce(
-        self, tma_atom, x_tensor, x_smem, w, sfw, buffers, full, empty,
-        m_tiles, tiles, n, k_tiles, k_begin, k_count, first_tile, tile_step, stages,
-        x_scale_stride,
-    ):  # fmt: skip
+    def _produce(self, tma_atom, x_tensor, x_smem, ring: Ring, operands, problem, work: Work):
         """The producer warp: fills the ring."""
         x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
         x_to, x_from = cpasync.tma_partition(
@@ -362,51 +347,38 @@ class GemmSm90(Sums):
         )
         # A weight that is read once should not push x out of the L2 cache.
         policy = Int64(ops.EVICT_NORMAL)
-        if m_tiles == 1:
+        if work.m_tiles == 1:
             policy = Int64(ops.EVICT_FIRST)
-        base = ops.shared_address(buffers)
+        base = ops.shared_address(ring.buffers)
         # The last tile along N may reach past the weight's tiles of 128 rows.
-        last_row = cute.ceil_div(n, layout.TILE_N) - 1
+        last_row = cute.ceil_div(problem.n, layout.TILE_N) - 1
         # A launch that is not programmatic would do so for nothing.
-        if first_tile < tiles and x_scale_stride >= 0:
-            _, tile_w = self._tile_coordinates(first_tile, m_tiles, n)
-            ahead = cutlass.min(k_count, min(STAGES_AHEAD, self.stages))
-            for i in cutlass.range(ahead, unroll=1):
-                with cute.arch.elect_one():
-                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
-                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_begin + i)
-                        ops.bulk_prefetch(
-                            ops.element_address(w, at, CODE_BYTES),
-                            Int32(self.copy_blocks * CODE_BYTES),
-                        )
-                        ops.bulk_prefetch(
-                            ops.element_address(sfw, at, SCALE_BYTES),
-                            Int32(self.copy_blocks * SCALE_BYTES),
-                        )
+        if work.first < work.tiles and problem.x_scale_stride >= 0:
+            self._prefetch_weight(operands, problem, work, last_row)
         cute.arch.griddepcontrol_wait()
         stage = Int32(0)
         phase = Int32(1)
-        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
-            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
-            for i in cutlass.range(k_count, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                k_tile = k_begin + i
-                barrier = ops.shared_address(full + stage)
+        for tile in cutlass.range(work.first, work.tiles, work.step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, work.m_tiles, problem.n)
+            for i in cutlass.range(work.k_count, unroll=1):
+                cute.arch.mbarrier_wait(ring.empty + stage, phase)
+                k_tile = work.k_begin + i
+                barrier = ops.shared_address(ring.full + stage)
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.stage_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.stage_bytes)
                     for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
                         slot = stage * self.tile_blocks + part * self.copy_blocks
-                        at = self._weight_at(tile_w, part, last_row, k_tiles, k_tile)
+                        at = self._weight_at(tile_w, part, last_row, work.k_tiles, k_tile)
                         ops.bulk_load(
                             base + self._code_offset() + slot * CODE_BYTES,
-                            ops.element_address(w, at, CODE_BYTES),
+                            ops.element_address(operands.w, at, CODE_BYTES),
                             Int32(self.copy_blocks * CODE_BYTES),
                             barrier,
                             policy,
                         )
                         ops.bulk_load(
                             base + self._scale_offset() + slot * SCALE_BYTES,
-                            ops.element_address(sfw, at, SCALE_BYTES),
+                            ops.element_address(operands.sfw, at, SCALE_BYTES),
                             Int32(self.copy_blocks * SCALE_BYTES),
                             barrier,
                             policy,
@@ -416,12 +388,30 @@ class GemmSm90(Sums):
                     tma_atom,
                     x_from[None, tile_x, k_tile],
                     x_to[None, stage],
-                    tma_bar_ptr=full + stage,
+                    tma_bar_ptr=ring.full + stage,
                 )
                 stage += 1
-                if stage == stages:
+                if stage == ring.stages:
                     stage = Int32(0)
                     phase ^= 1
+
+    @cute.jit
+    def _prefetch_weight(self, operands, problem, work: Work, last_row):
+        """Asks for the first stages' part of the weight to come to the L2 cache."""
+        _, tile_w = self._tile_coordinates(work.first, work.m_tiles, problem.n)
+        ahead = cutlass.min(work.k_count, min(STAGES_AHEAD, self.stages))
+        for i in cutlass.range(ahead, unroll=1):
+            with cute.arch.elect_one():
+                for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                    at = self._weight_at(tile_w, part, last_row, work.k_tiles, work.k_begin + i)
+                    ops.bulk_prefetch(
+                        ops.element_address(operands.w, at, CODE_BYTES),
+                        Int32(self.copy_blocks * CODE_BYTES),
+                    )
+                    ops.bulk_prefetch(
+                        ops.element_address(operands.sfw, at, SCALE_BYTES),
+                        Int32(self.copy_blocks * SCALE_BYTES),
+                    )
 
     def _weight_at(self, tile_w, part, last_row, k_tiles, k_tile):
         """Where a copy's part of a tile of the weight is, in blocks."""
@@ -430,13 +420,9 @@ class GemmSm90(Sums):
         return (at + Int64(k_tile)) * 2 + Int64(block % 2)
 
     @cute.jit
-    def _consume(
-        self, x_smem, buffers, inbox, full, empty, ready, received, x_scale, w_scale, bias, y,
-        m_tiles, tiles, m, n, k_count, first_tile, tile_step, rank,
-        x_scale_stride, w_scale_stride, bias_dtype, out_dtype, stages,
-        split: cutlass.Constexpr[int],
-    ):  # fmt: skip
+    def _consume(self, x_smem, ring: Ring, exchange: Exchange, operands, problem, work: Work):
         """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
+        split = work.split
         thread = cute.arch.thread_idx()[0]
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         thread = thread % WARPGROUP
@@ -446,65 +432,51 @@ class GemmSm90(Sums):
             tiled_mma.partition_shape_C((64 * self.blocks, self.tile_m)), Float32
         )
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        exponent = ops.scale_exponent(n)
-        k_group, row_group = group // self.row_groups, group % self.row_groups
-        k_count = (k_count - k_group + self.k_groups - 1) // self.k_groups
-        stage = k_group
+        exponent = ops.scale_exponent(problem.n)
+        lane = Lane(thread, group // self.row_groups, group % self.row_groups)
+        k_count = (work.k_count - lane.k_group + self.k_groups - 1) // self.k_groups
+        stage = lane.k_group
         phase = Int32(0)
         flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
         # A thread's share of the tile. What scales it is loaded before the multiplication if there
         # are registers to hold it; else after it, if possible before the sums of others come.
-        eights = self._cta_eights(split)
+        octets = self._cta_octets(split)
         early = self.blocks == 1 and (self.reduces(split) or self.tile_m <= 64)
-        rows_early = self.blocks == 1 and eights <= (4 if self.reduces(split) else 8)
-        for tile in cutlass.range(first_tile, tiles, tile_step, unroll=1):
-            tile_x, tile_w = self._tile_coordinates(tile, m_tiles, n)
-            first_block = tile_w * self.tile_blocks + row_group * self.blocks
-            first, end = self._rows(tile_x, k_group, rank, m, split)
-            columns = (first_block, n, thread, w_scale_stride)
-            rows = (x_scale, w_scale, x_scale_stride, first, m, thread)
+        rows_early = self.blocks == 1 and octets <= (4 if self.reduces(split) else 8)
+        for tile in cutlass.range(work.first, work.tiles, work.step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(tile, work.m_tiles, problem.n)
+            first_block = tile_w * self.tile_blocks + lane.row_group * self.blocks
+            rows = self._rows(tile_x, lane, work, problem.m)
             if const_expr(early):
-                constants = self._constants(w_scale, bias, columns, bias_dtype)
+                constants = self._constants(operands, problem, first_block, thread)
             if const_expr(rows_early):
-                row_scales = [self._row_scales(rows, j) for j in range(eights)]
+                row_scales = [
+                    self._row_scales(operands, problem, rows, thread, j) for j in range(octets)
+                ]
             sums.fill(0.0)
             stage, phase = self._multiply(
-                tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
-                k_count, stages, stage, phase, k_group, exponent,
-            )  # fmt: skip
+                (tiled_mma, sums, x_fragments), ring, lane, k_count, stage, phase, exponent
+            )
             if const_expr(not early):
-                constants = self._constants(w_scale, bias, columns, bias_dtype)
+                constants = self._constants(operands, problem, first_block, thread)
             share = flat
             if const_expr(self.reduces(split)):
                 if const_expr(not rows_early):
-                    row_scales = [self._row_scales(rows, j) for j in range(eights)]
+                    row_scales = [
+                        self._row_scales(operands, problem, rows, thread, j) for j in range(octets)
+                    ]
                 # The only tile of this cluster.
-                share = self._reduce(
-                    flat, buffers, inbox, ready, received, thread, row_group, k_group, rank, split
-                )
+                share = self._reduce(flat, ring, exchange, lane, work.rank, split)
             elif const_expr(not rows_early):
                 row_scales = None
-            self._store(
-                share, rows, row_scales, constants, y, first, end, first_block, n, thread,
-                out_dtype, eights,
-            )  # fmt: skip
-
-    def _rows(self, tile_x, k_group, rank, m, split):
-        """The rows of y that a thread stores: the first, and where they end.
-
-        The next eights of a tile's rows go to the next group, of a group's to the next CTA.
-        """
-        first = k_group * self.group_eights + rank * self._cta_eights(split)
-        end = cutlass.min(first + self._cta_eights(split), (k_group + 1) * self.group_eights)
-        tile_row = tile_x * self.tile_m
-        return tile_row + first * 8, cutlass.min(tile_row + cutlass.min(end * 8, self.tile_m), m)
+            tile = OutputTile(rows, first_block, octets, row_scales, *constants)
+            self._store(share, tile, operands, problem, thread)
 
     @cute.jit
-    def _multiply(
-        self, tiled_mma, sums, x_fragments, buffers, full, empty, thread, row_group,
-        k_count, stages, stage, phase, k_group, exponent,
-    ):  # fmt: skip
-        """Adds a tile's products to `sums`; returns the ring's state."""
+    def _multiply(self, mma, ring: Ring, lane: Lane, k_count, stage, phase, exponent):
+        """Adds a tile's products to the sums; returns the ring's state."""
+        tiled_mma, sums, x_fragments = mma
+        thread = lane.thread
         bf16 = self.dtype is BFloat16
         shape = tiled_mma.partition_shape_A((64 * self.blocks, 16 * self.group_steps))
         fragments = [cute.make_rmem_tensor(shape, self.dtype) for _ in range(2)]
@@ -512,18 +484,18 @@ class GemmSm90(Sums):
         for fragment in fragments:
             words = cute.recast_tensor(fragment, Uint32)
             registers.append(cute.make_tensor(words.iterator, cute.make_layout(cute.size(words))))
-        base = ops.shared_address(buffers)
+        base = ops.shared_address(ring.buffers)
         lane_row = (thread // 32) * 8 + (thread % 32) // 4
         # Every lane arrives that has read: one for its warp, after a barrier of the warp, takes as
         # long. Nothing is there to release in the first round. 1 is written so that no compiler
         # knows it: it would peel that round, and compute the ring's addresses for each lane.
         releases, one = Int32(0), Int32(thread - stage < WARPGROUP)
-        first = row_group * self.blocks
+        first = lane.row_group * self.blocks
         code_at = base + self._code_offset() + first * CODE_BYTES + thread * 16
         scale_at = base + self._scale_offset() + first * SCALE_BYTES + lane_row * 16
         last = stage
         for _ in cutlass.range(k_count, unroll=1):
-            cute.arch.mbarrier_wait(full + stage, phase)
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
             slot = stage * self.tile_blocks
             scales = [
                 load_shared_x4(scale_at + (slot + b) * SCALE_BYTES) for b in range(self.blocks)
@@ -539,20 +511,9 @@ class GemmSm90(Sums):
                 if const_expr(part == 1):
                     # So is all of the stage before this one.
                     cute.arch.sync_warp()
-                    ops.arrive_if(releases, ops.shared_address(empty + last))
+                    ops.arrive_if(releases, ops.shared_address(ring.empty + last))
                     releases = one
-                for pair in cutlass.range_constexpr(self.group_steps // 2):
-                    p = part * (self.group_steps // 2) + pair
-                    word = 2 * p % 4
-                    for b in cutlass.range_constexpr(self.blocks):
-                        decoded = ops.decode_pair(
-                            codes[b][word], codes[b][word + 1], scales[b][p], exponent, bf16
-                        )
-                        for step in cutlass.range_constexpr(2):
-                            for r in cutlass.range_constexpr(4):
-                                registers[part % 2][
-                                    r + 4 * (b + self.blocks * (2 * pair + step))
-                                ] = decoded[step][r]
+                self._decode_group(registers[part % 2], part, codes, scales, exponent, bf16)
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(self.group_steps):
                     cute.gemm(
@@ -565,13 +526,27 @@ class GemmSm90(Sums):
                 warpgroup.commit_group()
             last = stage
             stage += self.k_groups
-            if stage >= stages:
-                stage = k_group
+            if stage >= ring.stages:
+                stage = lane.k_group
                 phase ^= 1
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
-        ops.arrive_if(releases, ops.shared_address(empty + last))
+        ops.arrive_if(releases, ops.shared_address(ring.empty + last))
         return stage, phase
+
+    def _decode_group(self, registers, part, codes, scales, exponent, bf16):
+        """Decodes the weights of group `part` of a stage's steps into a set of A registers."""
+        for pair in range(self.group_steps // 2):
+            p = part * (self.group_steps // 2) + pair
+            word = 2 * p % 4
+            for b in range(self.blocks):
+                decoded = ops.decode_pair(
+                    codes[b][word], codes[b][word + 1], scales[b][p], exponent, bf16
+                )
+                for step in range(2):
+                    for r in range(4):
+                        at = r + 4 * (b + self.blocks * (2 * pair + step))
+                        registers[at] = decoded[step][r]
 
 
 def _arguments(config: GemmConfig) -> tuple:

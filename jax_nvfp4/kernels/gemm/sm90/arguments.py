@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the functions of the Hopper GEMM hand to one another, by what it is about.
+
+They hold what no loop of a kernel changes. Sizes and indices are Int32.
+"""
+
+import dataclasses
+from typing import Any
+
+from cutlass import Float32, Int32, cute
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Where the operands of a call are, but for x, which comes through a tensor map.
+
+    Attributes:
+        w: the repacked weight's codes.
+        sfw: its scales.
+        x_scale: Float32, scales of the rows of x.
+        w_scale: Float32, scales of the rows of the weight.
+        bias: of the rows of the weight.
+        y: the result.
+    """
+
+    w: cute.Pointer
+    sfw: cute.Pointer
+    x_scale: cute.Pointer
+    w_scale: cute.Pointer
+    bias: cute.Pointer
+    y: cute.Pointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The integers of a call.
+
+    Attributes:
+        m: rows of x.
+        n: rows of the weight.
+        k: columns, a multiple of 64.
+        x_scale_stride: 1 for a scale of each row of x, 0 for one of all, -1 for none.
+        w_scale_stride: 1 for a scale of each row of the weight, 0 for one of all.
+        bias_dtype: code of the bias's dtype, -1 for no bias.
+        out_dtype: code of y's dtype.
+    """
+
+    m: Int32
+    n: Int32
+    k: Int32
+    x_scale_stride: Int32
+    w_scale_stride: Int32
+    bias_dtype: Int32
+    out_dtype: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a CTA has to do.
+
+    Attributes:
+        first: its first tile.
+        step: from one of its tiles to the next.
+        m_tiles: tiles along M.
+        tiles: of the call.
+        k_tiles: tiles along K.
+        k_begin: the first of them that is this CTA's.
+        k_count: how many are.
+        rank: of the CTA in its cluster.
+        split: CTAs of a cluster, which divide K; known at compile time.
+    """
+
+    first: Int32
+    step: Int32
+    m_tiles: Int32
+    tiles: Int32
+    k_tiles: Int32
+    k_begin: Int32
+    k_count: Int32
+    rank: Int32
+    split: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The stages in shared memory between the producer and the consumers.
+
+    Attributes:
+        buffers: x of all stages, then codes, then scales.
+        full: an mbarrier for each stage: its copies have come.
+        empty: an mbarrier for each stage: its consumers have read it.
+        stages: how many are in use; known at compile time or not.
+    """
+
+    buffers: cute.Pointer
+    full: cute.Pointer
+    empty: cute.Pointer
+    stages: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How CTAs of a cluster hand sums to one another.
+
+    Attributes:
+        sums: where those of the others come to, or the ring where there is no room beside it.
+        ready: mbarrier: the others are done with their rings, which sums may overwrite.
+        received: mbarrier: the others' sums have come.
+    """
+
+    sums: cute.Pointer
+    ready: cute.Pointer
+    received: cute.Pointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Which consumer a thread is.
+
+    Attributes:
+        thread: of its warpgroup.
+        k_group: its warpgroup's group, which has a part of the CTA's stages.
+        row_group: the warpgroup's number in the group, which has a part of the tile's rows.
+    """
+
+    thread: Int32
+    k_group: Int32
+    row_group: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of y that a thread stores.
+
+    Attributes:
+        first: the first.
+        end: where they end.
+    """
+
+    first: Int32
+    end: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputTile:
+    """A thread's share of a tile of y, and what scales it.
+
+    Attributes:
+        rows: of x.
+        first_block: the first of its blocks of 64 rows of the weight.
+        octets: eights of rows of x that it has sums for.
+        row_scales: the two scales of each octet, or None: to be loaded when they are needed.
+        scales: of its rows of the weight.
+        biases: likewise.
+    """
+
+    rows: Rows
+    first_block: Int32
+    octets: int
+    row_scales: list[list[Float32]] | None
+    scales: list[Float32]
+    biases: list[Float32]
