@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_nvfp4.functional import FLOAT_NAMES, FLOATS
-from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS, Nvfp4Tensor, RepackedWeight
 
 LayerActivationScale = Literal["token", "tensor", "static"] | None
 

@@ -17,14 +17,10 @@ from jax_nvfp4.ops.linear.primitive import linear as linear_op
 from jax_nvfp4.ops.quantize.primitive import Mode
 from jax_nvfp4.ops.quantize.primitive import quantize as quantize_op
 from jax_nvfp4.ops.sharding import typed
-from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS, Nvfp4Tensor, RepackedWeight
 
 Scaling = Literal["tensor", "token"]
 ActivationScale = Literal["tensor", "token"] | ArrayLike | None
-
-FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-FLOAT_NAMES = "bfloat16, float16 or float32"
-"""The dtypes that we compute in, and what errors call them."""
 
 
 def _as_array(name: str, value: Any, expected: str) -> jax.Array:
@@ -123,7 +119,7 @@ def quantize(
         (x, given),
         lambda: typed.quantized(x, given, scaling == "token"),
     )
-    return Nvfp4Tensor(*parts, k=k)
+    return Nvfp4Tensor(*parts, k=k, dtype=x.dtype)
 
 
 def global_scale(x: ArrayLike, scaling: Scaling = "tensor") -> jax.Array:
@@ -188,7 +184,7 @@ def repack(weight: Any, arch: str | None = None) -> Any:
             (node.data, node.block_scale),
             lambda: typed.repacked(node.data, node.block_scale, arch),
         )
-        return RepackedWeight(data, block_scale, node.global_scale, arch, n, k)
+        return RepackedWeight(data, block_scale, node.global_scale, arch, n, k, node.dtype)
 
     return jax.tree.map(one, weight, is_leaf=_is_weight)
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any, Self
 
 import jax
@@ -16,12 +17,28 @@ from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import packed_shapes, unpack_weight
 
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+FLOAT_NAMES = "bfloat16, float16 or float32"
+"""The dtypes that we quantize from and compute in, and what errors call them."""
 
-def _keyed_parts(tensor: Any) -> tuple[tuple[jax.tree_util.GetAttrKey, Any], ...]:
+
+class PartKey(jax.tree_util.GetAttrKey):
+    """The name of a part in the path of a leaf.
+
+    Rules for params, such as masks of optimizers, join the `key` of each step of a path, which
+    those of attributes do not have.
+    """
+
+    @property
+    def key(self) -> str:
+        """The name, as the keys of dicts call it."""
+        return self.name
+
+
+def _keyed_parts(tensor: Any) -> tuple[tuple[PartKey, Any], ...]:
     """The parts that both forms have, with their names."""
     return tuple(
-        (jax.tree_util.GetAttrKey(name), getattr(tensor, name))
-        for name in ("data", "block_scale", "global_scale")
+        (PartKey(name), getattr(tensor, name)) for name in ("data", "block_scale", "global_scale")
     )
 
 
@@ -61,6 +78,20 @@ def _check_dtypes(tensor: Any, **expected: Any) -> None:
             )
 
 
+def _source_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that a tensor came from.
+
+    Raises:
+        TypeError: another than those that can be quantized.
+    """
+    found = jnp.dtype(dtype)
+    if found not in FLOATS:
+        raise TypeError(
+            f"dtype, which the values came from, must be {FLOAT_NAMES}; got {found.name}"
+        )
+    return found
+
+
 def _expand(global_scale: jax.Array, ndim: int) -> jax.Array:
     """Adds trailing axes: a global scale has the leading axes of its tensor, or none."""
     return global_scale.reshape(global_scale.shape + (1,) * (ndim - global_scale.ndim))
@@ -81,12 +112,15 @@ class Nvfp4Tensor:
         global_scale: float32; a scalar (per tensor), one per row `(...)` (per token), or the
             leading axes of stacked tensors.
         padding: elements that fill up the last block of each row, 0 to 15.
+        dtype: that the values came from. It changes no value; it is what layers promote with the
+            dtypes of their inputs, as they would that of an array.
     """
 
     data: jax.Array
     block_scale: jax.Array
     global_scale: jax.Array
     padding: int
+    dtype: jnp.dtype
 
     def __init__(
         self,
@@ -96,6 +130,7 @@ class Nvfp4Tensor:
         *,
         k: int | None = None,
         padding: int = 0,
+        dtype: DTypeLike = jnp.bfloat16,
     ) -> None:
         """Checks and holds the parts.
 
@@ -105,9 +140,10 @@ class Nvfp4Tensor:
             global_scale: float32, its shape the first axes of `data`'s leading ones, or ().
             k: the logical length of the last axis; `2 * data.shape[-1] - padding` by default.
             padding: the same, said by what is missing to whole blocks.
+            dtype: that the values came from: bfloat16, float16 or float32.
 
         Raises:
-            TypeError: a part has another dtype.
+            TypeError: a part has another dtype, or values cannot have come from `dtype`.
             ValueError: the shapes do not belong together.
         """
         data, block_scale = jnp.asarray(data), jnp.asarray(block_scale)
@@ -133,7 +169,7 @@ class Nvfp4Tensor:
                 f"data of shape {data.shape} must have ceil(k/16)*8 = {_blocks(k) * 8} bytes along "
                 f"its last axis for k = {k}"
             )
-        self._set(data, block_scale, global_scale, -k % numerics.BLOCK)
+        self._set(data, block_scale, global_scale, -k % numerics.BLOCK, _source_dtype(dtype))
         self._check_shapes()
 
     def check(self) -> None:
@@ -160,13 +196,9 @@ class Nvfp4Tensor:
                 f"{data[:-1]}; got shape {global_scale}"
             )
 
-    def _set(self, data: Any, block_scale: Any, global_scale: Any, padding: int) -> None:
-        for name, value in zip(
-            ("data", "block_scale", "global_scale", "padding"),
-            (data, block_scale, global_scale, padding),
-            strict=True,
-        ):
-            object.__setattr__(self, name, value)
+    def _set(self, *values: Any) -> None:
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
 
     @property
     def k(self) -> int:
@@ -182,6 +214,11 @@ class Nvfp4Tensor:
     def ndim(self) -> int:
         """The number of logical axes."""
         return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        """The number of logical elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -202,27 +239,26 @@ class Nvfp4Tensor:
         values = numerics.dequantize(self.data, self.block_scale, global_scale)
         return values[..., : self.k].astype(dtype)
 
-    def tree_flatten_with_keys(self) -> tuple[Any, int]:
-        """The parts with their names, and the padding, which a part along K has in common."""
-        return _keyed_parts(self), self.padding
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[int, jnp.dtype]]:
+        """The parts with their names, and what is static: a part along K has the same padding."""
+        return _keyed_parts(self), (self.padding, self.dtype)
 
     @classmethod
-    def tree_unflatten(cls, padding: int, leaves: Any) -> Self:
+    def tree_unflatten(cls, static: tuple[int, jnp.dtype], leaves: Any) -> Self:
         """Rebuilds without checks: transformations put other things than arrays at the leaves."""
         self = object.__new__(cls)
-        data, block_scale, global_scale = leaves
-        self._set(data, block_scale, global_scale, padding)
+        self._set(*leaves, *static)
         return self
 
     def __repr__(self) -> str:
         if not _are_arrays(self):
             return (
                 f"Nvfp4Tensor({self.data}, {self.block_scale}, {self.global_scale}, "
-                f"padding={self.padding})"
+                f"padding={self.padding}, dtype={self.dtype})"
             )
         return (
-            f"Nvfp4Tensor(shape={self.shape}, global_scale={_global_scale_name(self)}, "
-            f"nbytes={self.nbytes})"
+            f"Nvfp4Tensor(shape={self.shape}, dtype={self.dtype}, "
+            f"global_scale={_global_scale_name(self)}, nbytes={self.nbytes})"
         )
 
 
@@ -239,6 +275,7 @@ class RepackedWeight:
         arch: the architecture, a name of `config.ARCHES` or "reference".
         n: logical rows (output features); of a device's part, in `shard_map`, those of the whole.
         k: logical columns (input features).
+        dtype: that the values came from, as of an Nvfp4Tensor.
     """
 
     data: jax.Array
@@ -247,6 +284,10 @@ class RepackedWeight:
     arch: str
     n: int
     k: int
+    dtype: Any = jnp.bfloat16  # a jnp.dtype, once it is made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _source_dtype(self.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -265,6 +306,11 @@ class RepackedWeight:
         return self.data.ndim
 
     @property
+    def size(self) -> int:
+        """The number of logical elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """The bytes its parts take, padding included."""
         return _nbytes(self)
@@ -274,7 +320,7 @@ class RepackedWeight:
         self.check()
         n = self.shape[-2]
         data, block_scale = unpack_weight(self.arch, self.data, self.block_scale, n, self.k)
-        return Nvfp4Tensor(data, block_scale, self.global_scale, k=self.k)
+        return Nvfp4Tensor(data, block_scale, self.global_scale, k=self.k, dtype=self.dtype)
 
     def check(self) -> None:
         """Refuses parts that do not belong together, which transformations may have changed.
@@ -303,12 +349,12 @@ class RepackedWeight:
         """The values, of shape `(..., N, K)`."""
         return self.canonical().dequantize(dtype)
 
-    def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, int, int]]:
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, int, int, jnp.dtype]]:
         """The parts with their names, and what is static."""
-        return _keyed_parts(self), (self.arch, self.n, self.k)
+        return _keyed_parts(self), (self.arch, self.n, self.k, self.dtype)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[str, int, int], leaves: Any) -> Self:
+    def tree_unflatten(cls, static: tuple[str, int, int, jnp.dtype], leaves: Any) -> Self:
         """Rebuilds from the parts."""
         data, block_scale, global_scale = leaves
         return cls(data, block_scale, global_scale, *static)
@@ -317,10 +363,10 @@ class RepackedWeight:
         if not _are_arrays(self):
             return (
                 f"RepackedWeight({self.data}, {self.block_scale}, {self.global_scale}, "
-                f"arch={self.arch!r}, n={self.n}, k={self.k})"
+                f"arch={self.arch!r}, n={self.n}, k={self.k}, dtype={self.dtype})"
             )
         return (
-            f"RepackedWeight(shape={self.shape}, arch={self.arch!r}, "
+            f"RepackedWeight(shape={self.shape}, arch={self.arch!r}, dtype={self.dtype}, "
             f"global_scale={_global_scale_name(self)}, nbytes={self.nbytes})"
         )
 
@@ -330,18 +376,21 @@ def _blocks(k: int) -> int:
 
 
 def _serialization(cls: type[Any]) -> None:
-    """Lets `jax.export` write and read the pytree type."""
+    """Lets `jax.export` write and read the pytree type; the last static value is a dtype."""
+
+    def serialize(static: tuple[Any, ...]) -> bytes:
+        return json.dumps([*static[:-1], static[-1].name]).encode()
+
+    def deserialize(blob: bytes) -> tuple[Any, ...]:
+        *static, dtype = json.loads(blob)
+        return (*static, jnp.dtype(dtype))
+
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jax_nvfp4.{cls.__name__}",
-        serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=lambda blob: _static(json.loads(blob)),
+        serialize_auxdata=serialize,
+        deserialize_auxdata=deserialize,
     )
-
-
-def _static(decoded: Any) -> Any:
-    """JSON makes tuples lists."""
-    return tuple(decoded) if isinstance(decoded, list) else decoded
 
 
 _serialization(Nvfp4Tensor)

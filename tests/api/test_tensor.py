@@ -35,6 +35,23 @@ def test_shapes_and_bytes():
     assert nvfp4.repack(big, "sm_90a").nbytes == big.nbytes
 
 
+def test_size_and_dtype_are_those_of_what_was_quantized():
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        t = nvfp4.quantize(jnp.ones((3, 5, 100), dtype))
+        for form in (t, nvfp4.repack(t, "sm_90a"), nvfp4.repack(t, "sm_100f").canonical()):
+            assert (form.size, form.dtype) == (1500, dtype)
+            assert f"dtype={jnp.dtype(dtype).name}" in repr(form)
+            assert jax.eval_shape(lambda w: w, form).dtype == dtype
+    assert nvfp4.Nvfp4Tensor(DATA, SCALE, ONE).dtype == jnp.bfloat16  # as of a checkpoint
+    assert nvfp4.Nvfp4Tensor(DATA, SCALE, ONE, dtype="float32").dtype == jnp.float32
+
+
+def test_the_dtype_is_exported():
+    t = nvfp4.repack(nvfp4.quantize(jnp.ones((4, 32), jnp.float16)), "sm_90a")
+    blob = jax.export.export(jax.jit(lambda w: w))(t).serialize()
+    assert jax.export.deserialize(blob).call(t).dtype == jnp.float16
+
+
 def test_construction_from_parts():
     t = nvfp4.Nvfp4Tensor(DATA, SCALE, ONE)
     assert t.shape == (4, 32) and t.global_scale.dtype == jnp.float32
@@ -81,6 +98,11 @@ def test_construction_from_parts():
             "24 bytes along its last axis for k = 40",
         ),
         (lambda: nvfp4.Nvfp4Tensor(np.uint8(3), SCALE, ONE), ValueError, "at least one axis"),
+        (
+            lambda: nvfp4.Nvfp4Tensor(DATA, SCALE, ONE, dtype=jnp.int8),
+            TypeError,
+            "dtype, which the values came from, must be bfloat16.*; got int8",
+        ),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(make, error, message):
@@ -95,6 +117,12 @@ def test_pytree():
     assert jax.tree.unflatten(tree, leaves).shape == t.shape
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)]
     assert paths == [".data", ".block_scale", ".global_scale"]
+    for (path, _), name in zip(
+        jax.tree_util.tree_leaves_with_path({"up": t}),
+        ("data", "block_scale", "global_scale"),
+        strict=True,
+    ):
+        assert "/".join(step.key for step in path) == f"up/{name}" and path[-1].name == name
     assert jax.tree.map(lambda a: a.shape, t).data == (4, 16)
     w = nvfp4.repack(t, "sm_90a")
     assert "shape=(4, 32)" in repr(t) and "shape=(4, 32), arch='sm_90a'" in repr(w)
