@@ -12,7 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_nvfp4._version import __version__ as __version__
-from jax_nvfp4.functional import global_scale, linear, quantize, repack
+from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.ops.quantize.api import global_scale, quantize
+from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax.core import meta
 from flax.typing import Dtype, Initializer
 
-from jax_nvfp4 import _layer, functional, numerics, params
+from jax_nvfp4 import _layer, numerics, params
+from jax_nvfp4.ops.linear.api import linear
 from jax_nvfp4.tensor import Nvfp4Tensor
 
 COLLECTION = "quant"
@@ -109,7 +110,7 @@ class Nvfp4Dense(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         inputs, compute = _layer.cast_inputs("Nvfp4Dense", inputs, self.dtype, self.param_dtype)
         scale: Any = self.activation_scale
-        return functional.linear(
+        return linear(
             inputs,
             kernel,
             bias,

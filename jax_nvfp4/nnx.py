@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jax_nvfp4 import _layer, functional, numerics, params
+from jax_nvfp4 import _layer, numerics, params
+from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 
@@ -194,7 +196,7 @@ class Nvfp4Linear(nnx.Module):
                 self.input_amax[...] = amax
                 self.input_scale[...] = numerics.dynamic_scales(amax)[1]
             scale = self.input_scale[...]
-        return functional.linear(
+        return linear(
             inputs,
             kernel,
             None if self.bias is None else self.bias[...],
@@ -260,7 +262,7 @@ def repack_model(model: nnx.Module, arch: str | None = None) -> None:
     if not layers:
         raise ValueError("no Nvfp4Linear layer in the model to repack; see quantize_model")
     for layer in layers:
-        layer.kernel = nnx.data(_variables(functional.repack(_arrays(layer.kernel), arch), {}))
+        layer.kernel = nnx.data(_variables(repack(_arrays(layer.kernel), arch), {}))
 
 
 def _replace(root: Any, swapped: dict[int, Nvfp4Linear]) -> None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import serialization
 from flax.core import meta
 
-from jax_nvfp4 import functional
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 Path = tuple[str, ...]
@@ -35,7 +34,7 @@ def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
     """
 
     def quantize(matrix: jax.Array) -> Nvfp4Tensor:
-        return functional.quantize(matrix.T)
+        return quantize(matrix.T)
 
     for _ in range(jnp.ndim(kernel) - 2):
         quantize = jax.vmap(quantize)

@@ -45,9 +45,9 @@ from jax_nvfp4.checkpoint.files import (
 from jax_nvfp4.checkpoint.formats import split_name
 from jax_nvfp4.checkpoint.load import UNQUANTIZED, detect
 from jax_nvfp4.checkpoint.save import pack_weight, write_configs
-from jax_nvfp4.functional import FLOATS, quantize
 from jax_nvfp4.numerics import BLOCK
-from jax_nvfp4.tensor import Nvfp4Tensor
+from jax_nvfp4.ops.quantize.api import quantize
+from jax_nvfp4.tensor import FLOATS, Nvfp4Tensor
 
 DEFAULT_SKIP = (
     "*embed*",

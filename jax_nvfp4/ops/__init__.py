@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations as JAX primitives, a folder each: shapes, reference, kernels and transformations.
 
-The functions here take flat operands that the functional layer has already checked.
+In each folder `api` is what users call: it checks what they gave. All below it takes flat operands
+that are checked already.
 """

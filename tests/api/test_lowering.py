@@ -13,7 +13,9 @@ import jax_nvfp4 as nvfp4
 import kernel_objects
 from jax_nvfp4.config import GemmProblem
 from jax_nvfp4.config.gemm.select import select
-from jax_nvfp4.ops import device as backend
+from jax_nvfp4.ops import device
+from jax_nvfp4.ops.linear.cuda import cuda as linear_on_gpu
+from jax_nvfp4.ops.linear.spec import LinearSpec
 
 N, K = 512, 1024
 BLACKWELL = ("sm_100f", "sm_120f")
@@ -22,11 +24,11 @@ BLACKWELL = ("sm_100f", "sm_120f")
 @pytest.fixture
 def kernels_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package as it is with the extension, which a machine without a GPU need not have."""
-    for name in ("backend", "linear", "quantize"):
+    for name in ("device", "linear.cuda", "quantize.cuda"):
         module = importlib.import_module(f"jax_nvfp4.ops.{name}")
-        monkeypatch.setattr(module, "ffi", kernel_objects.ffi())
+        monkeypatch.setattr(module, "custom_calls", kernel_objects.custom_calls())
     # The GPU that a graph is planned for is the weight's, whatever this machine has.
-    monkeypatch.setattr(backend, "_cuda_device", lambda: None)
+    monkeypatch.setattr(device, "_cuda_device", lambda: None)
 
 
 def calls(arch: str, m: int, dtype: str = "bfloat16", **options: object) -> list[tuple[str, ...]]:
@@ -51,7 +53,7 @@ def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> Non
 
     One scale for the tensor and one per token are the same for one row: no exchange is needed.
     """
-    config, split = select(GemmProblem(m, N, K, arch, "e2m1"), backend._TYPICAL_SMS[arch])
+    config, split = select(GemmProblem(m, N, K, arch, "e2m1"), device._TYPICAL_SMS[arch])
     short = arch.replace("_", "")
     tensor = "rows" if m == 1 else "grid"
     for scaling, kind in (("token", "rows"), ("tensor", tensor), (0.5, "flat")):
@@ -73,12 +75,11 @@ def test_layers_that_share_x_quantize_it_once_where_that_is_long(
         nvfp4.repack(nvfp4.quantize(rng.standard_normal((N, K)).astype(np.float32)), arch)
         for _ in range(2)
     ]
-    linear_op = importlib.import_module("jax_nvfp4.ops.linear")
-    spec = linear_op.LinearSpec(arch, N, K, "token", False, "bfloat16", False)
+    spec = LinearSpec(arch, N, K, "token", False, "bfloat16", False)
 
     def both(x: jax.Array) -> list[jax.Array]:
         operands = [(w.data, w.block_scale, w.global_scale) for w in layers]
-        return [y for w in operands for y in linear_op._cuda(x, *w, spec=spec)]
+        return [y for w in operands for y in linear_on_gpu(x, *w, spec=spec)]
 
     for m, expected in ((512, ["linear"] * 2), (513, ["gemm", "gemm", "quantize"])):
         # The targets are there on the CPU too, to be compiled and not to be run.

@@ -14,7 +14,7 @@ import pytest
 
 import kernel_objects
 from jax_nvfp4.config import REFERENCE, arch_of_compute_capability, runnable_arches
-from jax_nvfp4.ops import device as backend
+from jax_nvfp4.ops import device
 
 # Compute capabilities of public GPUs, the arch whose kernels serve them, and all arches that run.
 GPUS = {
@@ -99,13 +99,13 @@ def test_a_gpu_with_kernels_beside_its_familys_gets_them(
     gpu = types.SimpleNamespace(
         platform="gpu", device_kind="NVIDIA", compute_capability="{}.{}".format(*version)
     )
-    monkeypatch.setattr(backend, "_cuda_device", lambda: gpu)
-    monkeypatch.setattr(backend.custom_calls, "available", lambda name: name in built)
-    monkeypatch.setattr(backend, "_warn_once", lambda message: None)
+    monkeypatch.setattr(device, "_cuda_device", lambda: gpu)
+    monkeypatch.setattr(device.custom_calls, "available", lambda name: name in built)
+    monkeypatch.setattr(device, "_warn_once", lambda message: None)
     of_103 = "sm_103a" if version == (10, 3) and "sm_103a" in built else "sm_100f"
-    assert backend.kernel_arch("sm_100f") == of_103
-    assert backend.kernel_arch("sm_120f") == "sm_120f"
-    assert backend.kernel_arch("sm_90a") is backend.kernel_arch(REFERENCE) is None
+    assert device.kernel_arch("sm_100f") == of_103
+    assert device.kernel_arch("sm_120f") == "sm_120f"
+    assert device.kernel_arch("sm_90a") is device.kernel_arch(REFERENCE) is None
     expected = {"sm_100f": of_103, "sm_120f": "sm_120f"}.get(arch)
-    assert backend.kernel_arch(None) == expected
+    assert device.kernel_arch(None) == expected
     assert expected is None or runnable_arches(expected)[-1] == arch

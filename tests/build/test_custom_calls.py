@@ -85,7 +85,7 @@ def test_quantize_results_have_the_sizes_the_handler_checks(
     c = select_quantize("sm_100f", dtype, mode)
     x, scale = quantize_operands(c, m, k, mode)
     assert PASSED in error_of(
-        kernel_objects.ffi().quantize_call,
+        kernel_objects.custom_calls().quantize_call,
         x,
         scale,
         config=c,
@@ -111,7 +111,7 @@ def test_gemm_operands_have_the_sizes_the_handler_checks(
     if c.x_dtype != "e2m1":
         operands["sfx"] = None
     message = error_of(
-        kernel_objects.ffi().gemm_call,
+        kernel_objects.custom_calls().gemm_call,
         **operands,
         config=c,
         split_k=1,
@@ -161,7 +161,7 @@ def test_linear_buffers_have_the_sizes_the_handler_checks(
     operands, options = linear_operands(arch, dtype, mode, m, n, k)
     if not has_bias:
         operands["bias"] = None
-    message = error_of(kernel_objects.ffi().linear_call, **operands, **options)
+    message = error_of(kernel_objects.custom_calls().linear_call, **operands, **options)
     assert f"kernel {options['gemm_config'].name} {PASSED}" in message
 
 
@@ -192,7 +192,7 @@ def test_linear_buffers_have_the_sizes_the_handler_checks(
     ],
 )
 def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: str) -> None:
-    kernel_objects.ffi()
+    kernel_objects.custom_calls()
     operands, options = linear_operands("sm_90a", "bfloat16", Mode.ROWS_GIVEN, 5, 7, 64)
 
     def call(**changes: Any) -> str:
@@ -224,7 +224,7 @@ def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_is_found_by_its_config(arch: str) -> None:
-    ffi = kernel_objects.ffi()
+    ffi = kernel_objects.custom_calls()
     for c in quantize_configs(arch):
         x, _ = quantize_operands(c, 3, 32, 3)
         message = error_of(ffi.quantize_call, x, None, config=c, mode=3, out_format=0, num_sms=9)
@@ -310,7 +310,7 @@ QUANTIZE_ERRORS = [
 def test_quantize_names_operand_expected_and_got(
     changes: dict, operand: str, expected: str, got: str
 ) -> None:
-    kernel_objects.ffi()
+    kernel_objects.custom_calls()
     assert PASSED in raw_quantize()
     message = raw_quantize(**changes)
     assert f"jax_nvfp4 quantize: {operand}: expected {expected}" in message
@@ -372,7 +372,7 @@ GEMM_ERRORS = [
 def test_gemm_names_operand_expected_and_got(
     arch: str, changes: dict, operand: str, expected: str, got: str
 ) -> None:
-    kernel_objects.ffi()
+    kernel_objects.custom_calls()
     assert PASSED in raw_gemm(arch)
     message = raw_gemm(arch, **changes)
     assert f"jax_nvfp4 gemm: operand {operand}: expected {expected}" in message
@@ -380,7 +380,7 @@ def test_gemm_names_operand_expected_and_got(
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    kernel_objects.ffi()
+    kernel_objects.custom_calls()
     for message in (raw_quantize(kernel="no_such"), raw_gemm("sm_90a", kernel="no_such")):
         assert "no kernel named 'no_such' is built in" in message
     # A kernel's name serves its own op only.
@@ -389,7 +389,7 @@ def test_an_unknown_kernel_is_named() -> None:
 
 
 def test_manifest_is_the_one_it_was_built_from() -> None:
-    ffi = kernel_objects.ffi()
+    ffi = kernel_objects.custom_calls()
     hashes = [
         {k["name"]: k["source_hash"] for k in manifest["kernels"]}
         for manifest in (ffi.manifest(), kernel_objects.manifest())

@@ -14,7 +14,7 @@ import pytest
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.layout.weights import pack_weight
-from jax_nvfp4.ops import device as backend
+from jax_nvfp4.ops import device
 
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)
@@ -26,7 +26,7 @@ ACTIVATIONS = ("token", "tensor", 0.0021, None)
 
 
 def test_kernels_serve_this_gpu():
-    assert backend.local_arch() != "reference"
+    assert device.local_arch() != "reference"
     w = nvfp4.repack(nvfp4.quantize(jnp.ones((128, 128))))
     for call, scaling in (("jax_nvfp4_linear", "token"), ("jax_nvfp4_gemm", None)):
         linear = functools.partial(nvfp4.linear, activation_scale=scaling)
@@ -65,7 +65,7 @@ def quantized_on_the_host(kernel, scaling):
     """A repacked weight and its float64 values, with nothing compiled for its shape."""
     n, k = kernel.shape
     codes, bits, g = oracle.quantize(kernel, scaling=scaling)
-    arch = backend.local_arch()
+    arch = device.local_arch()
     data, scales = pack_weight(arch, oracle.pack(codes), bits)
     weight = nvfp4.RepackedWeight(*map(jnp.asarray, (data, scales, g)), arch, n, k)
     return weight, oracle.dequantize(codes, bits, g, k)
@@ -164,7 +164,7 @@ def test_what_pads_a_weight_is_not_looked_at(m, activation):
     codes, bits, _ = oracle.quantize(kernel, global_scale=0.002)
     bits[n:] = 0x7F
     codes[n:] = 0x7
-    arch = backend.local_arch()
+    arch = device.local_arch()
     parts = pack_weight(arch, oracle.pack(codes), bits)
     poisoned = nvfp4.RepackedWeight(*map(jnp.asarray, parts), clean.global_scale, arch, n, k)
     assert [p.shape for p in jax.tree.leaves(poisoned)] == [p.shape for p in jax.tree.leaves(clean)]

@@ -29,7 +29,7 @@ from jax_nvfp4.config.quantize import (
     quantize_scratch_bytes,
     select_quantize,
 )
-from jax_nvfp4.ops.quantize.primitive import kernel as call_kernel
+from jax_nvfp4.ops.quantize.cuda import kernel as call_kernel
 
 GUARD = 64
 POISON = 0xCD

@@ -138,8 +138,8 @@ def extension_path() -> pathlib.Path:
 
 
 @functools.cache
-def ffi() -> ModuleType:
-    """`jax_nvfp4.ffi` with the extension: the installed one or, without, one that is built here."""
+def custom_calls() -> ModuleType:
+    """`jax_nvfp4.custom_calls` with the extension: the installed one, or one built here."""
     from jax_nvfp4 import custom_calls as installed
 
     if installed.arches():
@@ -147,7 +147,7 @@ def ffi() -> ModuleType:
     extension = _load("jax_nvfp4._ffi", extension_path())
     sys.modules["jax_nvfp4._ffi"] = extension
     try:
-        return _load("ffi_with_extension", pathlib.Path(installed.__file__))
+        return _load("custom_calls_with_extension", pathlib.Path(installed.__file__))
     finally:
         del sys.modules["jax_nvfp4._ffi"]
 

@@ -246,9 +246,10 @@ class Partitioning:
 
     Attributes:
         factors: avals of the operands and params to `Factors`.
-        part: what a device does: `part(operands, axes=, parts=, **params)` with its shards of the
-            operands, the mesh axes of each factor, and in how many parts each factor is divided,
-            gives its shards of the results. Collectives over those axes are at hand.
+        part: what a device does: `part(bind, operands, axes=, parts=, **params)` with the
+            primitive's bind, its shards of the operands, the mesh axes of each factor, and in how
+            many parts each factor is divided, gives its shards of the results. Collectives over
+            those axes are at hand.
     """
 
     factors: Callable[..., Factors]
@@ -287,7 +288,7 @@ def partitioned(
         return (
             mesh,
             outside_meshes(
-                lambda *shards: partitioning.part(shards, axes=axes, parts=parts, **params)
+                lambda *shards: partitioning.part(bind, shards, axes=axes, parts=parts, **params)
             ),
             factors.shardings(mesh, axes, factors.results),
             tuple(factors.shardings(mesh, axes, factors.operands)),

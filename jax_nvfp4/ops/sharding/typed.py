@@ -12,9 +12,6 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jax_nvfp4.config import REFERENCE
-from jax_nvfp4.layout import swizzle
-
 Entry = str | tuple[str, ...] | None
 """What divides an axis of an array: an element of a PartitionSpec."""
 
@@ -86,52 +83,3 @@ def _cut(entry: Entry, count: int, mesh: AbstractMesh, taken: set[str]) -> tuple
 
 Placement = tuple[tuple[tuple[Entry, ...], tuple[int, ...]], ...]
 """Entries and greatest numbers of parts, of each result."""
-
-
-def quantized(x: jax.Array, given: jax.Array | None, per_row: bool) -> Placement:
-    """Where the parts of a quantized x are: with x, if whole blocks are.
-
-    Args:
-        x: (..., K).
-        given: the global scale that is given, if any.
-        per_row: whether there is one global scale for each row.
-    """
-    wished, (*rows, k) = entries(x), x.shape
-    counts = (*rows, k // 16 if k % 16 == 0 else 1)
-    if given is not None:
-        scale: Any = (entries(given), given.shape)
-    else:
-        scale = (wished[:-1], tuple(rows)) if per_row else ((), ())
-    return (wished, counts), (wished, counts), scale
-
-
-def repacked(data: jax.Array, block_scale: jax.Array, arch: str) -> Placement:
-    """Where the parts of a repacked weight are: with its rows, if whole tiles of 128 are.
-
-    Args:
-        data: of the canonical weight, (..., N, packed K).
-        block_scale: likewise, (..., N, blocks).
-        arch: the order.
-    """
-    *lead, n, _ = data.shape
-    if arch == REFERENCE:
-        counts = (*block_scale.shape,)
-        return (entries(data), counts), (entries(block_scale), counts)
-    wished = entries(data)[:-1]
-    parts = (*lead, n // swizzle.ROWS if n % swizzle.ROWS == 0 else 1)
-    whole = 1 if arch == "sm_90a" else 2
-    return (
-        ((*wished, None), (*parts, 1)),
-        ((*wished, *[None] * whole), (*parts, *[1] * whole)),
-    )
-
-
-def multiplied(x: jax.Array, data: jax.Array, n: int) -> Placement:
-    """Where y is: with the rows of x and those of the weight.
-
-    Args:
-        x: (..., K).
-        data: of the weight, canonical or repacked.
-        n: logical rows of the weight.
-    """
-    return (((*entries(x)[:-1], entries(data)[0]), (*x.shape[:-1], n)),)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public `linear`: checks what the user gave, once, and runs the operation."""
+
+from typing import Literal
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_nvfp4.ops import checks
+from jax_nvfp4.ops.checks import ActivationScale
+from jax_nvfp4.ops.linear import primitive
+from jax_nvfp4.ops.linear.sharding import placement
+from jax_nvfp4.ops.linear.spec import LinearSpec
+from jax_nvfp4.ops.sharding import typed
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+
+def linear(
+    x: ArrayLike,
+    weight: Nvfp4Tensor | RepackedWeight,
+    bias: ArrayLike | None = None,
+    *,
+    activation_scale: ActivationScale = "token",
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
+) -> jax.Array:
+    """A linear layer with an NVFP4 weight: `y = x @ weight.T + bias`.
+
+    Products are exact, sums are float32, and the result is rounded once. The gradient is
+    straight-through for x (`dx = dy @ dequantize(weight)`) and the sum for the bias; the weight and
+    the scale are not differentiated.
+
+    Args:
+        x: (..., K); bfloat16, float16 or float32. Any leading axes, any sizes.
+        weight: logical shape (N, K). A canonical tensor gives the same bits as a repacked one,
+            but is repacked at every call.
+        bias: (N,), bfloat16, float16 or float32.
+        activation_scale: how x is quantized: "token" with a global scale for each row, "tensor"
+            with one for all of x, a float32 scalar (traced or not) with that global scale, as
+            from calibration or a checkpoint. None leaves x at 16 bits (weight-only): a float32
+            x is then rounded to bfloat16.
+        out_dtype: bfloat16, float16 or float32; x's dtype if None.
+        batch_invariant: give a row of y the same bits whatever the number of rows and the
+            other rows, at some cost in speed. "tensor" scaling still makes rows depend on one
+            another through their common scale.
+
+    Returns:
+        (..., N) of `out_dtype`.
+
+    Raises:
+        TypeError: an argument has a type or dtype that is not taken.
+        ValueError: shapes do not go together, or activation_scale has an unknown value.
+    """
+    x = checks.as_float_array("x", x, min_ndim=1)
+    n, arch = _check_weight(weight, x.shape[-1])
+    if bias is not None:
+        bias = checks.as_float_array("bias", bias, min_ndim=0)
+        if bias.shape != (n,):
+            raise ValueError(
+                f"bias must have shape ({n},) to go with a weight of shape {weight.shape}; "
+                f"got {bias.shape}"
+            )
+    out_dtype = x.dtype if out_dtype is None else checks.float_dtype("out_dtype", out_dtype)
+    mode, given = _activation(activation_scale)
+    spec = LinearSpec(
+        arch=arch,
+        n=n,
+        k=x.shape[-1],
+        activation=mode,
+        has_bias=bias is not None,
+        out_dtype=out_dtype.name,
+        batch_invariant=bool(batch_invariant),
+    )
+    leaves = (weight.data, weight.block_scale, weight.global_scale)
+    (y,) = typed.call(
+        lambda x, leaves, bias, given: (primitive.linear(x, leaves, bias, given, spec),),
+        (x, leaves, bias, given),
+        lambda: placement(x, weight.data, n),
+    )
+    return y
+
+
+def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, str | None]:
+    """The rows of a weight and its arch, once it is known to go with x of length k."""
+    if not isinstance(weight, Nvfp4Tensor | RepackedWeight):
+        raise TypeError(
+            f"weight must be an Nvfp4Tensor or a RepackedWeight; got {type(weight).__name__}"
+        )
+    weight.check()
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight must have shape (N, K); got {weight.shape} (map over stacked weights, with a "
+            f"global scale for each, with jax.vmap or jax.lax.scan)"
+        )
+    n, weight_k = weight.shape
+    if weight_k != k:
+        raise ValueError(
+            f"x has K = {k} along its last axis, the weight of shape {weight.shape} "
+            f"has K = {weight_k}"
+        )
+    if weight.global_scale.shape not in ((), (n,)):
+        raise ValueError(
+            f"the weight's global_scale must be a scalar or one per row, ({n},); "
+            f"got shape {weight.global_scale.shape}"
+        )
+    return n, weight.arch if isinstance(weight, RepackedWeight) else None
+
+
+def _activation(
+    activation_scale: ActivationScale,
+) -> tuple[Literal["tensor", "token", "static"] | None, jax.Array | None]:
+    """The quantization mode of x, and the scale given for it."""
+    if activation_scale is None:
+        return None, None
+    if isinstance(activation_scale, str):
+        if activation_scale not in ("tensor", "token"):
+            raise ValueError(
+                f'activation_scale must be "token", "tensor", a float32 scalar or None; '
+                f"got {activation_scale!r}"
+            )
+        return activation_scale, None
+    given = checks.as_scale("activation_scale", activation_scale)
+    if given.ndim:
+        raise ValueError(f"activation_scale must be a scalar; got shape {given.shape}")
+    return "static", given

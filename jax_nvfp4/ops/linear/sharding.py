@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the linear operation is divided over the devices of a mesh."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from jax_nvfp4 import numerics
+from jax_nvfp4.config import REFERENCE
+from jax_nvfp4.layout import swizzle
+from jax_nvfp4.ops.linear.reference import with_bias
+from jax_nvfp4.ops.linear.spec import LinearSpec, joined, split
+from jax_nvfp4.ops.quantize import scale
+from jax_nvfp4.ops.sharding import partition
+from jax_nvfp4.ops.sharding.typed import Placement, entries
+
+
+def factors(*operands: Any, spec: LinearSpec) -> partition.Factors:
+    """Rows of x and of the weight may be divided; K where each device's part is whole blocks.
+
+    The order of a repacked weight mixes the rows of a tile and the columns: it is divided by whole
+    tiles along the rows, and not along K. Sums over devices would come in an order that may depend
+    on the number of rows, and are not for `batch_invariant`.
+    """
+    x, (data, block_scale, w_scale), bias, given = split(operands, spec)
+    in_order = spec.arch in (None, REFERENCE)
+    of_x = partition.leading(x)
+    sizes = dict(zip(of_x, x.shape, strict=False))
+    divisible = [*of_x]
+    rows: Any = "n"
+    if in_order:
+        sizes["n"] = spec.n
+        divisible.append("n")
+        of_data, of_scales = [rows], [rows]
+    elif spec.n % swizzle.ROWS == 0:
+        sizes |= {"n": spec.n // swizzle.ROWS, "rows_of_tile": swizzle.ROWS}
+        divisible.append("n")
+        rows = ("n", "rows_of_tile")
+        of_data, of_scales = [rows], ["n" if block_scale.ndim == 3 else rows]
+    else:  # the last tile holds rows that the result does not have
+        sizes |= {"n": spec.n, "padded_n": data.shape[0], "scale_n": block_scale.shape[0]}
+        of_data, of_scales = ["padded_n"], ["scale_n"]
+
+    columns: Any = "k"
+    if in_order and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
+        sizes |= {"blocks": spec.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
+        divisible.append("blocks")
+        columns = ("blocks", "elements")
+        of_data.append(("blocks", "codes"))
+        of_scales.append("blocks")
+    else:
+        sizes |= {"k": spec.k, "packed_k": data.shape[1]}
+        of_data.append("packed_k")
+        for axis, size in enumerate(block_scale.shape[1:]):
+            of_scales.append(f"scale_k{axis}")
+            sizes[of_scales[-1]] = size
+    return partition.Factors(
+        operands=(
+            (*of_x, columns),
+            tuple(of_data),
+            tuple(of_scales),
+            (rows,) if w_scale.ndim else (),
+            *([(rows,)] if bias is not None else []),
+            *(of_x if g.ndim else () for g in given),
+        ),
+        results=((*of_x, rows),),
+        sizes=sizes,
+        divisible=tuple(divisible),
+    )
+
+
+def part(
+    bind: Callable[..., Any],
+    operands: tuple[jax.Array, ...],
+    *,
+    axes: partition.Axes,
+    parts: Mapping[str, int],
+    spec: LinearSpec,
+) -> list[jax.Array]:
+    """A device's part of y. Partial sums along K are float32; the bias is added to their sum."""
+    x, weight, bias, given = split(operands, spec)
+    over_k = axes.get("blocks", ())
+    mode = spec.activation
+    if mode is not None:
+        given, mode = scale.of_part(x, given, mode, axes)
+    part = dataclasses.replace(
+        spec,
+        n=spec.n // parts.get("n", 1),
+        k=spec.k // parts.get("blocks", 1),
+        activation=mode,
+    )
+    if not over_k:
+        return bind(*joined(x, weight, bias, given), spec=part)
+    part = dataclasses.replace(part, has_bias=False, out_dtype="float32")
+    (partial,) = bind(*joined(x, weight, None, given), spec=part)
+    y = lax.psum(partial, over_k)
+    return [with_bias(y, bias, spec)]
+
+
+def placement(x: jax.Array, data: jax.Array, n: int) -> Placement:
+    """Where y is: with the rows of x and those of the weight.
+
+    Args:
+        x: (..., K).
+        data: of the weight, canonical or repacked.
+        n: logical rows of the weight.
+    """
+    return (((*entries(x)[:-1], entries(data)[0]), (*x.shape[:-1], n)),)

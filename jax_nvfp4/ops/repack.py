@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public `repack`: puts weights into the order that an architecture's GEMM reads."""
+
+import functools
+from typing import Any
+
+import jax
+
+from jax_nvfp4.config import ARCHES, REFERENCE
+from jax_nvfp4.layout import swizzle
+from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.ops.device import local_arch
+from jax_nvfp4.ops.sharding import typed
+from jax_nvfp4.ops.sharding.typed import Placement
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+
+def repack(weight: Any, arch: str | None = None) -> Any:
+    """Puts weights into the order that an architecture's GEMM reads. Do it once, at load.
+
+    Args:
+        weight: an Nvfp4Tensor (..., N, K), or any pytree with such tensors in it: a whole params
+            tree. Weights that are repacked for another architecture are repacked for this one;
+            other leaves are returned as they are.
+        arch: "sm_90a", "sm_100f", "sm_103a", "sm_120f" or "reference"; that of this machine's
+            default device if None.
+
+    Returns:
+        A RepackedWeight, or the tree with each NVFP4 weight replaced by one.
+
+    Raises:
+        TypeError: there is no NVFP4 weight in `weight`, or one whose parts have been cast.
+        ValueError: the arch is unknown, a tensor has no rows axis, or its parts do not belong
+            together.
+    """
+    arch = local_arch() if arch is None else arch
+    if arch not in (*ARCHES, REFERENCE):
+        raise ValueError(f"arch must be one of {', '.join((*ARCHES, REFERENCE))}; got {arch!r}")
+    if not any(map(_is_weight, jax.tree.leaves(weight, is_leaf=_is_weight))):
+        raise TypeError(f"there is no Nvfp4Tensor to repack in a {type(weight).__name__}")
+
+    def one(node: Any) -> Any:
+        if not _is_weight(node) or getattr(node, "arch", None) == arch:
+            return node
+        node.check()
+        if node.ndim < 2:
+            raise ValueError(f"a weight must have shape (..., N, K); got {node.shape}")
+        if isinstance(node, RepackedWeight):
+            node = node.canonical()
+        n, k = node.shape[-2:]
+        data, block_scale = typed.call(
+            functools.partial(pack_weight, arch),
+            (node.data, node.block_scale),
+            lambda: _placement(node.data, node.block_scale, arch),
+        )
+        return RepackedWeight(data, block_scale, node.global_scale, arch, n, k, node.dtype)
+
+    return jax.tree.map(one, weight, is_leaf=_is_weight)
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, Nvfp4Tensor | RepackedWeight)
+
+
+def _placement(data: jax.Array, block_scale: jax.Array, arch: str) -> Placement:
+    """Where the parts of a repacked weight are: with its rows, if whole tiles of 128 are.
+
+    Args:
+        data: of the canonical weight, (..., N, packed K).
+        block_scale: likewise, (..., N, blocks).
+        arch: the order.
+    """
+    *lead, n, _ = data.shape
+    if arch == REFERENCE:
+        counts = (*block_scale.shape,)
+        return (typed.entries(data), counts), (typed.entries(block_scale), counts)
+    wished = typed.entries(data)[:-1]
+    parts = (*lead, n // swizzle.ROWS if n % swizzle.ROWS == 0 else 1)
+    whole = 1 if arch == "sm_90a" else 2
+    return (
+        ((*wished, None), (*parts, 1)),
+        ((*wished, *[None] * whole), (*parts, *[1] * whole)),
+    )
