@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config import REFERENCE
+from jax_nvfp4.layout import gated as gated_rows
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import packed_shapes, unpack_weight
 
@@ -112,6 +113,8 @@ class Nvfp4Tensor:
         global_scale: float32; a scalar (per tensor), one per row `(...)` (per token), or the
             leading axes of stacked tensors.
         padding: elements that fill up the last block of each row, 0 to 15.
+        parts: the rows of each part of a weight that `concatenate` or `gate_up` made; () of others.
+        gated: whether the two parts are a gate and an up projection.
         dtype: that the values came from. It changes no value; it is what layers promote with the
             dtypes of their inputs, as they would that of an array.
     """
@@ -120,6 +123,8 @@ class Nvfp4Tensor:
     block_scale: jax.Array
     global_scale: jax.Array
     padding: int
+    parts: tuple[int, ...]
+    gated: bool
     dtype: jnp.dtype
 
     def __init__(
@@ -130,6 +135,8 @@ class Nvfp4Tensor:
         *,
         k: int | None = None,
         padding: int = 0,
+        parts: tuple[int, ...] = (),
+        gated: bool = False,
         dtype: DTypeLike = jnp.bfloat16,
     ) -> None:
         """Checks and holds the parts.
@@ -140,6 +147,8 @@ class Nvfp4Tensor:
             global_scale: float32, its shape the first axes of `data`'s leading ones, or ().
             k: the logical length of the last axis; `2 * data.shape[-1] - padding` by default.
             padding: the same, said by what is missing to whole blocks.
+            parts: the rows of each part, of a weight that was put together from several.
+            gated: whether these are a gate and an up projection.
             dtype: that the values came from: bfloat16, float16 or float32.
 
         Raises:
@@ -169,7 +178,8 @@ class Nvfp4Tensor:
                 f"data of shape {data.shape} must have ceil(k/16)*8 = {_blocks(k) * 8} bytes along "
                 f"its last axis for k = {k}"
             )
-        self._set(data, block_scale, global_scale, -k % numerics.BLOCK, _source_dtype(dtype))
+        static = (-k % numerics.BLOCK, tuple(map(int, parts)), bool(gated), _source_dtype(dtype))
+        self._set(data, block_scale, global_scale, *static)
         self._check_shapes()
 
     def check(self) -> None:
@@ -194,6 +204,11 @@ class Nvfp4Tensor:
             raise ValueError(
                 f"global_scale must be a scalar or have the leading axes of "
                 f"{data[:-1]}; got shape {global_scale}"
+            )
+        if self.gated and (len(data) < 2 or self.parts != (data[-2] // 2,) * 2 or data[-2] % 2):
+            raise ValueError(
+                f"a gated weight of parts {self.parts} must have as many rows; got the shape "
+                f"{self.shape} (a mesh may divide its rows once it is repacked, not before)"
             )
 
     def _set(self, *values: Any) -> None:
@@ -239,12 +254,12 @@ class Nvfp4Tensor:
         values = numerics.dequantize(self.data, self.block_scale, global_scale)
         return values[..., : self.k].astype(dtype)
 
-    def tree_flatten_with_keys(self) -> tuple[Any, tuple[int, jnp.dtype]]:
-        """The parts with their names, and what is static: a part along K has the same padding."""
-        return _keyed_parts(self), (self.padding, self.dtype)
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[Any, ...]]:
+        """The arrays with their names, and what is static, which devices' parts have in common."""
+        return _keyed_parts(self), (self.padding, self.parts, self.gated, self.dtype)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[int, jnp.dtype], leaves: Any) -> Self:
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> Self:
         """Rebuilds without checks: transformations put other things than arrays at the leaves."""
         self = object.__new__(cls)
         self._set(*leaves, *static)
@@ -272,10 +287,13 @@ class RepackedWeight:
             weights.
         block_scale: uint8, e4m3 scales in the architecture's order, padded with zeros.
         global_scale: float32, a scalar or one per row (N,); stacked weights have leading axes.
+            Of a gated weight, one per row of the data: in its order, padded.
         arch: the architecture, a name of `config.ARCHES` or "reference".
         n: logical rows (output features); of a device's part, in `shard_map`, those of the whole.
         k: logical columns (input features).
         dtype: that the values came from, as of an Nvfp4Tensor.
+        parts: as of the Nvfp4Tensor it was made from.
+        gated: likewise; the rows of a gated weight are interleaved (`layout.gated`).
     """
 
     data: jax.Array
@@ -285,6 +303,8 @@ class RepackedWeight:
     n: int
     k: int
     dtype: Any = jnp.bfloat16  # a jnp.dtype, once it is made
+    parts: tuple[int, ...] = ()
+    gated: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _source_dtype(self.dtype))
@@ -319,8 +339,23 @@ class RepackedWeight:
         """The tensor it was made from, the same bits."""
         self.check()
         n = self.shape[-2]
-        data, block_scale = unpack_weight(self.arch, self.data, self.block_scale, n, self.k)
-        return Nvfp4Tensor(data, block_scale, self.global_scale, k=self.k, dtype=self.dtype)
+        data, block_scale = unpack_weight(
+            self.arch, self.data, self.block_scale, n, self.k, gated=self.gated
+        )
+        global_scale, parts = self.global_scale, self.parts
+        if self.gated:
+            parts = (n // 2, n // 2)
+            if global_scale.ndim == self.ndim - 1:
+                global_scale = gated_rows.deinterleave(self.arch, global_scale, -1, n)
+        return Nvfp4Tensor(
+            data,
+            block_scale,
+            global_scale,
+            k=self.k,
+            parts=parts,
+            gated=self.gated,
+            dtype=self.dtype,
+        )
 
     def check(self) -> None:
         """Refuses parts that do not belong together, which transformations may have changed.
@@ -331,7 +366,8 @@ class RepackedWeight:
         """
         _check_dtypes(self, data=jnp.uint8, block_scale=jnp.uint8, global_scale=jnp.float32)
         *lead, n, k = self.shape
-        expected = tuple((*lead, *shape) for shape in packed_shapes(self.arch, n, k))
+        shapes = packed_shapes(self.arch, n, k, gated=self.gated)
+        expected = tuple((*lead, *shape) for shape in shapes)
         if (self.data.shape, self.block_scale.shape) != expected:
             raise ValueError(
                 f"a weight of shape {self.shape} repacked for {self.arch} has data and block_scale "
@@ -339,9 +375,12 @@ class RepackedWeight:
                 f"{self.block_scale.shape} (rows may be divided by whole tiles of {swizzle.ROWS}, "
                 f"columns may not)"
             )
-        if self.global_scale.shape not in ((), tuple(lead), (*lead, n)):
+        rows = gated_rows.packed_rows(self.arch, n) if self.gated else n
+        if self.gated and n % 2:
+            raise ValueError(f"a gated weight must have gates and as many ups; got {n} rows")
+        if self.global_scale.shape not in ((), tuple(lead), (*lead, rows)):
             raise ValueError(
-                f"global_scale must be a scalar or have the leading axes of {(*lead, n)}; "
+                f"global_scale must be a scalar or have the leading axes of {(*lead, rows)}; "
                 f"got shape {self.global_scale.shape}"
             )
 
@@ -349,15 +388,16 @@ class RepackedWeight:
         """The values, of shape `(..., N, K)`."""
         return self.canonical().dequantize(dtype)
 
-    def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, int, int, jnp.dtype]]:
-        """The parts with their names, and what is static."""
-        return _keyed_parts(self), (self.arch, self.n, self.k, self.dtype)
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[Any, ...]]:
+        """The arrays with their names, and what is static."""
+        static = (self.arch, self.n, self.k, self.parts, self.gated, self.dtype)
+        return _keyed_parts(self), static
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[str, int, int, jnp.dtype], leaves: Any) -> Self:
-        """Rebuilds from the parts."""
-        data, block_scale, global_scale = leaves
-        return cls(data, block_scale, global_scale, *static)
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> Self:
+        """Rebuilds from the arrays and what is static."""
+        arch, n, k, parts, gated, dtype = static
+        return cls(*leaves, arch, n, k, dtype, parts, gated)
 
     def __repr__(self) -> str:
         if not _are_arrays(self):
@@ -383,7 +423,8 @@ def _serialization(cls: type[Any]) -> None:
 
     def deserialize(blob: bytes) -> tuple[Any, ...]:
         *static, dtype = json.loads(blob)
-        return (*static, jnp.dtype(dtype))
+        # JSON makes the tuple of the parts' rows a list.
+        return (*(tuple(s) if isinstance(s, list) else s for s in static), jnp.dtype(dtype))
 
     jax.export.register_pytree_node_serialization(
         cls,

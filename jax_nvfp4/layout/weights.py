@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
+from jax_nvfp4.layout import gated as gated_rows
 from jax_nvfp4.layout import sm90, swizzle
 
 # A scale tile spans 4 scales, 64 elements; rows fill the tile of 128.
@@ -51,9 +52,13 @@ def _check(arch: str) -> None:
         raise ValueError(f"arch must be one of {names}; got {arch!r}")
 
 
-def packed_shapes(arch: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def packed_shapes(
+    arch: str, n: int, k: int, *, gated: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes that `pack_weight` gives to the codes and the scales of a weight (n, k)."""
     _check(arch)
+    if gated:
+        n = gated_rows.packed_rows(arch, n)
     blocks = -(-k // 16)
     if arch == REFERENCE:
         return (n, blocks * 8), (n, blocks)
@@ -63,13 +68,16 @@ def packed_shapes(arch: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int
     return (rows * swizzle.ROWS, columns * K_MULTIPLE // 2), swizzle.swizzled_shape(n, blocks)
 
 
-def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def pack_weight(
+    arch: str, data: jax.Array, block_scale: jax.Array, *, gated: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Puts a weight into the order of an architecture's GEMM.
 
     Args:
         arch: a name of `config.ARCHES`, or "reference" (which keeps the canonical order).
         data: uint8 (..., N, blocks*8).
         block_scale: float8_e4m3fn (..., N, blocks).
+        gated: whether the rows are those of a gate and an up projection, to be interleaved.
 
     Returns:
         (data, block_scale), uint8 both; their shapes depend on the architecture.
@@ -79,6 +87,8 @@ def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax
         scale_bits: Any = block_scale.view(np.uint8)
     else:
         scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
+    if gated:
+        data, scale_bits = (gated_rows.interleave(arch, part, -2) for part in (data, scale_bits))
     if arch == REFERENCE:
         return data, scale_bits
     if arch == "sm_90a":
@@ -87,7 +97,7 @@ def pack_weight(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax
 
 
 def unpack_weight(
-    arch: str, data: jax.Array, scale_bits: jax.Array, n: int, k: int
+    arch: str, data: jax.Array, scale_bits: jax.Array, n: int, k: int, *, gated: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """The inverse of `pack_weight`, bit for bit.
 
@@ -97,15 +107,21 @@ def unpack_weight(
         scale_bits: likewise.
         n: logical rows.
         k: logical columns.
+        gated: as for `pack_weight`.
 
     Returns:
         (data, block_scale): uint8 (..., n, ceil(k/16)*8), float8_e4m3fn (..., n, ceil(k/16)).
     """
     _check(arch)
     blocks = -(-k // 16)
+    rows = gated_rows.packed_rows(arch, n) if gated else n
     if arch == "sm_90a":
-        unpack = functools.partial(sm90.unpack, n=n, blocks=blocks)
+        unpack = functools.partial(sm90.unpack, n=rows, blocks=blocks)
         data, scale_bits = _over_leading_axes(unpack, (data, scale_bits))
     elif arch != REFERENCE:
-        data, scale_bits = _unpack_blackwell(data, scale_bits, n, blocks)
+        data, scale_bits = _unpack_blackwell(data, scale_bits, rows, blocks)
+    if gated:
+        data, scale_bits = (
+            gated_rows.deinterleave(arch, part, -2, n) for part in (data, scale_bits)
+        )
     return data, lax.bitcast_convert_type(scale_bits, jnp.float8_e4m3fn)
