@@ -15,6 +15,8 @@ from jax_nvfp4._version import __version__ as __version__
 from jax_nvfp4.ops.linear.api import linear
 from jax_nvfp4.ops.quantize.api import global_scale, quantize
 from jax_nvfp4.ops.repack import repack
+from jax_nvfp4.products.api import dot_general, einsum
+from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 if TYPE_CHECKING:
@@ -24,13 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Nvfp4Dense",
+    "Nvfp4Kernel",
     "Nvfp4Tensor",
     "RepackedWeight",
+    "dot_general",
+    "einsum",
     "global_scale",
     "iter_checkpoint",
     "linear",
     "load_checkpoint",
     "quantize",
+    "quantize_kernel",
     "quantize_params",
     "repack",
     "save_checkpoint",

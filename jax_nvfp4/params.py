@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import serialization
 from flax.core import meta
 
+from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 Path = tuple[str, ...]
@@ -144,5 +145,5 @@ def _from_state(weight: Any, state: dict[str, Any]) -> Any:
     )
 
 
-for _weight_type in (Nvfp4Tensor, RepackedWeight):
+for _weight_type in (Nvfp4Tensor, RepackedWeight, Nvfp4Kernel):
     serialization.register_serialization_state(_weight_type, _to_state, _from_state)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product of an array and a kernel, its axes named by labels, in terms of `linear`.
+
+What a product asks of an axis of the kernel need not be what the axis is in the weight: a batch
+axis of the weight may be a batch axis of the product, a free one (each expert takes all of x) or a
+contracted one (the sum over experts).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_nvfp4.ops import checks
+from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.ops.quantize.api import global_scale
+from jax_nvfp4.products.axes import KernelAxes
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+Weight = Nvfp4Tensor | RepackedWeight
+Labels = tuple[Hashable, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a product takes beside its operands.
+
+    Attributes:
+        activation_scale: as of `linear`; "tensor" is one scale for all of x.
+        batch_invariant: as of `linear`.
+        out_dtype: of the result; None: what the operands promote to.
+    """
+
+    activation_scale: checks.ActivationScale = "token"
+    batch_invariant: bool = False
+    out_dtype: Any = None
+
+
+def contract(
+    x: jax.Array,
+    of_x: Labels,
+    weight: Weight,
+    axes: KernelAxes,
+    of_kernel: Labels,
+    of_result: Labels,
+    how: How,
+) -> jax.Array:
+    """The product of x and a kernel, summed over each label that the result does not have.
+
+    Args:
+        x: a floating-point array.
+        of_x: a label for each axis of x, none twice.
+        weight: (batch..., N, K).
+        axes: of the kernel that the weight stands for.
+        of_kernel: a label for each axis of the kernel, none twice.
+        of_result: a label for each axis of the result, each of x or of the kernel.
+        how: the rest.
+
+    Returns:
+        The result, its axes in the order of `of_result`.
+
+    Raises:
+        ValueError: sizes differ, or the sum runs over other axes of the kernel than those that it
+            was quantized for.
+    """
+    alone = [i for i, label in enumerate(of_x) if label not in (*of_kernel, *of_result)]
+    if alone:
+        x, of_x = x.sum(alone), tuple(a for i, a in enumerate(of_x) if i not in alone)
+    _check_sizes(x, of_x, axes.shape(weight.shape), of_kernel)
+    summed = [label for label in of_kernel if label in of_x and label not in of_result]
+    batched = [label for label in of_kernel if label in of_x and label in of_result]
+    _check_sum(axes, weight, of_kernel, summed)
+
+    _, free, _ = axes.places(weight.ndim - 2)
+    rows_apart = [p for p in free if of_kernel[p] in batched]
+    if rows_apart:
+        weight, axes = _rows_to_batch(weight, axes, rows_apart)
+    batch, free, contracting = axes.places(weight.ndim - 2)
+    loops, rows, columns = (
+        tuple(of_kernel[p] for p in places) for places in (batch, free, contracting)
+    )
+    in_x = [label for label in loops if label in of_x]
+    others = [label for label in of_x if label not in (*in_x, *columns)]
+    x = x.transpose([of_x.index(label) for label in (*in_x, *others, *columns)])
+    x = x.reshape(*x.shape[: x.ndim - len(columns)], weight.shape[-1])
+
+    late = [i for i, label in enumerate((*loops, *others, *rows)) if label not in of_result]
+    out_dtype = how.out_dtype or jnp.promote_types(x.dtype, weight.dtype)
+    how = dataclasses.replace(how, out_dtype=jnp.float32 if late else out_dtype)
+    y = _each(x, weight, [label in of_x for label in loops], how)
+    sizes = dict(zip(of_kernel, axes.shape(weight.shape), strict=True))
+    y = y.reshape(*y.shape[:-1], *(sizes[label] for label in rows))
+    if late:
+        y = y.sum(late).astype(out_dtype)
+    found = [label for label in (*loops, *others, *rows) if label in of_result]
+    return y.transpose([found.index(label) for label in of_result])
+
+
+def _each(x: jax.Array, weight: Weight, mapped: Sequence[bool], how: How) -> jax.Array:
+    """`linear` for each matrix of a weight.
+
+    Args:
+        x: (those batch axes of the weight that are `mapped`..., ..., K).
+        weight: (batch..., N, K).
+        mapped: for each batch axis of the weight, whether x has it.
+        how: the rest.
+
+    Returns:
+        (batch..., ..., N).
+    """
+    scale = how.activation_scale
+    if isinstance(scale, str) and scale == "tensor" and any(mapped):
+        scale = global_scale(x, "tensor")
+    leaves, structure = jax.tree.flatten(weight)
+
+    def matrix(x: jax.Array, *leaves: jax.Array) -> jax.Array:
+        return linear(
+            x,
+            jax.tree.unflatten(structure, leaves),
+            activation_scale=scale,
+            out_dtype=how.out_dtype,
+            batch_invariant=how.batch_invariant,
+        )
+
+    function: Callable[..., jax.Array] = matrix
+    for depth in reversed(range(len(mapped))):
+        # A global scale has some of the leading axes of its weight, or none.
+        of_leaves = [0 if leaf.ndim > depth else None for leaf in leaves]
+        function = jax.vmap(function, (0 if mapped[depth] else None, *of_leaves))
+    return function(x, *leaves)
+
+
+def _rows_to_batch(
+    weight: Weight, axes: KernelAxes, chosen: Sequence[int]
+) -> tuple[Nvfp4Tensor, KernelAxes]:
+    """Takes free axes, by their positions in the array, out of the rows of a weight.
+
+    A repacked weight is put back into canonical order: its rows are in tiles.
+    """
+    tensor = weight.canonical() if isinstance(weight, RepackedWeight) else weight
+    *lead, n, k = tensor.shape
+    _, free, _ = axes.places(len(lead))
+    sizes = [axes.shape(tensor.shape)[p] for p in free]
+    order = [free.index(p) for p in chosen] + [i for i, p in enumerate(free) if p not in chosen]
+
+    def apart(part: jax.Array) -> jax.Array:
+        rest = part.shape[len(lead) + 1 :]
+        part = part.reshape(*lead, *sizes, *rest)
+        fixed, moved = len(lead), len(sizes)
+        part = part.transpose(
+            *range(fixed), *(fixed + i for i in order), *range(fixed + moved, part.ndim)
+        )
+        inner = math.prod(part.shape[fixed + len(chosen) : fixed + moved])
+        return part.reshape(*part.shape[: fixed + len(chosen)], inner, *rest)
+
+    scale = tensor.global_scale
+    if scale.ndim > len(lead):
+        scale = apart(scale)
+    elif scale.ndim:  # one for each matrix, also for those that it falls into
+        of_rows = jnp.broadcast_to(
+            scale.reshape(*scale.shape, *[1] * (len(lead) + 1 - scale.ndim)), (*lead, n)
+        )
+        scale = apart(of_rows)
+    result = Nvfp4Tensor(apart(tensor.data), apart(tensor.block_scale), scale, k=k)
+    return result, axes.with_batch(len(lead), chosen)
+
+
+def _check_sizes(x: jax.Array, of_x: Labels, shape: Sequence[int], of_kernel: Labels) -> None:
+    """Refuses axes that share a label and have not one size."""
+    for position, label in enumerate(of_kernel):
+        if label in of_x and x.shape[of_x.index(label)] != shape[position]:
+            raise ValueError(
+                f"axis {of_x.index(label)} of x, of shape {x.shape}, and axis {position} of the "
+                f"NVFP4 kernel, of shape {tuple(shape)}, must have one size"
+            )
+
+
+def _check_sum(
+    axes: KernelAxes, weight: Weight, of_kernel: Labels, summed: Sequence[Hashable]
+) -> None:
+    """Refuses a sum over other axes than those that the kernel was quantized for."""
+    batch, _, contracting = axes.places(weight.ndim - 2)
+    asked = {of_kernel.index(label) for label in summed}
+    if set(contracting) <= asked <= {*contracting, *batch}:
+        return
+    raise ValueError(
+        f"the NVFP4 kernel of shape {axes.shape(weight.shape)} was quantized for products that "
+        f"contract its axes {tuple(sorted(contracting))}; this one contracts "
+        f"{tuple(sorted(asked))} (quantize it with contracting={tuple(sorted(asked))})"
+    )
