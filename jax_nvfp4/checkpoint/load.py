@@ -178,7 +178,7 @@ def _check_names(
                 fmt = other
                 continue
             said = f"{description.where} says" if description else "other layers say"
-            name = next(iter(parts.values())).name
+            name = parts.get(other.data, next(iter(parts.values()))).name
             raise CheckpointError(
                 f"{folder.path}: tensor {name!r} of layer {layer!r} is named as {other.name} names "
                 f"it, and {said} {fmt.name if fmt else 'that no layer is NVFP4'}"

@@ -150,8 +150,8 @@ def kv_cache_algorithm(details: Mapping[str, Any]) -> str | None:
     scheme = details.get("kv_cache_scheme")
     if not isinstance(scheme, Mapping) or not scheme:
         return None
-    kinds = {(8, "float"): "FP8", (4, "float"): "NVFP4", (8, "int"): "INT8"}
-    return kinds.get((scheme.get("num_bits"), scheme.get("type", "float")))
+    kinds = {"8 float": "FP8", "4 float": "NVFP4", "8 int": "INT8"}
+    return kinds.get(f"{scheme.get('num_bits')} {scheme.get('type', 'float')}")
 
 
 def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callable[[str], None]:
