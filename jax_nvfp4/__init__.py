@@ -20,15 +20,19 @@ from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 if TYPE_CHECKING:
+    from jax_nvfp4.calibration import Calibration
     from jax_nvfp4.checkpoint import iter_checkpoint, load_checkpoint, save_checkpoint
+    from jax_nvfp4.conversion.convert import convert
     from jax_nvfp4.linen import Nvfp4Dense
     from jax_nvfp4.params import quantize_params
 
 __all__ = [
+    "Calibration",
     "Nvfp4Dense",
     "Nvfp4Kernel",
     "Nvfp4Tensor",
     "RepackedWeight",
+    "convert",
     "dot_general",
     "einsum",
     "global_scale",
@@ -44,6 +48,8 @@ __all__ = [
 
 # Flax and safetensors are imported when they are first needed.
 _LAZY = {
+    "Calibration": "jax_nvfp4.calibration",
+    "convert": "jax_nvfp4.conversion.convert",
     "Nvfp4Dense": "jax_nvfp4.linen",
     "quantize_params": "jax_nvfp4.params",
     "iter_checkpoint": "jax_nvfp4.checkpoint",

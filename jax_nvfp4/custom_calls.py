@@ -22,8 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_nvfp4.config import GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
-from jax_nvfp4.config.enums import OutFormat, Scaling
-from jax_nvfp4.config.quantize import quantize_scratch_bytes
+from jax_nvfp4.config.quantize import Mode, OutFormat, quantize_scratch_bytes
 from jax_nvfp4.layout import swizzle
 
 _ABSENT_NOTE = "_no_extension.txt"
@@ -101,10 +100,10 @@ def _empty(dtype: DTypeLike) -> np.ndarray:
 
 def quantize_call(
     x: jax.Array,
-    scale_or_amax: jax.Array | None,
+    global_scale: jax.Array | None,
     *,
     config: QuantizeConfig,
-    scaling: Scaling | int,
+    mode: Mode | int,
     out_format: OutFormat | int,
     num_sms: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -112,10 +111,9 @@ def quantize_call(
 
     Args:
         x: (m, k), of the dtype the config is for.
-        scale_or_amax: float32, the global scale or the amax of x, () or, by row, (m,); None for a
-            dynamic scaling.
+        global_scale: float32, the scale or amax that is given, () or, by row, (m,); else None.
         config: the kernel to call.
-        scaling: where the global scale comes from.
+        mode: where the global scale comes from.
         out_format: what is written.
         num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
 
@@ -125,12 +123,12 @@ def quantize_call(
         zero. VALUES: bfloat16 (m, ceil(k/64)*64) and uint8 (0,). global_scale is float32, () or,
         by row, (m,).
     """
-    results = _quantize_results(x.shape, config, scaling, out_format, num_sms)
+    results = _quantize_results(x.shape, config, mode, out_format, num_sms)
     codes, scales, used, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
         x,
-        _empty(np.float32) if scale_or_amax is None else scale_or_amax,
+        _empty(np.float32) if global_scale is None else global_scale,
         kernel=config.name,
-        scaling=np.int32(scaling),
+        mode=np.int32(mode),
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
     )
@@ -140,7 +138,7 @@ def quantize_call(
 def _quantize_results(
     shape: tuple[int, ...],
     config: QuantizeConfig,
-    scaling: Scaling | int,
+    mode: Mode | int,
     out_format: OutFormat | int,
     num_sms: int,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -155,7 +153,7 @@ def _quantize_results(
     else:
         data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
         block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
-    per_row = Scaling(scaling).per_row
+    per_row = Mode(mode).per_row
     return (
         data,
         block_scale,
@@ -229,14 +227,14 @@ def _gemm_results(
 
 def linear_call(
     x: jax.Array,
-    scale_or_amax: jax.Array | None,
+    given: jax.Array | None,
     w: jax.Array,
     sfw: jax.Array,
     w_scale: jax.Array,
     bias: jax.Array | None,
     *,
     quantize_config: QuantizeConfig,
-    scaling: Scaling | int,
+    mode: Mode | int,
     gemm_config: GemmConfig,
     split_k: int,
     n: int,
@@ -250,14 +248,13 @@ def linear_call(
 
     Args:
         x: (m, k), of the dtype the quantize config is for.
-        scale_or_amax: float32, the global scale or the amax of x, () or, by row, (m,); None for a
-            dynamic scaling.
+        given: float32, the scale or amax that is given, () or, by row, (m,); else None.
         w: uint8, the repacked weight's codes.
         sfw: the repacked weight's scales.
         w_scale: float32, one value or (n,).
         bias: (n,) float32, bfloat16 or float16, or None.
         quantize_config: the first kernel.
-        scaling: where the global scale of x comes from.
+        mode: where the global scale of x comes from.
         gemm_config: the second kernel, for an x of e2m1 codes or of bfloat16 values.
         split_k: number of ways in which K is split.
         n: logical rows of the weight.
@@ -269,17 +266,17 @@ def linear_call(
     """
     m, k = x.shape
     out_format = OutFormat.for_gemm(gemm_config.x_dtype)
-    operand = _quantize_results(x.shape, quantize_config, scaling, out_format, num_sms)
+    operand = _quantize_results(x.shape, quantize_config, mode, out_format, num_sms)
     y, scratch = _gemm_results(m, n, _padded(k, 64), gemm_config, split_k, out_dtype, num_sms)
     results = jax.ffi.ffi_call("jax_nvfp4_linear", (y, *operand, scratch))(
         x,
-        _empty(np.float32) if scale_or_amax is None else scale_or_amax,
+        _empty(np.float32) if given is None else given,
         w,
         sfw,
         w_scale,
         _empty(np.float32) if bias is None else bias,
         gemm_kernel=gemm_config.name,
-        scaling=np.int32(scaling),
+        mode=np.int32(mode),
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
         quantize_kernel=quantize_config.name,

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jax_nvfp4.checkpoint.descriptions import Description
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, section
-from jax_nvfp4.checkpoint.formats import Format
+from jax_nvfp4.checkpoint.files import Entry, Folder, section
+from jax_nvfp4.checkpoint.formats import Format, has_suffix
 from jax_nvfp4.numerics import BLOCK
 
 _PACKED = "nvfp4-pack-quantized"
@@ -42,27 +41,24 @@ FORMAT = Format(
 )
 
 
-def claims(parts: Mapping[str, Entry]) -> bool:
-    """Whether the tensors of a layer have names that no other format gives them."""
-    return "weight_packed" in parts or "weight_global_scale" in parts
-
-
-def match(description: Description | None) -> Format | None:
-    """Recognizes the format by its description.
+def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
+    """Recognizes the format.
 
     Args:
-        description: what the configuration says, None where it says nothing.
+        folder: the checkpoint.
+        config: `quantization_config` of its `config.json`, {} where there is none.
 
     Returns:
-        The format, or None where the description is not compressed-tensors' or names only a
-        quantized KV cache.
+        The format, or None where the checkpoint is not compressed-tensors'.
 
     Raises:
         CheckpointError: it is, but with something that is not supported.
     """
-    if description is None or not describes(description):
+    if not config:
+        return FORMAT if has_suffix(folder.entries, FORMAT.data) else None
+    if config.get("quant_method") != "compressed-tensors":
         return None
-    config, where = description.content, f"{description.where}: compressed-tensors"
+    where = f"{folder.path / 'config.json'}: compressed-tensors"
     if config.get("quantization_status") not in (None, "compressed"):
         raise CheckpointError(
             f"{where} quantization_status {config['quantization_status']!r} is not supported; "
@@ -76,39 +72,20 @@ def match(description: Description | None) -> Format | None:
 
     groups = section(where, config, "config_groups")
     groups = {name: section(where, groups, name) for name in groups}
-    if not groups and config.get("kv_cache_scheme"):
-        return None
-    default = _format(where, config)
-    formats = {name: _format(f"{where} {name}", group) or default for name, group in groups.items()}
-    used = set(formats.values()) or {default}
-    for fmt in sorted(used - {_PACKED, *_PASS_THROUGH}, key=str):
+    formats = {group.get("format") or config.get("format") for group in groups.values()}
+    formats = formats or {config.get("format")}
+    for fmt in sorted(formats - {_PACKED, *_PASS_THROUGH}, key=str):
         raise CheckpointError(f"{where} format {fmt!r} is not supported; supported is {_PACKED!r}")
-    if _PACKED not in used:
+    if _PACKED not in formats:
         raise CheckpointError(f"{where} has no layer in the format {_PACKED!r}")
     for name, group in groups.items():
-        if formats[name] == _PACKED:
+        if (group.get("format") or config.get("format")) == _PACKED:
             _check_weights(f"{where} {name}", section(f"{where} {name}", group, "weights"))
     return FORMAT
 
 
-def describes(description: Description) -> bool:
-    """Whether a description is compressed-tensors'."""
-    return description.content.get("quant_method") == "compressed-tensors"
-
-
-def _format(where: str, content: Mapping[str, Any]) -> str | None:
-    """The field `format`, which some converters write as a list of one."""
-    value = content.get("format")
-    if isinstance(value, list) and len(value) == 1:
-        (value,) = value
-    if not isinstance(value, str | None):
-        raise CheckpointError(f"{where}: format must be a string, got {value!r:.60}")
-    return value
-
-
 def _check_weights(where: str, weights: Mapping[str, Any]) -> None:
     expected = {"num_bits": 4, "type": "float", "group_size": BLOCK, "symmetric": True}
-    expected |= {"strategy": "tensor_group", "dynamic": False}
     for field, value in expected.items():
         if weights.get(field, value) != value:
             raise CheckpointError(

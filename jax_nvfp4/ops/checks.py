@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS
 
-DynamicScaling = Literal["tensor", "token"]
-ActivationScale = DynamicScaling | ArrayLike | None
-
-DYNAMIC = {"tensor": Scaling.TENSOR, "token": Scaling.TOKEN}
-"""What users call the scalings that follow from the data."""
+Scaling = Literal["tensor", "token"]
+ActivationScale = Literal["tensor", "token"] | ArrayLike | None
 
 
 def as_array(name: str, value: Any, expected: str) -> jax.Array:
@@ -62,8 +58,7 @@ def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     return dtype
 
 
-def dynamic_scaling(name: str, value: str) -> Scaling:
-    """The scaling that a user names."""
-    if not isinstance(value, str) or value not in DYNAMIC:
-        raise ValueError(f'{name} must be "tensor" or "token"; got {value!r}')
-    return DYNAMIC[value]
+def check_scaling(name: str, scaling: str) -> None:
+    """Refuses a scaling that is neither "tensor" nor "token"."""
+    if not isinstance(scaling, str) or scaling not in ("tensor", "token"):
+        raise ValueError(f'{name} must be "tensor" or "token"; got {scaling!r}')

@@ -9,8 +9,7 @@ import mutation
 import numpy as np
 import pytest
 
-from jax_nvfp4.config.enums import OutFormat
-from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
+from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS, OutFormat
 
 tests = mutation.module_of("test_quantize_kernels")
 # (m, k, multiprocessors)
@@ -29,6 +28,6 @@ def test_each_shape_of_threads(config, out_format):
         x = rng.standard_normal((m, k)).astype(config.x_dtype)
         x[m - 1, k // 2] = 11  # the largest, in the last warp of its row or near it
         x[3, k - 1] = -13
-        for scaling in tests.SCALINGS[config.kind]:
-            g = tests.given_scales(rng, x, scaling, bad=False)
-            tests.check(config, x, scaling, out_format, g, seed=seed, sms=sms)
+        for mode in tests.MODES[config.kind]:
+            g = tests.given_scales(rng, x, mode, bad=False)
+            tests.check(config, x, mode, out_format, g, seed=seed, sms=sms)

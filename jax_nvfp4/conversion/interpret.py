@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a traced program on arrays and views: the loop, and what happens where no rule applies."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core, source_info_util
+
+from jax_nvfp4.conversion.rules import RULES, Product
+from jax_nvfp4.conversion.view import Atom, NotAView, View, ViewAxis
+
+
+class Interpreter:
+    """Runs programs; what becomes of products, and of views that stay none, subclasses say."""
+
+    def __init__(self) -> None:
+        self._traced: dict[Hashable, Any] = {}
+
+    def product(
+        self, eqn: Any, operands: list[Any], view: View, product: Product
+    ) -> list[jax.Array]:
+        """The result of a product with a view."""
+        raise NotImplementedError
+
+    def value(self, view: View) -> jax.Array:
+        """The array that a view stands for."""
+        raise NotImplementedError
+
+    def dense(self, view: View, why: str) -> jax.Array:
+        """The same for an operation that `why` names; a converted leaf should not meet one."""
+        raise NotImplementedError
+
+    def indexed(self, view: View, digits: ViewAxis) -> None:
+        """Is told that a program takes indices of some atoms, which makes them batch axes."""
+
+    def divided(self, view: View, atom: Atom, ways: int) -> None:
+        """Is told that devices share an atom."""
+
+    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+        """Evaluates a program.
+
+        Args:
+            jaxpr: the program.
+            consts: its constants.
+            operands: an array or a view for each of its arguments.
+
+        Returns:
+            An array or a view for each of its results.
+        """
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env |= dict(zip(jaxpr.invars, operands, strict=True))
+        last = {v: eqn for eqn in jaxpr.eqns for v in eqn.invars if not _is_literal(v)}
+        keep = {v for v in jaxpr.outvars if not _is_literal(v)}
+
+        def read(v: Any) -> Any:
+            return v.val if _is_literal(v) else env[v]
+
+        for eqn in jaxpr.eqns:
+            results = self.equation(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, results, strict=True))
+            for v in {v for v in eqn.invars if not _is_literal(v)}:
+                if last[v] is eqn and v not in keep:
+                    del env[v]  # memory, where this runs outside of jit
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """The results of one equation, by its rule where it has one."""
+        if not any(isinstance(operand, View) for operand in operands):
+            return self.bind(eqn, operands)
+        name = eqn.primitive.name
+        with _context(eqn):
+            if name not in RULES:
+                return self.bind(eqn, self.all_dense(operands, name))
+            try:
+                return RULES[name](self, eqn, operands)
+            except NotAView as reason:
+                return self.bind(eqn, self.all_dense(operands, str(reason)))
+
+    def all_dense(self, operands: Sequence[Any], why: str) -> list[Any]:
+        """The operands, each view as an array."""
+        return [self.dense(o, why) if isinstance(o, View) else o for o in operands]
+
+    def values(self, operands: Sequence[Any]) -> list[Any]:
+        """The operands, each view as an array; for the rules of derivatives."""
+        return [self.value(o) if isinstance(o, View) else o for o in operands]
+
+    def bind(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """The results of an equation on arrays, as the program has it."""
+        params = eqn.primitive.get_bind_params(eqn.params)
+        functions, params = params if isinstance(params, tuple) else ((), params)
+        with _context(eqn):
+            results = eqn.primitive.bind(*functions, *operands, **params)
+        return list(results) if eqn.primitive.multiple_results else [results]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives for a key, so that what is traced for one call serves others."""
+        if key not in self._traced:
+            self._traced[key] = make()
+        return self._traced[key]
+
+
+def _is_literal(v: Any) -> bool:
+    return isinstance(v, core.Literal)
+
+
+def _context(eqn: Any) -> Any:
+    """The names, the place in the source and the settings that an equation was traced under."""
+    stack = contextlib.ExitStack()
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    stack.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=names))
+    stack.enter_context(eqn.ctx.manager)
+    return stack

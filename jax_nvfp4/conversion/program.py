@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The function that `convert` returns: the traced program with NVFP4 products in it."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_nvfp4.conversion import control as control  # registers its rules
+from jax_nvfp4.conversion.analysis import Layout
+from jax_nvfp4.conversion.interpret import Interpreter
+from jax_nvfp4.conversion.rules import Product
+from jax_nvfp4.conversion.view import NotAView, View, ViewAxis
+from jax_nvfp4.ops.checks import ActivationScale
+from jax_nvfp4.products.axes import KernelAxes
+from jax_nvfp4.products.contraction import How, contract
+from jax_nvfp4.products.kernel import Nvfp4Kernel
+
+PROGRAMS_KEPT = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvertedLeaf:
+    """A leaf that is more than an NVFP4 kernel, a pytree.
+
+    Attributes:
+        kernel: what products take.
+        dense: the leaf as it was, for what else the program does with it; None if nothing.
+        input_scale: float32, the static global scale of the activations for each matrix (the sizes
+            of the kernel's batch axes); None where activations are scaled otherwise.
+    """
+
+    kernel: Nvfp4Kernel
+    dense: Any = None
+    input_scale: Any = None
+
+
+def is_converted(node: Any) -> bool:
+    """Whether a node of converted params stands for a leaf of the dense ones."""
+    return isinstance(node, Nvfp4Kernel | ConvertedLeaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What was decided of a leaf.
+
+    Attributes:
+        name: its path, joined by dots.
+        path: its path.
+        leaf: the dense leaf's shape and dtype; any other value for one that is no array.
+        layout: how it is quantized, None where it is left alone.
+        why: what became of it.
+        keeps_dense: a copy of the dense leaf stays beside the kernel.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    leaf: Any
+    layout: Layout | None
+    why: str
+    keeps_dense: bool = False
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the program takes it as an argument."""
+        return isinstance(self.leaf, jax.ShapeDtypeStruct)
+
+
+class Traced:
+    """A function of params and arguments as a program, traced once for like arguments."""
+
+    def __init__(self, fn: Callable[..., Any], tree: Any, leaves: Sequence[Any]) -> None:
+        def flat(arrays: list[Any], *args: Any) -> Any:
+            left = iter(arrays)
+            whole = [next(left) if isinstance(v, jax.ShapeDtypeStruct) else v for v in leaves]
+            return fn(tree.unflatten(whole), *args)
+
+        self._arrays = [v for v in leaves if isinstance(v, jax.ShapeDtypeStruct)]
+        self._trace = jax.make_jaxpr(flat, return_shape=True)
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Any, Any]:
+        """The program, and the tree of its results."""
+        closed, shapes = self._trace(self._arrays, *args)
+        return closed, jax.tree.structure(shapes)
+
+
+class Runner(Interpreter):
+    """Runs a program with NVFP4 products."""
+
+    def __init__(self, activation_scale: ActivationScale, batch_invariant: bool) -> None:
+        super().__init__()
+        self._how = How(activation_scale, batch_invariant)
+
+    def product(
+        self, eqn: Any, operands: list[Any], view: View, product: Product
+    ) -> list[jax.Array]:
+        """The product with the NVFP4 weight."""
+        leaf = view.leaf
+        if set(product.contracting) != set(leaf.contracting):
+            raise NotAView("a product over other axes")
+        weight, input_scale = view.value
+        how = dataclasses.replace(self._how, out_dtype=product.dtype)
+        if input_scale is not None:
+            how = dataclasses.replace(how, activation_scale=jnp.max(input_scale))
+        result = contract(
+            product.x,
+            product.of_x,
+            weight,
+            _kernel_axes(view),
+            (*view.batch, *leaf.free, *leaf.contracting),
+            product.of_result,
+            how,
+        )
+        return [result.reshape(product.shape)]
+
+    def value(self, view: View) -> jax.Array:
+        """The values of the weight, or the dense leaf where there is one."""
+        if view.dense is not None:
+            return view.dense
+        weight, _ = view.value
+        atoms = (*view.batch, *view.leaf.free, *view.leaf.contracting)
+        values = Nvfp4Kernel(weight, _kernel_axes(view)).dequantize(view.dtype)
+        order = [atoms.index(atom) for axis in view.axes for atom in axis]
+        return values.transpose(order).reshape(view.shape)
+
+    def dense(self, view: View, why: str) -> jax.Array:
+        """The same; says that a leaf is not used as it was when the function was converted."""
+        if view.dense is None:
+            warnings.warn(
+                f"{view.leaf.name} is in NVFP4 and is dequantized for {why}, which the example "
+                f"arguments of convert did not lead to",
+                stacklevel=2,
+            )
+        return self.value(view)
+
+
+def _kernel_axes(view: View) -> KernelAxes:
+    """The axes of the NVFP4 weight of a view, an axis for each atom."""
+    atoms = (*view.leaf.free, *view.leaf.contracting)
+    free = len(view.leaf.free)
+    return KernelAxes(
+        sizes=tuple(atom.size for atom in atoms),
+        free=tuple(range(free)),
+        contracting=tuple(range(free, len(atoms))),
+    )
+
+
+def _with_batch(part: Any, batch: ViewAxis) -> Any:
+    """A part with all batch axes: a global scale may have some of them, or none."""
+    sizes = tuple(atom.size for atom in batch)
+    if part.ndim >= len(sizes):
+        return part
+    part = part.reshape(part.shape + (1,) * (len(sizes) - part.ndim))
+    return jnp.broadcast_to(part, sizes)
+
+
+def view_of(plan: LeafPlan, value: Any, dense: Any) -> View:
+    """A leaf as the program first sees it."""
+    assert plan.layout is not None
+    layout = plan.layout
+    value = jax.tree.map(lambda part: _with_batch(part, layout.batch), value)
+    leaf = layout.leaf(plan.name)
+    return View(value, dense, leaf, layout.axes, layout.batch, jnp.dtype(plan.leaf.dtype))
+
+
+class Converted:
+    """A function whose params hold NVFP4 kernels; made by `convert`."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        tree: Any,
+        plans: Sequence[LeafPlan],
+        activation_scale: ActivationScale,
+        batch_invariant: bool,
+    ) -> None:
+        functools.update_wrapper(self, fn, updated=())
+        self._tree = tree
+        self._plans = tuple(plans)
+        self._traced = Traced(fn, tree, [plan.leaf for plan in plans])
+        self._how = (activation_scale, batch_invariant)
+        self._runners: dict[int, tuple[Any, Runner]] = {}
+
+    def __call__(self, params: Any, *args: Any) -> Any:
+        """Runs the program on converted params.
+
+        Args:
+            params: as `convert` returned them, or like them.
+            *args: of the function.
+
+        Returns:
+            What the function returns, with the same tree, shapes and dtypes.
+
+        Raises:
+            TypeError: a leaf of params is not what it was converted to.
+            ValueError: params have another structure, or a kernel another shape.
+        """
+        operands = self._operands(params)
+        closed, out_tree = self._traced(args)
+        runner = self._runner(closed)
+        results = runner.run(closed.jaxpr, closed.consts, [*operands, *jax.tree.leaves(args)])
+        arrays = [runner.dense(r, "a result") if isinstance(r, View) else r for r in results]
+        return jax.tree.unflatten(out_tree, arrays)
+
+    def _runner(self, closed: Any) -> Runner:
+        """The runner of a program, so that a second call finds what the first one traced."""
+        key = id(closed.jaxpr)
+        if key not in self._runners:
+            if len(self._runners) >= PROGRAMS_KEPT:
+                self._runners.pop(next(iter(self._runners)))
+            self._runners[key] = (closed, Runner(*self._how))
+        return self._runners[key][1]
+
+    def _operands(self, params: Any) -> list[Any]:
+        """A view for each converted leaf, an array for each other."""
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_converted)
+        if tree != self._tree:
+            raise ValueError(
+                f"params must have the structure of those that were converted, {self._tree}; "
+                f"got {tree}"
+            )
+        pairs = zip(self._plans, leaves, strict=True)
+        return [_operand(plan, leaf) for plan, leaf in pairs if plan.is_array]
+
+
+def _operand(plan: LeafPlan, leaf: Any) -> Any:
+    if plan.layout is None:
+        if is_converted(leaf):
+            raise TypeError(f"{plan.name} was left alone; got an NVFP4 kernel of {leaf}")
+        return leaf
+    held = leaf if isinstance(leaf, ConvertedLeaf) else ConvertedLeaf(leaf)
+    if not isinstance(held.kernel, Nvfp4Kernel):
+        raise TypeError(
+            f"{plan.name} must be the NVFP4 kernel that convert made of it; "
+            f"got {type(leaf).__name__}"
+        )
+    if (held.dense is not None) != plan.keeps_dense:
+        raise TypeError(f"{plan.name} must be the leaf that convert made of it; got {leaf}")
+    weight, layout = held.kernel.weight, plan.layout
+    expected = (*layout.sizes, layout.n, layout.k)
+    if weight.shape != expected:
+        raise ValueError(
+            f"the NVFP4 weight of {plan.name} must have shape {expected}; got {weight.shape}"
+        )
+    weight.check()
+    return view_of(plan, (weight, held.input_scale), held.dense)
+
+
+def nbytes(leaf: Any) -> int:
+    """The bytes of an array, or of what is like one."""
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

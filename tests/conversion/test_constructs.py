@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each construct that `convert` follows a weight through gives what the dense program gives.
+
+The weights are exactly representable and the activations stay at 16 bits, so the two programs
+differ in the order of their sums alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jax_nvfp4 as nvfp4
+from jax_nvfp4.products.kernel import Nvfp4Kernel
+
+D = 32
+
+
+def exact(*shape, seed=0, dtype=jnp.bfloat16):
+    """Values that NVFP4 holds as they are: the global scale of +-2688 is a power of two."""
+    rng = np.random.default_rng(seed)
+    values = rng.choice([-2688.0, -1344.0, 1344.0, 2688.0], shape) * 2.0**-14
+    return jnp.asarray(values, dtype)
+
+
+X = jnp.asarray(np.random.default_rng(7).standard_normal((4, D)), jnp.bfloat16)
+
+
+def weights(**shapes):
+    return {name: exact(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def check(fn, params, *args, left=(), where=lambda path, use: True, **options):
+    """Converts, and compares values, shapes, dtypes; returns the converted params."""
+    expected = jax.jit(fn)(params, *args)
+    run, converted, report = nvfp4.convert(
+        fn, params, *args, where=where, activation_scale=None, **options
+    )
+    found = jax.jit(run)(converted, *args)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= 2**-7 * np.abs(b).max()
+    names = {leaf.name for leaf in report.left}
+    assert names == set(left), str(report)
+    return converted
+
+
+def test_every_construct_that_rearranges():
+    def fn(p, x):
+        y = x @ p["plain"]
+        y = y @ p["transposed"].T
+        y = jnp.einsum("td,dhk->thk", y, p["heads"])
+        y = jnp.einsum("thk,hkd->td", y, p["out"])
+        y = y @ p["cut"].reshape(D, 2, D // 2).reshape(D, D)
+        y = y @ p["joined"].reshape(D, D)
+        y = y @ jnp.squeeze(p["ones"], 1)
+        y = p["left"] @ y.T
+        return y.T @ p["cast"].astype(jnp.float32).astype(x.dtype)
+
+    square = (D, D)
+    check(
+        fn,
+        weights(
+            plain=square,
+            transposed=square,
+            heads=(D, 2, D // 2),
+            out=(2, D // 2, D),
+            cut=square,
+            joined=(2, D // 2, D),
+            ones=(D, 1, D),
+            left=square,
+            cast=square,
+        ),
+        X,
+    )
+
+
+def test_indices_slices_and_splits_of_stacked_weights():
+    def fn(p, x, i):
+        y = x @ p["stack"][0] + x @ p["stack"][i] + x @ p["stack"][-1]
+        y = y + x @ lax.dynamic_index_in_dim(p["stack"], i, keepdims=False)
+        q, k, v = jnp.split(p["fused"], 3, axis=-1)
+        y = y + (x @ q) * (x @ k) + x @ v
+        half = p["stack"][1:3]
+        return y + x @ half[0] + jnp.einsum("td,ldf->ltf", x, half).sum(0)
+
+    converted = check(fn, weights(stack=(4, D, D), fused=(D, 3 * D)), X, jnp.int32(2))
+    assert converted["stack"].shape == (4, D, D)
+    assert converted["fused"].shape == (D, 3, D)
+
+
+def test_q_k_v_split_after_one_product():
+    def fn(p, x):
+        q, k, v = jnp.split(x @ p["qkv"], 3, axis=-1)
+        return q * k + v
+
+    check(fn, weights(qkv=(D, 3 * D)), X)
+
+
+def test_scan_over_stacked_layers_remat_and_jit():
+    @jax.checkpoint
+    def layer(x, w):
+        return jax.nn.silu(x @ w["up"]) @ w["down"] * w["scale"]
+
+    @jax.jit
+    def inner(p, x):
+        x, sums = lax.scan(lambda x, w: (layer(x, w), x.sum()), x, p["blocks"])
+        return x @ p["head"], sums
+
+    def fn(p, x):
+        return inner(p, x)
+
+    params = weights(head=(D, D))
+    params["blocks"] = weights(up=(3, D, D), down=(3, D, D), scale=(3, D))
+    converted = check(fn, params, X, left={"blocks.scale"})
+    assert isinstance(converted["blocks"]["up"], Nvfp4Kernel)
+
+
+def test_while_loop_and_cond():
+    def fn(p, x, n):
+        def body(state):
+            i, x, w = state
+            x = lax.cond(i % 2 == 0, lambda x: x @ w, lambda x: x @ p["odd"], x)
+            return i + 1, jnp.tanh(x), w
+
+        _, x, _ = lax.while_loop(lambda s: s[0] < n, body, (0, x, p["even"]))
+        x, _ = lax.scan(
+            lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, p["even"]), length=2
+        )
+        return x[0]
+
+    check(fn, weights(even=(D, D), odd=(D, D)), X, 3)
+
+
+def test_vmap_of_the_program_and_batched_weights():
+    def fn(p, xs):
+        one = jax.vmap(lambda x: x @ p["shared"])(xs)
+        each = jax.vmap(lambda x, w: x @ w)(one, p["each"])
+        every = jnp.einsum("etd,edf->etf", each, p["experts"])
+        return jnp.einsum("etd,edf->tf", every, p["experts"])
+
+    xs = jnp.stack([X, X * 2, X - 1])
+    params = weights(shared=(D, D), each=(3, D, D), experts=(3, D, D))
+    check(fn, params, xs, left={"experts"})
+
+
+def test_custom_derivatives_keep_their_rules():
+    @jax.custom_jvp
+    def act(x, w):
+        return jnp.tanh(x @ w)
+
+    @act.defjvp
+    def _(primals, tangents):
+        (x, w), (dx, _) = primals, tangents
+        return act(x, w), 3 * (dx @ w)
+
+    @jax.custom_vjp
+    def gate(x, w):
+        return jnp.sin(x @ w)
+
+    gate.defvjp(lambda x, w: (gate(x, w), w), lambda w, dy: (5 * (dy @ w.T), jnp.zeros_like(w)))
+
+    def fn(p, x):
+        return gate(act(x, p["a"]), p["b"])
+
+    params = weights(a=(D, D), b=(D, D))
+    converted = check(fn, params, X)
+    run, _, _ = nvfp4.convert(fn, params, X, activation_scale=None)
+    found = jax.grad(lambda x: run(converted, x).astype(jnp.float32).sum())(X)
+    expected = jax.grad(lambda x: fn(params, x).astype(jnp.float32).sum())(X)
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert np.abs(found - expected).max() <= 2**-6 * np.abs(expected).max()
+
+
+def test_effects_happen_once_and_in_order():
+    seen = []
+
+    def fn(p, x):
+        jax.debug.callback(lambda _: seen.append("a"), x[0, 0], ordered=True)
+        x = x @ p["w"]
+        jax.debug.callback(lambda _: seen.append("b"), x[0, 0], ordered=True)
+        return x
+
+    run, params, _ = nvfp4.convert(fn, weights(w=(D, D)), X)
+    jax.effects_barrier()
+    assert not seen
+    jax.jit(run)(params, X)
+    jax.effects_barrier()
+    assert seen == ["a", "b"]
