@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "cudart.h"
+#include "enums.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nvfp4 {
@@ -117,6 +118,10 @@ class Checker {
   // Empty, or aligned as the kernels assume.
   void Aligned(std::string_view operand, const ffi::AnyBuffer& buffer, uintptr_t bytes = 16);
   void Attribute(std::string_view name, int32_t value, int32_t low, int32_t high);
+  template <typename Enum>
+  void Attribute(std::string_view name, int32_t value, Enum low, Enum high) {
+    Attribute(name, value, static_cast<int32_t>(low), static_cast<int32_t>(high));
+  }
   // A condition on an operand that the above do not cover.
   void That(bool holds, std::string_view operand, std::string_view expected,
             const ffi::AnyBuffer& buffer);

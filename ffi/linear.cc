@@ -12,10 +12,10 @@ namespace {
 
 struct LinearAttributes {
   std::string_view gemm_kernel;
-  int32_t mode;
   int32_t num_sms;
   int32_t out_format;
   std::string_view quantize_kernel;
+  int32_t scaling;
   int32_t split_k;
 };
 
@@ -30,10 +30,9 @@ struct LinearState {
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_nvfp4::LinearAttributes, ::xla::ffi::StructMember<std::string_view>("gemm_kernel"),
-    ::xla::ffi::StructMember<int32_t>("mode"), ::xla::ffi::StructMember<int32_t>("num_sms"),
-    ::xla::ffi::StructMember<int32_t>("out_format"),
+    ::xla::ffi::StructMember<int32_t>("num_sms"), ::xla::ffi::StructMember<int32_t>("out_format"),
     ::xla::ffi::StructMember<std::string_view>("quantize_kernel"),
-    ::xla::ffi::StructMember<int32_t>("split_k"));
+    ::xla::ffi::StructMember<int32_t>("scaling"), ::xla::ffi::StructMember<int32_t>("split_k"));
 
 namespace jax_nvfp4 {
 namespace {
@@ -49,7 +48,7 @@ struct Calls {
 // Checks the attributes and finds the kernels.
 ffi::ErrorOr<LinearState> Decode(const LinearAttributes& a) {
   ffi::ErrorOr<QuantizeState> quantize =
-      DecodeQuantize({a.quantize_kernel, a.mode, a.num_sms, a.out_format});
+      DecodeQuantize({a.quantize_kernel, a.num_sms, a.out_format, a.scaling});
   if (quantize.has_error()) return ffi::Unexpected(quantize.error());
   ffi::ErrorOr<GemmState> gemm = DecodeGemm({a.gemm_kernel, a.num_sms, a.split_k});
   if (gemm.has_error()) return ffi::Unexpected(gemm.error());
@@ -82,14 +81,14 @@ ffi::Error Initialize(int32_t device, LinearState* state) {
 }
 
 ffi::Error Execute(cudaStream_t stream, int32_t ordinal, LinearState* state, ffi::AnyBuffer x,
-                   ffi::AnyBuffer g, ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer w_scale,
+                   ffi::AnyBuffer scale_or_amax, ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer w_scale,
                    ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                    ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
                    ffi::Result<ffi::AnyBuffer> global_scale,
                    ffi::Result<ffi::AnyBuffer> quantize_scratch,
                    ffi::Result<ffi::AnyBuffer> gemm_scratch) {
   ffi::ErrorOr<Calls> calls =
-      Check(*state, {x, g, *data, *block_scale, *global_scale, *quantize_scratch},
+      Check(*state, {x, scale_or_amax, *data, *block_scale, *global_scale, *quantize_scratch},
             {*data, *block_scale, w, sfw, *global_scale, w_scale, bias, *y, *gemm_scratch});
   if (calls.has_error()) return calls.error();
   ffi::Error error = LaunchQuantize(stream, ordinal, state->quantize, calls->quantize,
@@ -99,7 +98,8 @@ ffi::Error Execute(cudaStream_t stream, int32_t ordinal, LinearState* state, ffi
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
-ffi::Error HostExecute(LinearAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer g,
+ffi::Error HostExecute(LinearAttributes attributes, ffi::AnyBuffer x,
+                       ffi::AnyBuffer scale_or_amax,
                        ffi::AnyBuffer w, ffi::AnyBuffer sfw, ffi::AnyBuffer w_scale,
                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
@@ -109,7 +109,7 @@ ffi::Error HostExecute(LinearAttributes attributes, ffi::AnyBuffer x, ffi::AnyBu
   ffi::ErrorOr<LinearState> state = Decode(attributes);
   if (state.has_error()) return state.error();
   ffi::ErrorOr<Calls> calls =
-      Check(*state, {x, g, *data, *block_scale, *global_scale, *quantize_scratch},
+      Check(*state, {x, scale_or_amax, *data, *block_scale, *global_scale, *quantize_scratch},
             {*data, *block_scale, w, sfw, *global_scale, w_scale, bias, *y, *gemm_scratch});
   if (calls.has_error()) return calls.error();
   return CudaOnly(*state->gemm.kernel);

@@ -2,49 +2,24 @@
 // quantize: x (m, k) and, where given, a global scale or amax -> data, block_scale, global_scale.
 #include "quantize.h"
 
-namespace jax_nvfp4 {
-namespace {
-
-// Values are the kernels'.
-enum Mode : int32_t {
-  kScalarGiven = 0,
-  kPerRowGiven = 1,
-  kPerRow = 2,
-  kPerTensor = 3,
-  kScalarAmax = 4,
-  kPerRowAmax = 5,
-};
-enum OutFormat : int32_t { kLinear = 0, kOperand = 1, kBF16Values = 2 };
-
-bool PerRow(int32_t mode) {
-  return mode == kPerRowGiven || mode == kPerRow || mode == kPerRowAmax;
-}
-
-bool ScaleGiven(int32_t mode) { return mode == kScalarGiven || mode == kPerRowGiven; }
-
-bool AmaxGiven(int32_t mode) { return mode == kScalarAmax || mode == kPerRowAmax; }
-
-}  // namespace
-}  // namespace jax_nvfp4
-
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_nvfp4::QuantizeAttributes, ::xla::ffi::StructMember<std::string_view>("kernel"),
-    ::xla::ffi::StructMember<int32_t>("mode"), ::xla::ffi::StructMember<int32_t>("num_sms"),
-    ::xla::ffi::StructMember<int32_t>("out_format"));
+    ::xla::ffi::StructMember<int32_t>("num_sms"), ::xla::ffi::StructMember<int32_t>("out_format"),
+    ::xla::ffi::StructMember<int32_t>("scaling"));
 
 namespace jax_nvfp4 {
 namespace {
 
 // The global scale of an x without elements: the one given, or that of an amax of 0, which is 1.
-ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::AnyBuffer& g,
+ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::AnyBuffer& scale_or_amax,
                                ffi::AnyBuffer global_scale, cudaStream_t stream) {
   const size_t count = global_scale.element_count();
   if (count == 0) return ffi::Error::Success();
   char* out = static_cast<char*>(global_scale.untyped_data());
   cudaError_t error = kCudaSuccess;
-  if (ScaleGiven(attributes.mode)) {
-    error = cudaMemcpyAsync(out, g.untyped_data(), count * sizeof(float), kMemcpyDeviceToDevice,
-                            stream);
+  if (ScaleGiven(attributes.Scale())) {
+    error = cudaMemcpyAsync(out, scale_or_amax.untyped_data(), count * sizeof(float),
+                            kMemcpyDeviceToDevice, stream);
   } else {
     // 1.0f is the bytes 00 00 80 3f.
     error = cudaMemset2DAsync(out, sizeof(float), 0x00, 2, count, stream);
@@ -64,8 +39,8 @@ ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::
 
 ffi::ErrorOr<QuantizeState> DecodeQuantize(QuantizeAttributes attributes) {
   Checker check(Op::kQuantize);
-  check.Attribute("mode", attributes.mode, kScalarGiven, kPerRowAmax);
-  check.Attribute("out_format", attributes.out_format, kLinear, kBF16Values);
+  check.Attribute("scaling", attributes.scaling, Scaling::kStatic, Scaling::kAmaxRows);
+  check.Attribute("out_format", attributes.out_format, OutFormat::kLinear, OutFormat::kValues);
   if (!check.ok()) return ffi::Unexpected(check.error());
   return Resolve(Op::kQuantize, attributes);
 }
@@ -74,7 +49,7 @@ ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
                                           const QuantizeBuffers& buffers) {
   const Kernel& kernel = *state.kernel;
   const QuantizeAttributes& attributes = state.attributes;
-  const auto& [x, g, data, block_scale, global_scale, scratch] = buffers;
+  const auto& [x, scale_or_amax, data, block_scale, global_scale, scratch] = buffers;
   Checker check(Op::kQuantize);
   const DType dtype = check.Float("x", x);
   check.Matrix("x", x);
@@ -85,24 +60,24 @@ ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
 
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   const int64_t blocks = CeilDiv(k, 16), padded_blocks = 4 * CeilDiv(k, 64);
-  const bool per_row = PerRow(attributes.mode), of_amax = AmaxGiven(attributes.mode);
-  const bool given = of_amax || ScaleGiven(attributes.mode);
-  const std::string_view g_name = of_amax ? "amax" : "global_scale (given)";
-  check.Type(g_name, g, ffi::DataType::F32);
-  check.Count(g_name, g, given ? (per_row ? m : 1) : 0,
+  const Scaling scaling = attributes.Scale();
+  const bool per_row = PerRow(scaling), of_amax = AmaxGiven(scaling), given = Given(scaling);
+  const std::string_view name_of_given = of_amax ? "amax" : "global_scale (given)";
+  check.Type(name_of_given, scale_or_amax, ffi::DataType::F32);
+  check.Count(name_of_given, scale_or_amax, given ? (per_row ? m : 1) : 0,
               given ? (per_row ? "one per row of x" : "one") : "none: it is computed");
   check.That(!of_amax || m * k != 0, "x", "elements, of which there is an amax", x);
   check.Type("global_scale", global_scale, ffi::DataType::F32);
   check.Count("global_scale", global_scale, per_row ? m : 1,
               per_row ? "one per row of x" : "one");
-  switch (attributes.out_format) {
-    case kLinear:
+  switch (static_cast<OutFormat>(attributes.out_format)) {
+    case OutFormat::kLinear:
       check.Bytes("data", data);
       check.Count("data", data, m * blocks * 8, "m * ceil(k/16) * 8");
       check.Bytes("block_scale", block_scale);
       check.Count("block_scale", block_scale, m * blocks, "m * ceil(k/16)");
       break;
-    case kOperand:
+    case OutFormat::kOperand:
       check.Bytes("data", data);
       check.Count("data", data, m * padded_blocks * 8, "m * ceil(k/64) * 32");
       check.Bytes("block_scale", block_scale);
@@ -125,18 +100,18 @@ ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
 ffi::Error LaunchQuantize(cudaStream_t stream, int32_t ordinal, const QuantizeState& state,
                           const QuantizeBuffers& buffers, const QuantizeSizes& sizes) {
   const QuantizeAttributes& attributes = state.attributes;
-  const auto& [x, g, data, block_scale, global_scale, scratch] = buffers;
+  const auto& [x, scale_or_amax, data, block_scale, global_scale, scratch] = buffers;
   if (sizes.m == 0 || sizes.k == 0) {
-    return WriteScaleOfNothing(attributes, g, global_scale, stream);
+    return WriteScaleOfNothing(attributes, scale_or_amax, global_scale, stream);
   }
   // Loaded by Initialize: this only makes sure.
   if (ffi::Error error = state.kernel->Load(ordinal); error.failure()) return error;
   ffi::ErrorOr<Device> device = GetDevice(ordinal);
   if (device.has_error()) return device.error();
-  return state.kernel->Launch(stream, x.untyped_data(), g.untyped_data(), data.untyped_data(),
+  return state.kernel->Launch(stream, x.untyped_data(), scale_or_amax.untyped_data(), data.untyped_data(),
                               block_scale.untyped_data(), global_scale.untyped_data(),
                               scratch.untyped_data(), sizes.m, sizes.k,
-                              static_cast<int32_t>(sizes.x_dtype), attributes.mode,
+                              static_cast<int32_t>(sizes.x_dtype), attributes.scaling,
                               attributes.out_format, UsableSms(attributes.num_sms, *device));
 }
 
@@ -149,24 +124,24 @@ ffi::ErrorOr<std::unique_ptr<QuantizeState>> Instantiate(QuantizeAttributes attr
 }
 
 ffi::Error Execute(cudaStream_t stream, int32_t ordinal, QuantizeState* state, ffi::AnyBuffer x,
-                   ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> data,
+                   ffi::AnyBuffer scale_or_amax, ffi::Result<ffi::AnyBuffer> data,
                    ffi::Result<ffi::AnyBuffer> block_scale,
                    ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
-  const QuantizeBuffers buffers{x, g, *data, *block_scale, *global_scale, *scratch};
+  const QuantizeBuffers buffers{x, scale_or_amax, *data, *block_scale, *global_scale, *scratch};
   ffi::ErrorOr<QuantizeSizes> sizes = CheckQuantize(*state, buffers);
   if (sizes.has_error()) return sizes.error();
   return LaunchQuantize(stream, ordinal, *state, buffers, *sizes);
 }
 
 // On the host the same checks run, and then an error: there is no kernel to launch.
-ffi::Error HostExecute(QuantizeAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer g,
+ffi::Error HostExecute(QuantizeAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer scale_or_amax,
                        ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
                        ffi::Result<ffi::AnyBuffer> global_scale,
                        ffi::Result<ffi::AnyBuffer> scratch) {
   ffi::ErrorOr<QuantizeState> state = DecodeQuantize(attributes);
   if (state.has_error()) return state.error();
   ffi::ErrorOr<QuantizeSizes> sizes =
-      CheckQuantize(*state, {x, g, *data, *block_scale, *global_scale, *scratch});
+      CheckQuantize(*state, {x, scale_or_amax, *data, *block_scale, *global_scale, *scratch});
   if (sizes.has_error()) return sizes.error();
   return CudaOnly(*state->kernel);
 }

@@ -9,16 +9,18 @@ namespace jax_nvfp4 {
 
 struct QuantizeAttributes {
   std::string_view kernel;
-  int32_t mode;
   int32_t num_sms;
   int32_t out_format;
+  int32_t scaling;
+
+  Scaling Scale() const { return static_cast<Scaling>(scaling); }
 };
 
 using QuantizeState = CallState<QuantizeAttributes>;
 
 // The buffers of a call, in the order of the custom call's operands and results.
 struct QuantizeBuffers {
-  ffi::AnyBuffer x, g;  // g, a global scale or amax, is empty where none is given
+  ffi::AnyBuffer x, scale_or_amax;  // empty where neither is given
   ffi::AnyBuffer data, block_scale, global_scale, scratch;
 };
 

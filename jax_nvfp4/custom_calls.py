@@ -22,7 +22,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_nvfp4.config import GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
-from jax_nvfp4.config.quantize import Mode, OutFormat, quantize_scratch_bytes
+from jax_nvfp4.config.enums import OutFormat, Scaling
+from jax_nvfp4.config.quantize import quantize_scratch_bytes
 from jax_nvfp4.layout import swizzle
 
 _ABSENT_NOTE = "_no_extension.txt"
@@ -100,10 +101,10 @@ def _empty(dtype: DTypeLike) -> np.ndarray:
 
 def quantize_call(
     x: jax.Array,
-    global_scale: jax.Array | None,
+    scale_or_amax: jax.Array | None,
     *,
     config: QuantizeConfig,
-    mode: Mode | int,
+    scaling: Scaling | int,
     out_format: OutFormat | int,
     num_sms: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -111,9 +112,10 @@ def quantize_call(
 
     Args:
         x: (m, k), of the dtype the config is for.
-        global_scale: float32, the scale or amax that is given, () or, by row, (m,); else None.
+        scale_or_amax: float32, the global scale or the amax of x, () or, by row, (m,); None for a
+            dynamic scaling.
         config: the kernel to call.
-        mode: where the global scale comes from.
+        scaling: where the global scale comes from.
         out_format: what is written.
         num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
 
@@ -123,12 +125,12 @@ def quantize_call(
         zero. VALUES: bfloat16 (m, ceil(k/64)*64) and uint8 (0,). global_scale is float32, () or,
         by row, (m,).
     """
-    results = _quantize_results(x.shape, config, mode, out_format, num_sms)
+    results = _quantize_results(x.shape, config, scaling, out_format, num_sms)
     codes, scales, used, _ = jax.ffi.ffi_call("jax_nvfp4_quantize", results)(
         x,
-        _empty(np.float32) if global_scale is None else global_scale,
+        _empty(np.float32) if scale_or_amax is None else scale_or_amax,
         kernel=config.name,
-        mode=np.int32(mode),
+        scaling=np.int32(scaling),
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
     )
@@ -138,7 +140,7 @@ def quantize_call(
 def _quantize_results(
     shape: tuple[int, ...],
     config: QuantizeConfig,
-    mode: Mode | int,
+    scaling: Scaling | int,
     out_format: OutFormat | int,
     num_sms: int,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -153,7 +155,7 @@ def _quantize_results(
     else:
         data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
         block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
-    per_row = Mode(mode).per_row
+    per_row = Scaling(scaling).per_row
     return (
         data,
         block_scale,
@@ -227,14 +229,14 @@ def _gemm_results(
 
 def linear_call(
     x: jax.Array,
-    given: jax.Array | None,
+    scale_or_amax: jax.Array | None,
     w: jax.Array,
     sfw: jax.Array,
     w_scale: jax.Array,
     bias: jax.Array | None,
     *,
     quantize_config: QuantizeConfig,
-    mode: Mode | int,
+    scaling: Scaling | int,
     gemm_config: GemmConfig,
     split_k: int,
     n: int,
@@ -248,13 +250,14 @@ def linear_call(
 
     Args:
         x: (m, k), of the dtype the quantize config is for.
-        given: float32, the scale or amax that is given, () or, by row, (m,); else None.
+        scale_or_amax: float32, the global scale or the amax of x, () or, by row, (m,); None for a
+            dynamic scaling.
         w: uint8, the repacked weight's codes.
         sfw: the repacked weight's scales.
         w_scale: float32, one value or (n,).
         bias: (n,) float32, bfloat16 or float16, or None.
         quantize_config: the first kernel.
-        mode: where the global scale of x comes from.
+        scaling: where the global scale of x comes from.
         gemm_config: the second kernel, for an x of e2m1 codes or of bfloat16 values.
         split_k: number of ways in which K is split.
         n: logical rows of the weight.
@@ -266,17 +269,17 @@ def linear_call(
     """
     m, k = x.shape
     out_format = OutFormat.for_gemm(gemm_config.x_dtype)
-    operand = _quantize_results(x.shape, quantize_config, mode, out_format, num_sms)
+    operand = _quantize_results(x.shape, quantize_config, scaling, out_format, num_sms)
     y, scratch = _gemm_results(m, n, _padded(k, 64), gemm_config, split_k, out_dtype, num_sms)
     results = jax.ffi.ffi_call("jax_nvfp4_linear", (y, *operand, scratch))(
         x,
-        _empty(np.float32) if given is None else given,
+        _empty(np.float32) if scale_or_amax is None else scale_or_amax,
         w,
         sfw,
         w_scale,
         _empty(np.float32) if bias is None else bias,
         gemm_kernel=gemm_config.name,
-        mode=np.int32(mode),
+        scaling=np.int32(scaling),
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
         quantize_kernel=quantize_config.name,

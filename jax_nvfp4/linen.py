@@ -14,7 +14,10 @@ from jax_nvfp4.ops.linear.api import linear
 from jax_nvfp4.tensor import Nvfp4Tensor
 
 COLLECTION = "quant"
-"""The collection of the static activation scales."""
+"""The collection of the static scales."""
+
+_FORMER_NAMES = {"input_scale": "activation_scale", "input_amax": "activation_amax"}
+"""What the variables of a calibration were called before; saved ones are read all the same."""
 
 
 def _quantized(kernel_init: Initializer) -> Any:
@@ -35,11 +38,11 @@ class Nvfp4Dense(nn.Module):
     The params have Dense's names: `kernel`, an Nvfp4Tensor or RepackedWeight of logical shape
     (features, inputs), and `bias`. `jax_nvfp4.quantize_params` makes them from a Dense model's.
 
-    With `activation_scale="static"` the layer reads the variable `activation_scale` (float32, ())
-    of the collection `quant`: from a calibration, or put there by the user, such as a checkpoint's
-    input scale. Applied with `mutable=["quant"]` it calibrates instead: it keeps the running amax
-    of its inputs in the variable `activation_amax` and the scale that follows from it in
-    `activation_scale`. Before any calibration the scale is 1, which suits inputs up to 2688.
+    With `activation_scale="static"` the layer reads the variable `input_scale` (float32, ()) of the
+    collection `quant`: from a calibration, or put there by the user, such as a checkpoint's input
+    scale. Applied with `mutable=["quant"]` it calibrates instead: it keeps the running amax of its
+    inputs in the variable `input_amax` and the scale that follows from it in `input_scale`. Before
+    any calibration the scale is 1, which suits inputs up to 2688.
 
     Attributes:
         features: output features.
@@ -122,16 +125,30 @@ class Nvfp4Dense(nn.Module):
     def _static_scale(self, inputs: jax.Array) -> jax.Array:
         """The calibrated scale; first takes the inputs in where the collection is mutable."""
         if not (self.is_initializing() or self.is_mutable_collection(COLLECTION)):
-            if not self.has_variable(COLLECTION, "activation_scale"):
+            saved = self._saved("input_scale")
+            if saved is None:
                 raise ValueError(
                     f"Nvfp4Dense {'/'.join(self.path)!r} has no static scale: calibrate, by "
                     f"applying the model to inputs with mutable=[{COLLECTION!r}], or put "
-                    f"activation_scale into its variables of the collection {COLLECTION!r}"
+                    f"input_scale into its variables of the collection {COLLECTION!r}"
                 )
-            return self.get_variable(COLLECTION, "activation_scale")
-        amax = self.variable(COLLECTION, "activation_amax", jnp.zeros, (), jnp.float32)
-        scale = self.variable(COLLECTION, "activation_scale", jnp.ones, (), jnp.float32)
+            return saved
+        amax = self._statistic("input_amax", 0.0)
+        scale = self._statistic("input_scale", 1.0)
         if not self.is_initializing():
             amax.value = jnp.maximum(amax.value, numerics.amax(inputs))
             scale.value = numerics.dynamic_scales(amax.value)[1]
         return scale.value
+
+    def _saved(self, name: str) -> jax.Array | None:
+        """A variable of a calibration, under its name or its former one."""
+        for known in (name, _FORMER_NAMES[name]):
+            if self.has_variable(COLLECTION, known):
+                return self.get_variable(COLLECTION, known)
+        return None
+
+    def _statistic(self, name: str, start: float) -> nn.Variable:
+        """The variable of a calibration; one that is new starts from what was saved, if any."""
+        saved = self._saved(name)
+        value = jnp.float32(start) if saved is None else saved
+        return self.variable(COLLECTION, name, lambda: value)

@@ -73,11 +73,11 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     exponent = (a_bits >> 23) - (b_bits >> 23) - below_one + 127
     bits = (exponent << 23) + (significand - 0x800000)
     # XLA recomputes cheap operations in each loop that uses them, for a block scale 16 times.
-    return rounded(lax.bitcast_convert_type(bits, jnp.float32))
+    return computed_once(lax.bitcast_convert_type(bits, jnp.float32))
 
 
-def rounded(x: jax.Array) -> jax.Array:
-    """x itself, computed once and rounded to float32 before anything is done with it.
+def computed_once(x: jax.Array) -> jax.Array:
+    """Fences x: it is computed once, and is a float32 before anything is done with it.
 
     Keeps compilers from contracting a product and a later sum into an fma in one place and not in
     another, and from recomputing x for each use. An optimization barrier would say so, but XLA's

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import serialization
 from flax.core import meta
 
+from jax_nvfp4.ops.quantize import api
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -35,7 +36,7 @@ def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
     """
 
     def quantize(matrix: jax.Array) -> Nvfp4Tensor:
-        return quantize(matrix.T)
+        return api.quantize(matrix.T)
 
     for _ in range(jnp.ndim(kernel) - 2):
         quantize = jax.vmap(quantize)

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax_nvfp4.checkpoint.descriptions import Description
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder, section
-from jax_nvfp4.checkpoint.formats import Format, has_suffix
+from jax_nvfp4.checkpoint.files import Entry, section
+from jax_nvfp4.checkpoint.formats import Format
 from jax_nvfp4.numerics import BLOCK
 
 _PACKED = "nvfp4-pack-quantized"
@@ -41,24 +42,27 @@ FORMAT = Format(
 )
 
 
-def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
-    """Recognizes the format.
+def claims(parts: Mapping[str, Entry]) -> bool:
+    """Whether the tensors of a layer have names that no other format gives them."""
+    return "weight_packed" in parts or "weight_global_scale" in parts
+
+
+def match(description: Description | None) -> Format | None:
+    """Recognizes the format by its description.
 
     Args:
-        folder: the checkpoint.
-        config: `quantization_config` of its `config.json`, {} where there is none.
+        description: what the configuration says, None where it says nothing.
 
     Returns:
-        The format, or None where the checkpoint is not compressed-tensors'.
+        The format, or None where the description is not compressed-tensors' or names only a
+        quantized KV cache.
 
     Raises:
         CheckpointError: it is, but with something that is not supported.
     """
-    if not config:
-        return FORMAT if has_suffix(folder.entries, FORMAT.data) else None
-    if config.get("quant_method") != "compressed-tensors":
+    if description is None or not describes(description):
         return None
-    where = f"{folder.path / 'config.json'}: compressed-tensors"
+    config, where = description.content, f"{description.where}: compressed-tensors"
     if config.get("quantization_status") not in (None, "compressed"):
         raise CheckpointError(
             f"{where} quantization_status {config['quantization_status']!r} is not supported; "
@@ -72,20 +76,39 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
 
     groups = section(where, config, "config_groups")
     groups = {name: section(where, groups, name) for name in groups}
-    formats = {group.get("format") or config.get("format") for group in groups.values()}
-    formats = formats or {config.get("format")}
-    for fmt in sorted(formats - {_PACKED, *_PASS_THROUGH}, key=str):
+    if not groups and config.get("kv_cache_scheme"):
+        return None
+    default = _format(where, config)
+    formats = {name: _format(f"{where} {name}", group) or default for name, group in groups.items()}
+    used = set(formats.values()) or {default}
+    for fmt in sorted(used - {_PACKED, *_PASS_THROUGH}, key=str):
         raise CheckpointError(f"{where} format {fmt!r} is not supported; supported is {_PACKED!r}")
-    if _PACKED not in formats:
+    if _PACKED not in used:
         raise CheckpointError(f"{where} has no layer in the format {_PACKED!r}")
     for name, group in groups.items():
-        if (group.get("format") or config.get("format")) == _PACKED:
+        if formats[name] == _PACKED:
             _check_weights(f"{where} {name}", section(f"{where} {name}", group, "weights"))
     return FORMAT
 
 
+def describes(description: Description) -> bool:
+    """Whether a description is compressed-tensors'."""
+    return description.content.get("quant_method") == "compressed-tensors"
+
+
+def _format(where: str, content: Mapping[str, Any]) -> str | None:
+    """The field `format`, which some converters write as a list of one."""
+    value = content.get("format")
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if not isinstance(value, str | None):
+        raise CheckpointError(f"{where}: format must be a string, got {value!r:.60}")
+    return value
+
+
 def _check_weights(where: str, weights: Mapping[str, Any]) -> None:
     expected = {"num_bits": 4, "type": "float", "group_size": BLOCK, "symmetric": True}
+    expected |= {"strategy": "tensor_group", "dynamic": False}
     for field, value in expected.items():
         if weights.get(field, value) != value:
             raise CheckpointError(

@@ -33,9 +33,9 @@ from jax_nvfp4.checkpoint.files import (
     Entry,
     Folder,
     commit,
-    list_file,
     open_folder,
     read,
+    read_header,
     read_json,
     temporary_name,
     write_index,
@@ -313,7 +313,7 @@ def _finish(plan: Plan) -> None:
         shutil.copyfile(path, temporary_name(copy))
         commit(temporary_name(copy), copy)
 
-    written = {shard.name: list_file(destination / shard.name) for shard in source.shards}
+    written = {shard.name: read_header(destination / shard.name).entries for shard in source.shards}
     if source.index is not None:
         total = sum(entry.nbytes for shard in written.values() for entry in shard.values())
         write_index(destination / source.index.name, written, total)

@@ -8,11 +8,13 @@ bytes of a tensor are read here, straight into the buffer that becomes the array
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,14 @@ class Entry:
         return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
 
 
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """A new array that is not filled, aligned so that a CPU device can take it as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    storage = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -storage.ctypes.data % _ALIGNMENT
+    return storage[start : start + size].view(dtype).reshape(shape)
+
+
 def read(entry: Entry) -> np.ndarray:
     """Reads one tensor.
 
@@ -97,9 +107,7 @@ def read(entry: Entry) -> np.ndarray:
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    storage = np.empty(entry.nbytes + _ALIGNMENT, np.uint8)
-    start = -storage.ctypes.data % _ALIGNMENT
-    buffer = storage[start : start + entry.nbytes]
+    buffer = empty((entry.nbytes,), np.dtype(np.uint8))
     with open(entry.file, "rb", buffering=0) as f:
         f.seek(entry.offset)
         view = memoryview(buffer.data)
@@ -115,8 +123,21 @@ def read(entry: Entry) -> np.ndarray:
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
-def list_file(path: Path) -> dict[str, Entry]:
-    """Lists the tensors of one safetensors file, in the order in which they are stored.
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes:
+        entries: every tensor, in the order in which they are stored.
+        metadata: strings by name, which some producers describe the tensors in.
+    """
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of one safetensors file.
 
     Raises:
         CheckpointError: it is not a whole safetensors file, or holds a dtype without a NumPy one.
@@ -126,6 +147,7 @@ def list_file(path: Path) -> dict[str, Entry]:
         with safe_open(path, framework="np") as f:
             slices = [(name, f.get_slice(name)) for name in f.offset_keys()]
             described = [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
+            metadata = f.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
@@ -139,7 +161,7 @@ def list_file(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path}: tensor {name!r} has the unsupported dtype {dtype}")
         entries[name] = Entry(name, DTYPES[dtype], shape, path, offset)
         offset += entries[name].nbytes  # the library has checked that there are no holes
-    return entries
+    return Header(entries, metadata)
 
 
 def _why_not_whole(path: Path) -> str | None:
@@ -158,7 +180,7 @@ def _why_not_whole(path: Path) -> str | None:
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if 8 + header_size + info["data_offsets"][1] > size:
                 return f"{path}: truncated in tensor {name!r}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     return None
 
@@ -169,12 +191,23 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not valid JSON, or not an object.
     """
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(where: object, text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON object that stands in a file or in a part of one.
+
+    Raises:
+        CheckpointError: it is not valid JSON, or not an object; the message begins with `where`.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: not valid JSON: nested too deep") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -199,12 +232,16 @@ class Folder:
         shards: its safetensors files, in the order of their names.
         index: the index file of a sharded checkpoint.
         entries: every tensor, shard by shard in the stored order.
+        metadata: what the header of each shard says beside its tensors.
+        alone: one file was asked for; what else the folder holds is not of the checkpoint.
     """
 
     path: Path
     shards: tuple[Path, ...]
     index: Path | None
     entries: Mapping[str, Entry]
+    metadata: Mapping[Path, Mapping[str, str]]
+    alone: bool = False
 
     def json(self, name: str) -> dict[str, Any]:
         """Reads a JSON file of the folder; {} where there is none."""
@@ -213,10 +250,10 @@ class Folder:
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Opens a checkpoint: a folder, or one safetensors file.
+    """Opens a checkpoint: a folder, one safetensors file, or the index of a sharded one.
 
-    A folder holds one index (`*.safetensors.index.json`) with its shards, or `model.safetensors`,
-    or one safetensors file of any name.
+    A folder holds an index (`*.safetensors.index.json`) with its shards, or `model.safetensors`, or
+    one safetensors file of any name. Of several checkpoints the one named `model` counts.
 
     Args:
         path: the folder or file.
@@ -230,21 +267,18 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
     """
     path = Path(path)
     if path.is_file():
-        return Folder(path.parent, (path,), None, list_file(path))
+        if path.name.endswith(INDEX_SUFFIX):
+            return _open_sharded(path)
+        return _open_file(path, alone=True)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / UNFINISHED).exists():
         raise CheckpointError(
             f"{path}: unfinished; run the `quantize` command that was writing it again"
         )
-    indexes = sorted(path.glob("*" + INDEX_SUFFIX))
-    if len(indexes) > 1:
-        raise CheckpointError(f"{path}: more than one index: {', '.join(p.name for p in indexes)}")
-    if indexes:
-        return _open_sharded(path, indexes[0])
-    files = sorted(path.glob("*.safetensors"))
-    if path / "model.safetensors" in files:
-        files = [path / "model.safetensors"]
+    indexes, files = _files(path, "*" + INDEX_SUFFIX), _files(path, "*.safetensors")
+    if (file := _preferred(path, indexes, files)) is not None:
+        return _open_sharded(file) if file in indexes else _open_file(file)
     if not files:
         raise FileNotFoundError(f"{path}: no safetensors file in this folder")
     shard = _SHARD_NAME.search(files[0].name)
@@ -253,52 +287,126 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
             f"{path}: shards ({files[0].name}) and no index ({INDEX_SUFFIX[1:]}); "
             "an unfinished or incomplete checkpoint"
         )
-    return Folder(path, (files[0],), None, list_file(files[0]))
+    return _open_file(files[0])
 
 
-def _open_sharded(path: Path, index: Path) -> Folder:
+def _preferred(folder: Path, indexes: list[Path], files: list[Path]) -> Path | None:
+    """The index or file that stands for a folder, where a name or an index decides it."""
+    whole, index = folder / "model.safetensors", folder / f"model{INDEX_SUFFIX}"
+    if index in indexes:
+        shards = set(_weight_map(index).values())
+        if whole in files and whole.name not in shards:
+            raise CheckpointError(
+                f"{folder}: two checkpoints, {index.name} and {whole.name}; name the file meant"
+            )
+        others = [other for other in indexes if other != index]
+        if not any(shards & set(_weight_map(other).values()) for other in others):
+            return index
+    elif whole in files:
+        return whole
+    if len(indexes) > 1:
+        names = ", ".join(path.name for path in indexes)
+        raise CheckpointError(f"{folder}: more than one index: {names}; name the file meant")
+    return indexes[0] if indexes else None
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _open_file(path: Path, alone: bool = False) -> Folder:
+    header = read_header(path)
+    return Folder(path.parent, (path,), None, header.entries, {path: header.metadata}, alone)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    if not weight_map:
+        raise CheckpointError(f"{index}: weight_map names no tensor; an unfinished checkpoint")
+    return weight_map
+
+
+def _open_sharded(index: Path) -> Folder:
+    path, weight_map = index.parent, _weight_map(index)
     shards = tuple(path / name for name in sorted(set(weight_map.values())))
     entries: dict[str, Entry] = {}
+    metadata = {}
     for shard in shards:
         if not shard.is_file():
             wanted = next(name for name, file in weight_map.items() if file == shard.name)
             raise FileNotFoundError(
                 f"{shard}: missing shard, which the index names for tensor {wanted!r}"
             )
-        entries |= {
-            name: entry
-            for name, entry in list_file(shard).items()
-            if weight_map.get(name) == shard.name
-        }
+        header = read_header(shard)
+        metadata[shard] = header.metadata
+        for name, entry in header.entries.items():
+            # A tensor that the index leaves out counts: others read whole shards.
+            if weight_map.get(name, shard.name) != shard.name:
+                continue
+            if name in entries:
+                raise CheckpointError(
+                    f"{shard}: tensor {name!r} is in {entries[name].file.name} too, "
+                    "and the index names neither"
+                )
+            entries[name] = entry
     for name, file in weight_map.items():
         if name not in entries:
             raise CheckpointError(
                 f"{path / file}: tensor {name!r}, which the index names, is not there"
             )
-    return Folder(path, shards, index, entries)
+    for shard in shards:
+        count = _SHARD_NAME.search(shard.name)
+        if count and int(count[1]) > len(shards):
+            raise CheckpointError(
+                f"{index}: names {len(shards)} shards of the {int(count[1])} that {shard.name} "
+                "belongs to; an unfinished or incomplete checkpoint"
+            )
+    return Folder(path, shards, index, entries, metadata)
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file that either is whole or is not there."""
-    temporary = temporary_name(path)
-    temporary.touch()
-    mode = temporary.stat().st_mode  # the library would leave the file readable by its owner alone
+    """Writes a safetensors file that either is whole or is not there.
+
+    Raises:
+        OSError: it cannot be written, for want of space or leave.
+    """
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    temporary.chmod(mode)
-    commit(temporary, path)
+    with temporary_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library would let its owner alone read the file
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
+        temporary.chmod(mode)
+        commit(temporary, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file that either is whole or is not there."""
+    """Writes a JSON file that either is whole or is not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with temporary_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        commit(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """The name to write a file under before `commit` gives it its own; gone if the body fails."""
     temporary = temporary_name(path)
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    commit(temporary, path)
+    try:
+        yield temporary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_index(path: Path, arrays_of_shard: Mapping[str, Iterable[str]], total: int) -> None:

@@ -14,19 +14,22 @@ ModelOpt's global scales multiply on dequantization; compressed-tensors' divide.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from jax_nvfp4.checkpoint import layouts
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import Entry, Folder, read
+from jax_nvfp4.checkpoint.layouts import LINEAR, Layout
+from jax_nvfp4.layout import swizzle
 from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _LARGEST_FINITE_E4M3 = 0x7E
-_WIDE_FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
+WIDE_FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Format:
         reciprocal: the global scales divide on dequantization.
         is_quantized: whether the tensors of layer X, by suffix, are those of an NVFP4 layer.
         refuse: raises for a quantized layer, or another tensor, that means something else here.
+        layout: the order of a quantized layer's bytes; raises where it cannot be told.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Format:
     reciprocal: bool
     is_quantized: Callable[[Mapping[str, Entry]], bool]
     refuse: Callable[[str], None] = lambda name: None
+    layout: Callable[[str], Layout] = lambda name: LINEAR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Linear:
                 infinite or negative, or a global scale 0.
         """
         self.format.refuse(self.name)
+        layout = self.format.layout(self.name)
         data = self._part(self.format.data)
         block_scale = self._part(self.format.block_scale)
         global_scale = self._part(self.format.global_scale)
@@ -103,9 +109,10 @@ class Linear:
             f"[..., N, K/2] with K a multiple of {BLOCK}",
         )
         blocks = (*data.shape[:-1], data.shape[-1] * 2 // BLOCK)
-        require(block_scale, E4M3, block_scale.shape == blocks, f"{list(blocks)}")
+        stored = _swizzled_shape(data, blocks) if layout.swizzled else blocks
+        require(block_scale, E4M3, block_scale.shape == stored, f"{list(stored)}")
         leading = data.shape[:-2]
-        shapes = [(), leading] if leading else [(), (1,)]
+        shapes = [(), leading, (*leading, 1), (*leading, 1, 1)] if leading else [(), (1,)]
         require(
             global_scale,
             np.dtype(np.float32),
@@ -113,22 +120,31 @@ class Linear:
             " or ".join(str(list(shape)) for shape in shapes),
         )
         multiplier = self._read_global_scale(global_scale)
-        if global_scale.shape != leading:
-            multiplier = multiplier.reshape(())
-        return read(data), _read_block_scale(block_scale), multiplier
+        if global_scale.shape:
+            multiplier = multiplier.reshape(leading)
+        codes = read(data)
+        if layout.high_first:
+            codes = (codes << 4) | (codes >> 4)
+        return codes, _read_block_scale(block_scale, blocks, layout), multiplier
 
     def read_input_scale(self) -> np.ndarray:
-        """Reads the activations' global scale, a float32 scalar that multiplies."""
+        """Reads the activations' global scale: float32, () or the leading axes; it multiplies."""
         entry = self.parts[self.format.input_scale]
-        require(entry, np.dtype(np.float32), entry.shape in ((), (1,)), "[] or [1]")
-        return self._read_global_scale(entry).reshape(())
+        data = self.parts.get(self.format.data)
+        lead = data.shape[:-2] if data is not None else ()
+        shapes = [(), (1,), lead] if lead else [(), (1,)]
+        fits = " or ".join(str(list(shape)) for shape in shapes)
+        require(entry, np.dtype(np.float32), entry.shape in shapes, fits)
+        value = self._read_global_scale(entry)
+        return value if lead and value.shape == lead else value.reshape(())
 
     def read_pre_quant_scale(self) -> np.ndarray:
         """Reads what to multiply the activations by before they are quantized: [K]."""
         entry = self.parts["pre_quant_scale"]
-        k = self._part(self.format.data).shape[-1] * 2
-        dtype = entry.dtype if entry.dtype in _WIDE_FLOATS else _WIDE_FLOATS[0]
-        require(entry, dtype, entry.shape == (k,), f"[{k}]")
+        *lead, _, half = self._part(self.format.data).shape
+        k = half * 2
+        dtype = entry.dtype if entry.dtype in WIDE_FLOATS else WIDE_FLOATS[0]
+        require(entry, dtype, entry.shape in ((k,), (*lead, k)), f"{[*lead, k]}")
         value = read(entry)
         require_positive(entry, value)
         return value
@@ -163,9 +179,22 @@ def require_positive(
         )
 
 
-def _read_block_scale(entry: Entry) -> np.ndarray:
+def _swizzled_shape(data: Entry, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    if len(blocks) != 2:
+        raise CheckpointError(
+            f"{data.file}: tensor {data.name!r} is {data}; of layers whose scales are swizzled "
+            "only matrices are supported"
+        )
+    rows, columns, _ = swizzle.swizzled_shape(*blocks)
+    return rows * swizzle.ROWS, columns * swizzle.COLUMNS
+
+
+def _read_block_scale(entry: Entry, shape: tuple[int, ...], layout: Layout) -> np.ndarray:
     """Reads block scales, which are not negative: as bytes at most 0x7E. Zero blocks may be 0."""
     value = read(entry)
+    if layout.swizzled:
+        tiles = value.view(np.uint8).reshape(swizzle.swizzled_shape(*shape))
+        value = np.ascontiguousarray(swizzle.unswizzle(tiles, *shape)).view(E4M3)
     bits = value.view(np.uint8)
     if bits.size and bits.max() > _LARGEST_FINITE_E4M3:
         bad = bits > _LARGEST_FINITE_E4M3
@@ -183,28 +212,31 @@ def split_name(name: str) -> tuple[str, str]:
     return layer, suffix
 
 
+def by_layer(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """The tensors of each layer, by what they are there."""
+    layers: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        layer, suffix = split_name(name)
+        layers.setdefault(layer, {})[suffix] = entry
+    return layers
+
+
 def group(folder: Folder, fmt: Format) -> Iterator[Linear | Entry]:
     """Groups the tensors of a checkpoint into quantized layers and others, in the stored order.
 
     A quantized layer comes where its first tensor lies; tensors that only share its name (a bias)
     come as they are.
     """
-    layers: dict[str, dict[str, Entry]] = {}
-    for name, entry in folder.entries.items():
-        layer, suffix = split_name(name)
-        layers.setdefault(layer, {})[suffix] = entry
+    layers = by_layer(folder.entries)
     quantized = {layer for layer, parts in layers.items() if fmt.is_quantized(parts)}
     own = {fmt.data, fmt.block_scale, fmt.global_scale, fmt.input_scale, "pre_quant_scale"}
     done = set()
     for name, entry in folder.entries.items():
         layer, suffix = split_name(name)
+        if layouts.consumed(name, quantized):
+            continue
         if layer not in quantized or suffix not in own:
             yield entry
         elif layer not in done:
             done.add(layer)
             yield Linear(layer, layers[layer], fmt)
-
-
-def has_suffix(names: Iterable[str], suffix: str) -> bool:
-    """Whether a name is X.suffix for some layer X."""
-    return any(split_name(name)[1] == suffix for name in names)

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_nvfp4.checkpoint import compressed_tensors, modelopt
+from jax_nvfp4.checkpoint import compressed_tensors, descriptions, layouts, modelopt
+from jax_nvfp4.checkpoint.descriptions import Description
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read, section
-from jax_nvfp4.checkpoint.formats import Format, Linear, group
+from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read
+from jax_nvfp4.checkpoint.formats import Format, Linear, by_layer, group
 from jax_nvfp4.tensor import Nvfp4Tensor
 
 Placement: TypeAlias = jax.Device | Sharding | None
@@ -31,12 +33,47 @@ UNQUANTIZED = Format(
 )
 
 
+class Checkpoint(dict[str, "jax.Array | Nvfp4Tensor"]):
+    """The tensors of a checkpoint, and what its configuration says that they do not.
+
+    Attributes:
+        kv_cache_quant_algo: how the KV cache is quantized ("FP8", ...), or None.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, jax.Array | Nvfp4Tensor]],
+        kv_cache_quant_algo: str | None,
+    ) -> None:
+        super().__init__(tensors)
+        self.kv_cache_quant_algo = kv_cache_quant_algo
+
+
+class Pairs(Iterator[tuple[str, "jax.Array | Nvfp4Tensor"]]):
+    """The pairs of key and tensor of a checkpoint, each read when it is asked for.
+
+    Attributes:
+        kv_cache_quant_algo: how the KV cache is quantized ("FP8", ...), or None.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterator[tuple[str, jax.Array | Nvfp4Tensor]],
+        kv_cache_quant_algo: str | None,
+    ) -> None:
+        self._pairs = pairs
+        self.kv_cache_quant_algo = kv_cache_quant_algo
+
+    def __next__(self) -> tuple[str, jax.Array | Nvfp4Tensor]:
+        return next(self._pairs)
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     where: Callable[[str], bool] | None = None,
     placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
-) -> dict[str, jax.Array | Nvfp4Tensor]:
+) -> Checkpoint:
     """Loads a checkpoint.
 
     Both formats, NVIDIA ModelOpt's and compressed-tensors' `nvfp4-pack-quantized`, give the same
@@ -60,14 +97,15 @@ def load_checkpoint(
             follow it, so each shard of K must hold whole blocks of 16.
 
     Returns:
-        The tensors by key, in the order in which they are stored.
+        The tensors by key, in the order in which they are stored; a dict.
 
     Raises:
         CheckpointError: the checkpoint is damaged, inconsistent or of an unsupported kind; a scale
             is NaN, infinite, negative or (global scales) zero. The message names the tensor.
         FileNotFoundError: the path, or a shard that the index names, does not exist.
     """
-    return dict(iter_checkpoint(path, where=where, placement=placement))
+    pairs = iter_checkpoint(path, where=where, placement=placement)
+    return Checkpoint(pairs, pairs.kv_cache_quant_algo)
 
 
 def iter_checkpoint(
@@ -75,36 +113,79 @@ def iter_checkpoint(
     *,
     where: Callable[[str], bool] | None = None,
     placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
-) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
+) -> Pairs:
     """The lazy form of `load_checkpoint`: reads each tensor when it is asked for.
 
     The list of tensors and the configuration are read and checked at once, each tensor when its
     turn comes. Arguments and errors are those of `load_checkpoint`.
 
-    Yields:
-        (key, tensor) in the order in which they are stored.
+    Returns:
+        An iterator of (key, tensor) in the order in which they are stored.
     """
     folder = open_folder(path)
     fmt = detect(folder)
     wanted = where or (lambda key: True)
-    return _tensors(folder, fmt, wanted, placement)
+    return Pairs(_tensors(folder, fmt, wanted, placement), _kv_cache(folder))
+
+
+def _kv_cache(folder: Folder) -> str | None:
+    description = descriptions.find(folder)
+    for found in (modelopt.describe(folder, description), description):
+        if found is not None and (algorithm := modelopt.kv_cache_algorithm(found.content)):
+            return algorithm
+    return None
 
 
 def detect(folder: Folder) -> Format:
     """Tells the format from the configuration, or from the names of the tensors without one.
 
     Raises:
-        CheckpointError: the checkpoint is quantized in a way that is not supported.
+        CheckpointError: the checkpoint is quantized in a way that is not supported, or its
+            configuration and the names of its tensors disagree.
     """
-    path = folder.path / "config.json"
-    config = section(path, folder.json("config.json"), "quantization_config")
-    fmt = compressed_tensors.match(folder, config) or modelopt.match(folder, config)
-    if fmt is None and config:
+    description = descriptions.find(folder)
+    own = modelopt.describe(folder, description)
+    if description is not None and own is None and not compressed_tensors.describes(description):
         raise CheckpointError(
-            f"{path}: quant_method {config.get('quant_method')!r} is not "
+            f"{description.where}: quant_method {description.content.get('quant_method')!r} is not "
             "supported; supported are 'modelopt' and 'compressed-tensors'"
         )
-    return fmt or UNQUANTIZED
+    fmt = compressed_tensors.match(description) or modelopt.match(folder, own)
+    fmt = _check_names(folder, fmt, description or own)
+    if fmt is None:
+        return UNQUANTIZED
+    contents = [d.content for d in (description, own) if d is not None]
+    merged = {key: value for content in contents for key, value in content.items()}
+    where = (description or own or Description("", {})).where
+    layout = layouts.find(folder, Description(where, merged) if contents else None)
+    return dataclasses.replace(fmt, layout=layout)
+
+
+def _check_names(
+    folder: Folder, fmt: Format | None, description: Description | None
+) -> Format | None:
+    """Holds the description against the names; names alone tell where there is no description."""
+    layers = by_layer(folder.entries)
+    candidates = (
+        (compressed_tensors.claims, compressed_tensors.FORMAT),
+        (modelopt.claims, modelopt.undescribed(folder)),
+    )
+    for layer, parts in layers.items():
+        for claims, other in candidates:
+            if not claims(parts) or (fmt is not None and fmt.name == other.name):
+                continue
+            if fmt is None and description is None:
+                fmt = other
+                continue
+            said = f"{description.where} says" if description else "other layers say"
+            name = parts.get(other.data, next(iter(parts.values()))).name
+            raise CheckpointError(
+                f"{folder.path}: tensor {name!r} of layer {layer!r} is named as {other.name} names "
+                f"it, and {said} {fmt.name if fmt else 'that no layer is NVFP4'}"
+            )
+    if fmt is None and any(modelopt.lost_its_weight(parts) for parts in layers.values()):
+        return modelopt.undescribed(folder)
+    return fmt
 
 
 def _tensors(

@@ -22,15 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from jax_nvfp4.checkpoint.descriptions import Description
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import Entry, Folder, section
-from jax_nvfp4.checkpoint.formats import E4M3, Format, has_suffix
+from jax_nvfp4.checkpoint.formats import E4M3, Format
 from jax_nvfp4.numerics import BLOCK
 
 CONFIG_FILE = "hf_quant_config.json"
 
 _LAYER_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_SVD")
 _MIXED = "MIXED_PRECISION"
+_ALGORITHMS = (*_LAYER_ALGORITHMS, _MIXED)
 _STACKED = "_weight_scale_2"
 
 
@@ -57,35 +59,73 @@ FORMAT = Format(
 )
 
 
-def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
+def claims(parts: Mapping[str, Entry]) -> bool:
+    """Whether the tensors of a layer have names that no other format gives them."""
+    if "weight_scale_2" in parts:
+        return True
+    weight = parts.get("weight")
+    return weight is not None and weight.dtype == np.uint8 and _has_block_scale(parts)
+
+
+def lost_its_weight(parts: Mapping[str, Entry]) -> bool:
+    """Whether of a layer little more is there than block scales, as NVFP4 has them."""
+    return "weight" not in parts and _has_block_scale(parts)
+
+
+def _has_block_scale(parts: Mapping[str, Entry]) -> bool:
+    block_scale = parts.get("weight_scale")
+    return block_scale is not None and block_scale.dtype == E4M3 and len(block_scale.shape) >= 2
+
+
+def describe(folder: Folder, description: Description | None) -> Description | None:
+    """The description in ModelOpt's own file, or else in the configuration if it is ModelOpt's.
+
+    Raises:
+        CheckpointError: the two are there and name different algorithms or methods.
+    """
+    path = folder.path / CONFIG_FILE
+    own = Description(str(path), section(path, folder.json(CONFIG_FILE), "quantization"))
+    if description is None:
+        return own if own.content else None
+    method, content = description.content.get("quant_method"), description.content
+    inner = section(description.where, content, "quantization")
+    if method == "modelopt" or (method is None and ("quant_algo" in content or inner)):
+        theirs = Description(description.where, inner or content)
+        named = [d.content.get("quant_algo") for d in (own, theirs)]
+        if own.content and named[0] in _ALGORITHMS and named[0] != named[1]:
+            raise CheckpointError(
+                f"{path} names quant_algo {named[0]!r}, {theirs.where} {named[1]!r}"
+            )
+        return own if own.content else theirs
+    if own.content:
+        raise CheckpointError(f"{path} is there, and {description.where} is {method!r}")
+    return None
+
+
+def match(folder: Folder, description: Description | None) -> Format | None:
     """Recognizes the format.
 
     Args:
         folder: the checkpoint.
-        config: `quantization_config` of its `config.json`, {} where there is none.
+        description: from `describe`.
 
     Returns:
-        The format with the layers' algorithms, or None where the checkpoint is not ModelOpt's.
+        The format with the layers' algorithms, or None where the checkpoint is not ModelOpt's or
+        has nothing quantized but its KV cache.
 
     Raises:
         CheckpointError: it is, but with an algorithm that is not supported.
     """
-    source = folder.path / CONFIG_FILE
-    details = section(source, folder.json(CONFIG_FILE), "quantization")
-    if not details and config.get("quant_method") == "modelopt":
-        source = folder.path / "config.json"
-        details = section(source, config, "quantization") or dict(config)
-    if not details:
-        if has_suffix(folder.entries, FORMAT.global_scale):
-            return dataclasses.replace(FORMAT, refuse=_refusal(folder, {}))
+    if description is None:
         return None
-
+    source, details = description.where, description.content
     algorithm = details.get("quant_algo")
-    supported = (*_LAYER_ALGORITHMS, _MIXED)
-    if algorithm not in supported:
+    if algorithm is None and kv_cache_algorithm(details) is not None:
+        return None
+    if algorithm not in _ALGORITHMS:
         raise CheckpointError(
             f"{source}: quant_algo {algorithm!r} is not supported; "
-            f"supported are {', '.join(supported)}"
+            f"supported are {', '.join(_ALGORITHMS)}"
         )
     if details.get("group_size") not in (None, BLOCK):
         raise CheckpointError(
@@ -95,6 +135,23 @@ def match(folder: Folder, config: Mapping[str, Any]) -> Format | None:
     layers = section(source, details, "quantized_layers") if algorithm == _MIXED else {}
     by_layer = {name: section(source, layers, name) for name in layers}
     return dataclasses.replace(FORMAT, refuse=_refusal(folder, by_layer))
+
+
+def undescribed(folder: Folder) -> Format:
+    """The format of a checkpoint that only its names tell."""
+    return dataclasses.replace(FORMAT, refuse=_refusal(folder, {}))
+
+
+def kv_cache_algorithm(details: Mapping[str, Any]) -> str | None:
+    """The algorithm of the KV cache that a description names, None where it names none."""
+    algorithm = details.get("kv_cache_quant_algo")
+    if isinstance(algorithm, str):
+        return algorithm
+    scheme = details.get("kv_cache_scheme")
+    if not isinstance(scheme, Mapping) or not scheme:
+        return None
+    kinds = {"8 float": "FP8", "4 float": "NVFP4", "8 int": "INT8"}
+    return kinds.get(f"{scheme.get('num_bits')} {scheme.get('type', 'float')}")
 
 
 def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callable[[str], None]:

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
-import jax
 import numpy as np
 
 from jax_nvfp4._version import __version__
-from jax_nvfp4.checkpoint import modelopt
+from jax_nvfp4.checkpoint import descriptions, modelopt
+from jax_nvfp4.checkpoint.contents import Contents, Tensor, check_weight
 from jax_nvfp4.checkpoint.files import (
-    DTYPES,
     INDEX_SUFFIX,
     commit,
     read_json,
@@ -23,14 +23,9 @@ from jax_nvfp4.checkpoint.files import (
     write_json,
     write_safetensors,
 )
-from jax_nvfp4.checkpoint.formats import split_name
-from jax_nvfp4.checkpoint.modelopt_config import Stored, describe
-from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
+from jax_nvfp4.checkpoint.float8 import Stored
+from jax_nvfp4.checkpoint.modelopt_config import describe
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
-
-_CONFIG_KEY = "quantization_config"
-
-Tensor: TypeAlias = jax.Array | np.ndarray | Nvfp4Tensor | RepackedWeight
 
 
 def save_checkpoint(
@@ -40,6 +35,7 @@ def save_checkpoint(
     config: Mapping[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    kv_cache_quant_algo: str | None = None,
 ) -> None:
     """Saves a checkpoint as NVIDIA ModelOpt does; `load_checkpoint` gives the same bits back.
 
@@ -53,20 +49,26 @@ def save_checkpoint(
         path: the folder; made where it does not exist.
         tensors: what `load_checkpoint` returns, or pairs, which are consumed one at a time and held
             for one shard. Quantized weights, of keys `X.weight`, have K a multiple of 16 and one
-            global scale for each matrix. `X.input_scale` is a float32 scalar.
+            global scale for each matrix. `X.input_scale` is a float32 scalar, of stacked weights
+            also one for each.
         config: the model's Hugging Face configuration, that of a `config.json` in the folder by
-            default; where there is one, `config.json` is written with its `quantization_config`.
+            default; where there is one, `config.json` is written with its `quantization_config`,
+            in place of any that was there, at any depth.
         shard_bytes: tensors are written to a new shard where one would grow beyond this.
         overwrite: replace a checkpoint that is there, from which `tensors` may be read lazily. Its
             files are removed when those that take their place are written.
+        kv_cache_quant_algo: how the KV cache is quantized, such as "FP8"; by default as in the
+            checkpoint that `tensors` were loaded from, or as `config` says, or "FP8" where there
+            are scales of it (`X.k_scale`, `X.v_scale`).
 
     Raises:
-        ValueError: a tensor cannot be stored in this format; the message names it.
-        TypeError: a key is not a string.
+        ValueError: a tensor cannot be stored in this format, or `load_checkpoint` would refuse it;
+            the message names it. Nothing is written then. Or the path is that of a file.
+        TypeError: a key is not a string, or a part of a quantized weight has been cast.
         FileExistsError: the folder holds safetensors files, and `overwrite` is False.
+        OSError: the folder cannot be written.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(path)
     there = _there(folder)
     if there and not overwrite:
         raise FileExistsError(
@@ -74,19 +76,54 @@ def save_checkpoint(
         )
     if config is None and (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    shards = _Shards(folder, shard_bytes)
-    stored: dict[str, jax.ShapeDtypeStruct] = {}
-    with shards:
-        for key, value in pairs:
-            for name, array in _stored_arrays(key, value).items():
-                shards.add(name, array)
-                stored[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    write_configs(folder, config, stored)
+    kv_cache = (
+        kv_cache_quant_algo
+        or getattr(tensors, "kv_cache_quant_algo", None)
+        or modelopt.kv_cache_algorithm(_description(config))
+    )
+    if isinstance(tensors, Mapping):
+        declared = Contents(folder)
+        for key, value in tensors.items():
+            declared.add(key, value)
+        declared.check(kv_cache)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = Contents(folder)
+    try:
+        with _Shards(folder, shard_bytes) as shards:
+            for key, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
+                contents.add(key, value)
+                for name, array in _stored_arrays(key, value).items():
+                    shards.add(name, array)
+            contents.check(kv_cache)
+        write_configs(folder, config, contents.stored, kv_cache)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """The folder to save in, which must not be or look like a file."""
+    folder = Path(path)
+    if folder.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{folder}: the path of a folder is expected, not that of a file in it")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: not a folder")
+    return folder
+
+
+def _description(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = next(descriptions.nested("config", config or {}), None)
+    return found.content if found else {}
 
 
 def write_configs(
-    folder: Path, config: Mapping[str, Any] | None, stored: Mapping[str, Stored]
+    folder: Path,
+    config: Mapping[str, Any] | None,
+    stored: Mapping[str, Stored],
+    kv_cache: str | None = None,
 ) -> None:
     """Writes hf_quant_config.json and, where there is a model configuration, config.json.
 
@@ -94,12 +131,13 @@ def write_configs(
         folder: the checkpoint.
         config: the model configuration.
         stored: every tensor as it is stored, by name.
+        kv_cache: the algorithm of the KV cache, if it is known.
     """
-    described = describe(stored, __version__)
-    content = {name: value for name, value in (config or {}).items() if name != _CONFIG_KEY}
+    described = describe(stored, __version__, kv_cache)
+    content = descriptions.without(config or {})
     if described:
         write_json(folder / modelopt.CONFIG_FILE, described[0])
-        content[_CONFIG_KEY] = described[1]
+        content[descriptions.KEYS[0]] = described[1]
     if config is not None:
         write_json(folder / "config.json", content)
 
@@ -117,54 +155,22 @@ def pack_weight(key: str, weight: Nvfp4Tensor) -> dict[str, np.ndarray]:
     Raises:
         ValueError: ModelOpt's format cannot hold it.
     """
-    if split_name(key)[1] != "weight":
-        raise ValueError(f"tensor {key!r}: the key of a quantized weight must end in '.weight'")
-    if weight.ndim < 2 or weight.k % BLOCK:
-        raise ValueError(
-            f"tensor {key!r} of shape {weight.shape}: ModelOpt stores matrices (..., N, K) with "
-            f"K a multiple of {BLOCK}"
-        )
-    global_scale = np.asarray(weight.global_scale)
-    if global_scale.shape not in ((), weight.shape[:-2]):
-        raise ValueError(
-            f"tensor {key!r} of shape {weight.shape}: ModelOpt stores one global scale for each "
-            f"matrix, got them of shape {global_scale.shape}"
-        )
+    check_weight(key, weight)
     block_scale = np.asarray(weight.block_scale)
     bits = block_scale.view(np.uint8)
     if bits.size and bits.max() > 0x7E:
         raise ValueError(f"tensor {key!r} has NaN or negative block scales")
-    if not np.all((global_scale >= GLOBAL_SCALE_MIN) & (global_scale <= GLOBAL_SCALE_MAX)):
-        raise ValueError(
-            f"tensor {key!r} has global scale {global_scale}, which is not in "
-            f"[{GLOBAL_SCALE_MIN:g}, {GLOBAL_SCALE_MAX:g}]"
-        )
     return {
         key: np.asarray(weight.data),
         f"{key}_scale": block_scale,
-        f"{key}_scale_2": global_scale,
+        f"{key}_scale_2": np.asarray(weight.global_scale),
     }
 
 
 def _stored_arrays(key: str, value: Tensor) -> dict[str, np.ndarray]:
-    if not isinstance(key, str):
-        raise TypeError(f"the key of a tensor must be a string, got {key!r}")
     if isinstance(value, RepackedWeight):
         value = value.canonical()
-    if isinstance(value, Nvfp4Tensor):
-        return pack_weight(key, value)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"tensor {key!r}: {error}") from error
-    if array.dtype not in DTYPES.values():
-        kind = type(value).__name__ if array.dtype == object else f"an array of {array.dtype.name}"
-        raise ValueError(f"tensor {key!r} is {kind}, which safetensors files do not hold")
-    if split_name(key)[1] == "input_scale" and (array.shape != () or array.dtype != np.float32):
-        raise ValueError(
-            f"tensor {key!r} must be a float32 scalar, got {array.dtype.name}{list(array.shape)}"
-        )
-    return {key: array}
+    return pack_weight(key, value) if isinstance(value, Nvfp4Tensor) else {key: np.asarray(value)}
 
 
 class _Shards:
@@ -205,9 +211,10 @@ class _Shards:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._name_shards()
-        else:
+        try:
+            if kind is None:
+                self._name_shards()
+        finally:
             for i in range(len(self._names)):
                 self._path(i).unlink(missing_ok=True)
 
@@ -230,4 +237,5 @@ class _Shards:
 
 def _there(folder: Path) -> list[Path]:
     """The files of a checkpoint that is there, the indexes first."""
-    return [*folder.glob("*" + INDEX_SUFFIX), *folder.glob("*.safetensors")]
+    found = [*folder.glob("*" + INDEX_SUFFIX), *folder.glob("*.safetensors")]
+    return [path for path in found if path.is_file()]

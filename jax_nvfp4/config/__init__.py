@@ -7,6 +7,7 @@ A problem says what is asked (`GemmProblem`); a config says how one compiled ker
 This package imports nothing but the standard library and itself.
 """
 
+from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.gemm.select import configs, scratch_bytes, select, serves
 from jax_nvfp4.config.gemm.types import (
     ARCHES,
@@ -25,8 +26,10 @@ __all__ = [
     "REFERENCE",
     "GemmConfig",
     "GemmProblem",
+    "OutFormat",
     "QuantizeConfig",
     "Rule",
+    "Scaling",
     "arch_of_compute_capability",
     "configs",
     "most_specific_arch",

@@ -1,55 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs of the quantize kernels, and which of them serves a call."""
 
-import enum
-
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.config.gemm.types import QuantizeConfig, runnable_arches
 
 X_DTYPES = ("float32", "bfloat16", "float16")
 """Element types of x; the index is the `x_dtype` argument of the kernels."""
-
-
-class Mode(enum.IntEnum):
-    """Where the global scale comes from: the `mode` argument of the kernels."""
-
-    SCALAR_GIVEN = 0
-    """One given scale."""
-    ROWS_GIVEN = 1
-    """A given scale for each row."""
-    TOKEN = 2
-    """Dynamic, from the amax of each row."""
-    TENSOR = 3
-    """Dynamic, from the amax of the tensor."""
-    SCALAR_AMAX = 4
-    """One given amax, of a tensor that x is a part of."""
-    ROWS_AMAX = 5
-    """A given amax for each row, as of longer rows that those of x are parts of."""
-
-    @property
-    def per_row(self) -> bool:
-        """Whether each row has its own scale."""
-        return self in (Mode.ROWS_GIVEN, Mode.TOKEN, Mode.ROWS_AMAX)
-
-    @property
-    def given(self) -> bool:
-        """Whether the kernel is given a scale or an amax."""
-        return self not in (Mode.TOKEN, Mode.TENSOR)
-
-
-class OutFormat(enum.IntEnum):
-    """What is written: the `out_format` argument of the kernels."""
-
-    LINEAR = 0
-    """Codes and row-major block scales, rows padded to 16 columns."""
-    OPERAND = 1
-    """Codes with rows padded to 64 columns, block scales in the 128x4 order."""
-    VALUES = 2
-    """bfloat16 values code * block_scale, rows padded to 64 columns."""
-
-    @classmethod
-    def for_gemm(cls, x_dtype: str) -> "OutFormat":
-        """What a GEMM reads whose x operand has this element type."""
-        return cls.OPERAND if x_dtype == "e2m1" else cls.VALUES
 
 
 BLOCK = 16
@@ -60,13 +16,13 @@ MAX_CTAS = 256
 GRID_MESSAGE_BYTES = 8
 """Scratch memory for the message from one CTA of a "grid" kernel to another."""
 
-KIND_OF_MODE = {
-    Mode.SCALAR_GIVEN: "flat",
-    Mode.ROWS_GIVEN: "flat",
-    Mode.TOKEN: "rows",
-    Mode.TENSOR: "grid",
-    Mode.SCALAR_AMAX: "flat",
-    Mode.ROWS_AMAX: "flat",
+KIND_OF_SCALING = {
+    Scaling.STATIC: "flat",
+    Scaling.STATIC_ROWS: "flat",
+    Scaling.TOKEN: "rows",
+    Scaling.TENSOR: "grid",
+    Scaling.AMAX: "flat",
+    Scaling.AMAX_ROWS: "flat",
 }
 
 # Threads of a CTA, at most, and blocks that a thread holds, by kind: for 16-bit dtypes and for
@@ -107,19 +63,19 @@ def quantize_configs(arch: str) -> tuple[QuantizeConfig, ...]:
     return tuple(c for c in QUANTIZE_CONFIGS if c.arch == arch)
 
 
-def select_quantize(arch: str, x_dtype: str, mode: Mode | int) -> QuantizeConfig:
+def select_quantize(arch: str, x_dtype: str, scaling: Scaling | int) -> QuantizeConfig:
     """The config that serves a call.
 
     Args:
         arch: a name of `ARCHES`; `sm_103a` runs the kernels of its family, `sm_100f`.
         x_dtype: a name of `X_DTYPES`.
-        mode: where the global scale comes from.
+        scaling: where the global scale comes from.
 
     Raises:
         ValueError: no kernel for this arch and dtype.
     """
     family = runnable_arches(arch)[-1]
-    kind = KIND_OF_MODE[Mode(mode)]
+    kind = KIND_OF_SCALING[Scaling(scaling)]
     for config in QUANTIZE_CONFIGS:
         if (config.arch, config.kind, config.x_dtype) == (family, kind, x_dtype):
             return config

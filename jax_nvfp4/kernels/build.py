@@ -49,7 +49,7 @@ RUNTIME_LIBRARIES = {
     "libcudart_static.a": ("nvidia-cuda-runtime-cu12",),
 }
 # Raised when the contents of an entry, or how a kernel is compiled, change.
-FORMAT = 3
+FORMAT = 4
 
 # The oldest CPU that host code is compiled for, by machine. Without one it would be the one that
 # builds, and older ones would stop with SIGILL.
@@ -63,8 +63,11 @@ _MOST_JOBS = 12
 _POINTER, _INT, _STREAM = "void *", "int32_t ", "cudaStream_t "
 ABI: dict[Op, tuple[tuple[str, str], ...]] = {
     "quantize": (
-        *((_POINTER, p) for p in ("x", "g_in", "data", "block_scale", "g_out", "scratch")),
-        *((_INT, p) for p in ("m", "k", "x_dtype", "mode", "out_format", "num_sms")),
+        *(
+            (_POINTER, p)
+            for p in ("x", "scale_or_amax", "data", "block_scale", "global_scale", "scratch")
+        ),
+        *((_INT, p) for p in ("m", "k", "x_dtype", "scaling", "out_format", "num_sms")),
         (_STREAM, "stream"),
     ),
     "gemm": (

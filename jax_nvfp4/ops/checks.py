@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS
 
-Scaling = Literal["tensor", "token"]
-ActivationScale = Literal["tensor", "token"] | ArrayLike | None
+DynamicScaling = Literal["tensor", "token"]
+ActivationScale = DynamicScaling | ArrayLike | None
+
+DYNAMIC = {"tensor": Scaling.TENSOR, "token": Scaling.TOKEN}
+"""What users call the scalings that follow from the data."""
 
 
 def as_array(name: str, value: Any, expected: str) -> jax.Array:
@@ -58,7 +62,8 @@ def float_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     return dtype
 
 
-def check_scaling(name: str, scaling: str) -> None:
-    """Refuses a scaling that is neither "tensor" nor "token"."""
-    if not isinstance(scaling, str) or scaling not in ("tensor", "token"):
-        raise ValueError(f'{name} must be "tensor" or "token"; got {scaling!r}')
+def dynamic_scaling(name: str, value: str) -> Scaling:
+    """The scaling that a user names."""
+    if not isinstance(value, str) or value not in DYNAMIC:
+        raise ValueError(f'{name} must be "tensor" or "token"; got {value!r}')
+    return DYNAMIC[value]

@@ -11,7 +11,7 @@ import pytest
 
 import jax_nvfp4 as nvfp4
 import kernel_objects
-from jax_nvfp4.config import GemmProblem
+from jax_nvfp4.config import GemmProblem, Scaling
 from jax_nvfp4.config.gemm.select import select
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.cuda import cuda as linear_on_gpu
@@ -75,7 +75,7 @@ def test_layers_that_share_x_quantize_it_once_where_that_is_long(
         nvfp4.repack(nvfp4.quantize(rng.standard_normal((N, K)).astype(np.float32)), arch)
         for _ in range(2)
     ]
-    spec = LinearSpec(arch, N, K, "token", False, "bfloat16", False)
+    spec = LinearSpec(arch, N, K, Scaling.TOKEN, False, "bfloat16", False)
 
     def both(x: jax.Array) -> list[jax.Array]:
         operands = [(w.data, w.block_scale, w.global_scale) for w in layers]

@@ -7,6 +7,7 @@ The guard is compiled with functions in the CUDA runtime's place that report any
 import pathlib
 import shutil
 import subprocess
+import sys
 import types
 
 import jax.ffi
@@ -71,7 +72,11 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("guard")
     (folder / "main.cc").write_text(PROGRAM)
     source = kernel_objects.ROOT / "ffi"
-    command = [compiler, "-std=c++17", "-O0", f"-I{source}", f"-I{jax.ffi.include_dir()}"]
+    enums = kernel_objects.ROOT / "jax_nvfp4" / "config" / "enums.py"
+    generate = [sys.executable, str(source / "generate_enums.py"), str(enums)]
+    subprocess.run([*generate, str(folder / "enums.h")], check=True)
+    command = [compiler, "-std=c++17", "-O0"]
+    command += [f"-I{path}" for path in (source, folder, jax.ffi.include_dir())]
     command += [str(folder / "main.cc"), str(source / "common.cc"), "-o", str(folder / "guard")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 import kernel_objects
 from jax_nvfp4 import config
-from jax_nvfp4.config.quantize import Mode, quantize_configs, select_quantize
+from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.config.quantize import KIND_OF_SCALING
+from jax_nvfp4.config.quantize import quantize_configs, select_quantize
 from jax_nvfp4.layout.weights import pack_weight
 
 ARCHES = ("sm_90a", "sm_100f", "sm_120f")
@@ -42,11 +44,11 @@ def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def quantize_operands(
-    c: config.QuantizeConfig, m: int, k: int, mode: Mode | int
+    c: config.QuantizeConfig, m: int, k: int, scaling: Scaling | int
 ) -> tuple[jax.Array, jax.Array | None]:
     x = jnp.ones((m, k), DTYPES.get(c.x_dtype, jnp.float32))
-    given = jnp.ones((m,) if Mode(mode).per_row else ())
-    return x, given if Mode(mode).given else None
+    given = jnp.ones((m,) if Scaling(scaling).per_row else ())
+    return x, given if Scaling(scaling).given else None
 
 
 def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
@@ -74,22 +76,22 @@ def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, 
     m=st.integers(1, 300),  # XLA drops a call without any result elements
     k=st.integers(0, 200),
     dtype=st.sampled_from(list(DTYPES)),
-    mode=st.sampled_from(Mode),
+    scaling=st.sampled_from(list(KIND_OF_SCALING)),
     fmt=st.integers(0, 2),
 )
 @settings(max_examples=60, deadline=None)
 def test_quantize_results_have_the_sizes_the_handler_checks(
-    m: int, k: int, dtype: str, mode: Mode, fmt: int
+    m: int, k: int, dtype: str, scaling: Scaling, fmt: int
 ) -> None:
-    k = max(k, mode in (Mode.SCALAR_AMAX, Mode.ROWS_AMAX))
-    c = select_quantize("sm_100f", dtype, mode)
-    x, scale = quantize_operands(c, m, k, mode)
+    k = max(k, scaling in (Scaling.AMAX, Scaling.AMAX_ROWS))
+    c = select_quantize("sm_100f", dtype, scaling)
+    x, scale = quantize_operands(c, m, k, scaling)
     assert PASSED in error_of(
         kernel_objects.custom_calls().quantize_call,
         x,
         scale,
         config=c,
-        mode=mode,
+        scaling=scaling,
         out_format=fmt,
         num_sms=99,
     )
@@ -123,19 +125,19 @@ def test_gemm_operands_have_the_sizes_the_handler_checks(
 
 
 def linear_operands(
-    arch: str, dtype: str, mode: Mode, m: int, n: int, k: int
+    arch: str, dtype: str, scaling: Scaling, m: int, n: int, k: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Operands and options of a valid call of `linear_call`."""
     x_dtype = "bfloat16" if arch == "sm_90a" else "e2m1"
-    c = select_quantize(arch, dtype, mode)
-    x, given = quantize_operands(c, m, k, mode)
+    c = select_quantize(arch, dtype, scaling)
+    x, given = quantize_operands(c, m, k, scaling)
     gemm = gemm_operands(arch, x_dtype, m, n, -(-k // 64) * 64)
     operands = {"x": x, "given": given} | {
         name: gemm[name] for name in ("w", "sfw", "w_scale", "bias")
     }
     options = {
         "quantize_config": c,
-        "mode": mode,
+        "scaling": scaling,
         "gemm_config": next(c for c in config.configs(arch) if c.x_dtype == x_dtype),
         "split_k": 1,
         "n": n,
@@ -148,7 +150,7 @@ def linear_operands(
 @given(
     arch=st.sampled_from(ARCHES),
     dtype=st.sampled_from(list(DTYPES)),
-    mode=st.sampled_from(Mode),
+    scaling=st.sampled_from(list(KIND_OF_SCALING)),
     m=st.integers(1, 300),
     n=st.integers(1, 300),
     k=st.integers(1, 300),
@@ -156,9 +158,9 @@ def linear_operands(
 )
 @settings(max_examples=60, deadline=None)
 def test_linear_buffers_have_the_sizes_the_handler_checks(
-    arch: str, dtype: str, mode: Mode, m: int, n: int, k: int, has_bias: bool
+    arch: str, dtype: str, scaling: Scaling, m: int, n: int, k: int, has_bias: bool
 ) -> None:
-    operands, options = linear_operands(arch, dtype, mode, m, n, k)
+    operands, options = linear_operands(arch, dtype, scaling, m, n, k)
     if not has_bias:
         operands["bias"] = None
     message = error_of(kernel_objects.custom_calls().linear_call, **operands, **options)
@@ -170,14 +172,14 @@ def test_linear_buffers_have_the_sizes_the_handler_checks(
     [
         ({"x": jnp.ones((5, 64), jnp.int32)}, "quantize: operand x: expected F32, BF16 or F16"),
         ({"given": jnp.ones((4,))}, "quantize: operand global_scale (given): expected 5 elements"),
-        ({"mode": 6}, "quantize: operand mode: expected 0 to 5, got 6"),
+        ({"scaling": 6}, "quantize: operand scaling: expected 0 to 5, got 6"),
         ({"w": jnp.ones((7, 32), jnp.uint8)}, "gemm: operand w: expected 8192 elements"),
         ({"bias": jnp.ones((5,))}, "gemm: operand bias: expected 7 elements (n), got F32[5]"),
         ({"split_k": 0}, "gemm: operand split_k: expected 1 to 65536, got 0"),
         ({"data": ((64, 5), jnp.bfloat16)}, "gemm: operand y: expected 64 rows, as many as x"),
         (
             {
-                "mode": 0,
+                "scaling": 0,
                 "given": jnp.ones(()),
                 "global_scale": ((), jnp.float32),
                 "data": ((1, 320), jnp.bfloat16),
@@ -193,7 +195,7 @@ def test_linear_buffers_have_the_sizes_the_handler_checks(
 )
 def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: str) -> None:
     kernel_objects.custom_calls()
-    operands, options = linear_operands("sm_90a", "bfloat16", Mode.ROWS_GIVEN, 5, 7, 64)
+    operands, options = linear_operands("sm_90a", "bfloat16", Scaling.STATIC_ROWS, 5, 7, 64)
 
     def call(**changes: Any) -> str:
         c: dict[str, Any] = operands | {
@@ -204,12 +206,12 @@ def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: 
             "scratch": ((0,), jnp.uint8),
             "quantize_kernel": options["quantize_config"].name,
             "gemm_kernel": options["gemm_config"].name,
-            "mode": Mode.ROWS_GIVEN,
+            "scaling": Scaling.STATIC_ROWS,
             "split_k": 1,
         }
         c |= changes
         results = ("y", "data", "block_scale", "global_scale", "scratch", "scratch")
-        numbers = {"mode": c["mode"], "num_sms": 0, "out_format": 2, "split_k": c["split_k"]}
+        numbers = {"scaling": c["scaling"], "num_sms": 0, "out_format": 2, "split_k": c["split_k"]}
         return error_of(
             jax.ffi.ffi_call("jax_nvfp4_linear", [jax.ShapeDtypeStruct(*c[r]) for r in results]),
             *(c[name] for name in ("x", "given", "w", "sfw", "w_scale", "bias")),
@@ -227,7 +229,7 @@ def test_every_kernel_is_found_by_its_config(arch: str) -> None:
     ffi = kernel_objects.custom_calls()
     for c in quantize_configs(arch):
         x, _ = quantize_operands(c, 3, 32, 3)
-        message = error_of(ffi.quantize_call, x, None, config=c, mode=3, out_format=0, num_sms=9)
+        message = error_of(ffi.quantize_call, x, None, config=c, scaling=3, out_format=0, num_sms=9)
         assert f"kernel {c.name} {PASSED}" in message
     for c in config.configs(arch):
         operands = gemm_operands(arch, c.x_dtype, 2, 3, 64)
@@ -246,7 +248,7 @@ def raw_quantize(**changes: Any) -> str:
         "global_scale": ((5,), jnp.float32),
         "scratch": ((0,), jnp.uint8),
         "kernel": c.name,
-        "mode": 1,
+        "scaling": 1,
         "out_format": 0,
     }
     call |= changes
@@ -259,7 +261,7 @@ def raw_quantize(**changes: Any) -> str:
         call["x"],
         call["g"],
         kernel=call["kernel"],
-        mode=np.int32(call["mode"]),
+        scaling=np.int32(call["scaling"]),
         num_sms=np.int32(0),
         out_format=np.int32(call["out_format"]),
     )
@@ -276,16 +278,16 @@ QUANTIZE_ERRORS = [
     ),
     ({"g": jnp.ones((5,), jnp.float16)}, "operand global_scale (given)", "F32 elements", "F16[5]"),
     (
-        {"mode": 2},
+        {"scaling": 2},
         "operand global_scale (given)",
         "0 elements (none: it is computed)",
         "F32[5]",
     ),
-    ({"mode": 6}, "operand mode", "0 to 5", "6"),
-    ({"mode": 4}, "operand amax", "1 elements (one)", "F32[5]"),
-    ({"mode": 5, "g": jnp.ones(())}, "operand amax", "5 elements (one per row of x)", "F32[]"),
+    ({"scaling": 6}, "operand scaling", "0 to 5", "6"),
+    ({"scaling": 4}, "operand amax", "1 elements (one)", "F32[5]"),
+    ({"scaling": 5, "g": jnp.ones(())}, "operand amax", "5 elements (one per row of x)", "F32[]"),
     (
-        {"mode": 5, "x": jnp.ones((5, 0), jnp.bfloat16)},
+        {"scaling": 5, "x": jnp.ones((5, 0), jnp.bfloat16)},
         "operand x",
         "elements, of which there is an amax",
         "BF16[5,0]",

@@ -32,8 +32,8 @@ def kernel(data: cute.Pointer):
     cute.make_tensor(data, cute.make_layout(1))[0] = cutlass.Uint8(VALUE)
 
 @cute.jit
-def host(x, g_in, data, block_scale, g_out, scratch, m: Int32, k: Int32, x_dtype: Int32,
-         mode: Int32, LAST: Int32, num_sms: Int32, stream: cuda.CUstream):
+def host(x, scale_or_amax, data, block_scale, global_scale, scratch, m: Int32, k: Int32,
+         x_dtype: Int32, scaling: Int32, LAST: Int32, num_sms: Int32, stream: cuda.CUstream):
     kernel(data).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
 
 def variants(arch):

@@ -305,9 +305,53 @@ def test_malformed_index(sharded, value):
     refuse(sharded, INDEX, "weight_map")
 
 
-def test_two_indexes(sharded):
+def test_two_indexes_of_the_same_shards(sharded):
     shutil.copy(sharded / INDEX, sharded / "other.safetensors.index.json")
     refuse(sharded, "more than one index")
+    assert load_checkpoint(sharded / INDEX)  # the one that is meant may be named
+
+
+def test_index_and_file_of_one_name(sharded):
+    shutil.copy(DATA / MODELOPT / "model.safetensors", sharded)
+    refuse(sharded, "two checkpoints, model.safetensors.index.json and model.safetensors")
+    assert load_checkpoint(sharded / INDEX)
+
+
+def test_index_of_some_shards_only(sharded):
+    shard = "model-00001-of-00002.safetensors"
+    edit_json(
+        sharded / INDEX,
+        lambda i: i.update(weight_map={k: v for k, v in i["weight_map"].items() if v == shard}),
+    )
+    refuse(sharded, INDEX, "names 1 shards of the 2")
+
+
+def test_tensors_that_the_index_leaves_out_are_read(sharded):
+    """Converters that add scales often leave the index as it was."""
+    whole = load_checkpoint(sharded)
+    edit_json(
+        sharded / INDEX,
+        lambda i: i.update(
+            weight_map={k: v for k, v in i["weight_map"].items() if "scale" not in k}
+        ),
+    )
+    assert list(load_checkpoint(sharded)) == list(whole)
+
+
+def test_index_without_tensors(sharded):
+    edit_json(sharded / INDEX, lambda i: i.update(weight_map={}))
+    refuse(sharded, INDEX, "names no tensor")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "hf_quant_config.json"])
+def test_json_nested_without_end(file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / MODELOPT, folder)
+    text = b"[" * 200_000
+    if file == "model.safetensors":
+        text = len(text).to_bytes(8, "little") + text
+    (folder / file).write_bytes(text)
+    refuse(folder, file)
 
 
 def test_truncated_shard(sharded):

@@ -72,12 +72,12 @@ def test_quantize_params_of_a_dense_model(activation, repacked):
 def test_calibration_keeps_the_running_amax():
     layer = nvfp4.Nvfp4Dense(8, activation_scale="static")
     variables = layer.init(KEY, X)
-    assert variables["quant"]["activation_scale"] == 1 and not variables["quant"]["activation_amax"]
+    assert variables["quant"]["input_scale"] == 1 and not variables["quant"]["input_amax"]
     scales = []
     for batch in (X, X * 3, X * 2):
         _, quant = layer.apply(variables, batch, mutable=["quant"])
         variables = {**variables, **quant}
-        scales.append(float(variables["quant"]["activation_scale"]))
+        scales.append(float(variables["quant"]["input_scale"]))
     assert scales[0] == float(nvfp4.global_scale(X))
     assert scales[1] == scales[2] == float(nvfp4.global_scale(X * 3))
     y = layer.apply(variables, X)
@@ -85,7 +85,7 @@ def test_calibration_keeps_the_running_amax():
     np.testing.assert_array_equal(
         y, nvfp4.linear(X, kernel, bias, activation_scale=jnp.float32(scales[2]))
     )
-    np.testing.assert_array_equal(variables["quant"]["activation_amax"], jnp.abs(X * 3).max())
+    np.testing.assert_array_equal(variables["quant"]["input_amax"], jnp.abs(X * 3).max())
 
 
 def test_calibration_takes_the_maximum_of_what_is_quantized():
@@ -93,7 +93,7 @@ def test_calibration_takes_the_maximum_of_what_is_quantized():
     x = jnp.full((2, 40), 1.999)
     layer = nvfp4.Nvfp4Dense(8, dtype=jnp.bfloat16, activation_scale="static")
     _, variables = layer.apply(layer.init(KEY, x), x, mutable=["quant"])
-    assert variables["quant"]["activation_amax"] == 2
+    assert variables["quant"]["input_amax"] == 2
     linear = nvfp4.nnx.Nvfp4Linear(
         40, 8, dtype=jnp.bfloat16, activation_scale="static", rngs=nnx.Rngs(0)
     )
@@ -115,16 +115,33 @@ def test_calibration_under_jit():
     step = jax.jit(lambda v, x: layer.apply(v, x, mutable=["quant"])[1])
     for i in (1, 2):
         variables = {**variables, **step(variables, X * i)}
-    assert variables["quant"]["activation_scale"] == nvfp4.global_scale(X * 2)
+    assert variables["quant"]["input_scale"] == nvfp4.global_scale(X * 2)
 
 
 def test_a_static_scale_from_elsewhere():
     """A checkpoint has a scale and no amax."""
     layer = nvfp4.Nvfp4Dense(8, activation_scale="static")
     params = nvfp4.Nvfp4Dense(8).init(KEY, X)["params"]
-    y = layer.apply({"params": params, "quant": {"activation_scale": jnp.float32(0.002)}}, X)
+    y = layer.apply({"params": params, "quant": {"input_scale": jnp.float32(0.002)}}, X)
     expected = nvfp4.linear(X, params["kernel"], params["bias"], activation_scale=0.002)
     np.testing.assert_array_equal(y, expected)
+
+
+def test_a_calibration_under_the_former_names_loads_and_goes_on():
+    layer = nvfp4.Nvfp4Dense(8, activation_scale="static")
+    params = layer.init(KEY, X)["params"]
+    amax = 2 * float(jnp.abs(X).max())
+    saved = {"activation_scale": jnp.float32(amax / 2688), "activation_amax": jnp.float32(amax)}
+    y = layer.apply({"params": params, "quant": saved}, X)
+    expected = nvfp4.linear(
+        X, params["kernel"], params["bias"], activation_scale=saved["activation_scale"]
+    )
+    np.testing.assert_array_equal(y, expected)
+    _, variables = layer.apply({"params": params, "quant": saved}, 3 * X, mutable=["quant"])
+    assert variables["quant"]["input_amax"] == 3 * jnp.abs(X).max()
+    assert variables["quant"]["input_scale"] == nvfp4.global_scale(3 * X)
+    _, variables = layer.apply({"params": params, "quant": saved}, X, mutable=["quant"])
+    assert variables["quant"]["input_amax"] == amax
 
 
 def test_every_field_of_dense_is_there_in_its_order():

@@ -29,7 +29,8 @@ from ptx_machine.host import run_object
 
 import kernel_objects
 from jax_nvfp4.config import arch_of_compute_capability, configs
-from jax_nvfp4.config.quantize import OutFormat, quantize_configs
+from jax_nvfp4.config.enums import OutFormat
+from jax_nvfp4.config.quantize import quantize_configs
 
 GUARD_BYTES = 256  # around each array on the GPU
 
@@ -49,7 +50,7 @@ int __wrap__cudaLibraryLoadData(void **library, const void *code, void *a, void 
 NO_ASSEMBLER = (221, 222)
 """Errors of the driver: no assembler, or one too old for this version of PTX."""
 OUTPUTS = {"quantize": (2, 3, 4), "gemm": (7,)}
-"""Which arguments are outputs: data, block_scale and g_out; y."""
+"""Which arguments are outputs: data, block_scale and global_scale; y."""
 LAUNCHING = ("test_each_way_to_end", "test_each_shape_of_threads")
 """The tests, one of them each kernel's, that certainly launch it."""
 

@@ -14,7 +14,8 @@ from jax.experimental import serialize_executable
 
 from jax_nvfp4 import config, numerics
 from jax_nvfp4 import custom_calls as ffi
-from jax_nvfp4.config.quantize import Mode, OutFormat, select_quantize
+from jax_nvfp4.config.enums import OutFormat, Scaling
+from jax_nvfp4.config.quantize import KIND_OF_SCALING, select_quantize
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.weights import pack_weight
 
@@ -34,30 +35,32 @@ SMS = DEVICE.core_count
 if ARCH not in ffi.arches():
     pytest.fail(f"{DEVICE.device_kind}: {ffi.reason(ARCH)}", pytrace=False)
 
-AMAX = (Mode.SCALAR_AMAX, Mode.ROWS_AMAX)
+AMAX = (Scaling.AMAX, Scaling.AMAX_ROWS)
 
 # XLA makes a graph only of five calls or more by default.
 GRAPH = {"xla_gpu_graph_min_graph_size": 1}
 
 
-def quantize(x: jax.Array, g: jax.Array | None = None, *, mode: Mode, out_format: OutFormat) -> Any:
-    c = select_quantize(ARCH, x.dtype.name, mode)
-    return ffi.quantize_call(x, g, config=c, mode=mode, out_format=out_format, num_sms=SMS)
+def quantize(
+    x: jax.Array, g: jax.Array | None = None, *, scaling: Scaling, out_format: OutFormat
+) -> Any:
+    c = select_quantize(ARCH, x.dtype.name, scaling)
+    return ffi.quantize_call(x, g, config=c, scaling=scaling, out_format=out_format, num_sms=SMS)
 
 
-def quantized(x: Any, g: Any, *, mode: Mode, out_format: OutFormat) -> tuple[np.ndarray, ...]:
+def quantized(x: Any, g: Any, *, scaling: Scaling, out_format: OutFormat) -> tuple[np.ndarray, ...]:
     """What `quantize` is to return, computed on the CPU from the definition."""
     with jax.default_device(jax.devices("cpu")[0]):
         x = jnp.asarray(np.asarray(x))
         given = None if g is None else jnp.asarray(np.asarray(g), jnp.float32)
-        if mode in AMAX:
+        if scaling in AMAX:
             encode, decode = numerics.dynamic_scales(given)
             scale = decode
         elif given is not None:
             encode, decode = numerics.static_scales(given)
             scale = given
         else:
-            axis = -1 if mode == Mode.TOKEN else None
+            axis = -1 if scaling == Scaling.TOKEN else None
             encode, decode = numerics.dynamic_scales(numerics.amax(x, axis=axis))
             scale = decode
         data, block_scale = map(np.asarray, numerics.quantize(x, encode, decode))
@@ -84,26 +87,26 @@ def assert_same(got: Any, expected: tuple[np.ndarray, ...]) -> None:
 
 
 @pytest.mark.parametrize("out_format", OutFormat)
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("scaling", KIND_OF_SCALING)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_each_mode_and_format(dtype: str, mode: Mode, out_format: OutFormat) -> None:
+def test_each_mode_and_format(dtype: str, scaling: Scaling, out_format: OutFormat) -> None:
     rng = np.random.default_rng(0)
-    function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=out_format))
+    function = jax.jit(lambda x, g: quantize(x, g, scaling=scaling, out_format=out_format))
     for m, k in ((1, 16), (5, 40), (130, 192), (33, 100)):
         x = jnp.asarray(rng.standard_normal((m, k)) * 3, dtype)
         g = None
-        if mode.given:
-            low, high = (4, 99) if mode in AMAX else (1e-3, 2e-3)
-            shape = (m,) if mode.per_row else ()
+        if scaling.given:
+            low, high = (4, 99) if scaling in AMAX else (1e-3, 2e-3)
+            shape = (m,) if scaling.per_row else ()
             g = jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
-        expected = quantized(x, g, mode=mode, out_format=out_format)
+        expected = quantized(x, g, scaling=scaling, out_format=out_format)
         assert_same(function(x, g), expected)
 
 
 def chain(x: jax.Array, length: int) -> jax.Array:
     """Calls that each wait for the one before: quantize, and put back into the next one's input."""
     for _ in range(length):
-        values, _, scale = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
+        values, _, scale = quantize(x, scaling=Scaling.TOKEN, out_format=OutFormat.VALUES)
         x = (values * scale[:, None]).astype(x.dtype)
     return x
 
@@ -111,7 +114,7 @@ def chain(x: jax.Array, length: int) -> jax.Array:
 def chain_on_cpu(x: Any, length: int) -> np.ndarray:
     x = np.asarray(x)
     for _ in range(length):
-        values, _, scale = quantized(x, None, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
+        values, _, scale = quantized(x, None, scaling=Scaling.TOKEN, out_format=OutFormat.VALUES)
         x = (values.astype(np.float32) * scale[:, None]).astype(x.dtype)
     return x
 
@@ -198,11 +201,11 @@ def test_a_serialized_executable_runs() -> None:
     np.testing.assert_array_equal(np.asarray(again(x)), chain_on_cpu(x, 2))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in Mode if mode not in AMAX])
+@pytest.mark.parametrize("scaling", [scaling for scaling in KIND_OF_SCALING if scaling not in AMAX])
 @pytest.mark.parametrize("m", [0, 3, 200])
-def test_rows_without_elements(m: int, mode: Mode) -> None:
-    g = jnp.full((m,) if mode.per_row else (), 0.5) if mode.given else None
-    function = jax.jit(lambda x, g: quantize(x, g, mode=mode, out_format=OutFormat.LINEAR))
+def test_rows_without_elements(m: int, scaling: Scaling) -> None:
+    g = jnp.full((m,) if scaling.per_row else (), 0.5) if scaling.given else None
+    function = jax.jit(lambda x, g: quantize(x, g, scaling=scaling, out_format=OutFormat.LINEAR))
     data, block_scale, scale = function(jnp.zeros((m, 0), jnp.bfloat16), g)
     assert data.shape == (m, 0) and block_scale.shape == (m, 0)
     expected = jnp.ones(()) if g is None else g
@@ -219,35 +222,37 @@ def weights(layers: int, n: int, k: int) -> tuple[jax.Array, jax.Array]:
     return w, sfw
 
 
-def linear(x: jax.Array, w: jax.Array, sfw: jax.Array, *, mode: Mode, n: int, one: bool) -> Any:
+def linear(
+    x: jax.Array, w: jax.Array, sfw: jax.Array, *, scaling: Scaling, n: int, one: bool
+) -> Any:
     """x times a weight, with one custom call or with two."""
     x_dtype = "bfloat16" if ARCH == "sm_90a" else "e2m1"
     m, k = x.shape
     c, split = config.select(config.GemmProblem(m, n, -(-k // 64) * 64, ARCH, x_dtype), SMS)
     given = None
-    if mode.given:
-        given = jnp.full((m,) if mode.per_row else (), 4.5 if mode in AMAX else 2e-3)
+    if scaling.given:
+        given = jnp.full((m,) if scaling.per_row else (), 4.5 if scaling in AMAX else 2e-3)
     w_scale = jnp.float32(1 / 64)
     options = {"split_k": split, "n": n, "out_dtype": jnp.bfloat16, "num_sms": SMS}
-    quantizer = select_quantize(ARCH, x.dtype.name, mode)
+    quantizer = select_quantize(ARCH, x.dtype.name, scaling)
     if one:
-        options |= {"quantize_config": quantizer, "mode": mode, "gemm_config": c}
+        options |= {"quantize_config": quantizer, "scaling": scaling, "gemm_config": c}
         return ffi.linear_call(x, given, w, sfw, w_scale, None, **options)
     out_format = OutFormat.OPERAND if x_dtype == "e2m1" else OutFormat.VALUES
-    operand, sfx, x_scale = quantize(x, given, mode=mode, out_format=out_format)
+    operand, sfx, x_scale = quantize(x, given, scaling=scaling, out_format=out_format)
     sfx = sfx if x_dtype == "e2m1" else None
     return ffi.gemm_call(operand, sfx, w, sfw, x_scale, w_scale, None, config=c, **options)
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("scaling", KIND_OF_SCALING)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_one_custom_call_is_the_two(dtype: str, mode: Mode) -> None:
+def test_one_custom_call_is_the_two(dtype: str, scaling: Scaling) -> None:
     n, k = 384, 1344
     (w,), (sfw,) = weights(1, n, k)
     for m in (1, 16, 64, 200):
         x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), dtype)
         one, two = (
-            jax.jit(lambda x, one=one: linear(x, w, sfw, mode=mode, n=n, one=one))(x)
+            jax.jit(lambda x, one=one: linear(x, w, sfw, scaling=scaling, n=n, one=one))(x)
             for one in (True, False)
         )
         assert np.isfinite(np.asarray(one, np.float32)).all()
@@ -263,7 +268,7 @@ def test_the_second_kernel_waits_for_the_first(m: int, options: dict[str, Any]) 
     x = jnp.asarray(np.random.default_rng(8).standard_normal((m, size)), jnp.bfloat16)
 
     def layer(x: jax.Array, weight: tuple[jax.Array, jax.Array], one: bool) -> jax.Array:
-        y = linear(x, *weight, mode=Mode.TOKEN, n=size, one=one).astype(jnp.float32)
+        y = linear(x, *weight, scaling=Scaling.TOKEN, n=size, one=one).astype(jnp.float32)
         return (y / jnp.max(jnp.abs(y), axis=-1, keepdims=True)).astype(x.dtype)
 
     def loop(x: jax.Array, w: jax.Array, sfw: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -288,8 +293,13 @@ def test_the_second_kernel_waits_for_the_first(m: int, options: dict[str, Any]) 
 
 
 def test_an_error_is_an_xla_error_and_leaves_the_device_usable() -> None:
-    c = select_quantize(ARCH, "bfloat16", Mode.TOKEN)
-    arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}
+    c = select_quantize(ARCH, "bfloat16", Scaling.TOKEN)
+    arguments = {
+        "config": c,
+        "scaling": Scaling.TOKEN,
+        "out_format": OutFormat.LINEAR,
+        "num_sms": SMS,
+    }
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"operand x: expected bfloat16.*F32"):
         jax.block_until_ready(
             jax.jit(lambda x: ffi.quantize_call(x, None, **arguments))(jnp.ones((4, 16)))
@@ -300,8 +310,13 @@ def test_an_error_is_an_xla_error_and_leaves_the_device_usable() -> None:
 
 def test_a_kernel_of_another_arch_is_refused() -> None:
     other = next(a for a in ("sm_90a", "sm_120f") if a in ffi.arches() and a != ARCH)
-    c = select_quantize(other, "bfloat16", Mode.TOKEN)
-    arguments = {"config": c, "mode": Mode.TOKEN, "out_format": OutFormat.LINEAR, "num_sms": SMS}
+    c = select_quantize(other, "bfloat16", Scaling.TOKEN)
+    arguments = {
+        "config": c,
+        "scaling": Scaling.TOKEN,
+        "out_format": OutFormat.LINEAR,
+        "num_sms": SMS,
+    }
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{c.name} is for {other}, and device"):
         x = jnp.ones((4, 16), jnp.bfloat16)
         jax.block_until_ready(jax.jit(lambda x: ffi.quantize_call(x, None, **arguments))(x))
@@ -328,8 +343,8 @@ def test_each_gemm_kernel(c: config.GemmConfig) -> None:
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
     sfx, x_scale = None, jnp.asarray(rng.uniform(0.5, 2, (m,)), jnp.float32)
     if c.x_dtype == "e2m1":
-        values, _, _ = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.VALUES)
-        operand, sfx, x_scale = quantize(x, mode=Mode.TOKEN, out_format=OutFormat.OPERAND)
+        values, _, _ = quantize(x, scaling=Scaling.TOKEN, out_format=OutFormat.VALUES)
+        operand, sfx, x_scale = quantize(x, scaling=Scaling.TOKEN, out_format=OutFormat.OPERAND)
         exact = np.asarray(values, np.float64)[:, :k]
     else:
         operand = x.astype(c.x_dtype)

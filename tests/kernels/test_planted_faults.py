@@ -15,7 +15,8 @@ import pytest
 from ptx_machine import mutate
 
 from jax_nvfp4.config import ARCHES, configs
-from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS, OutFormat
+from jax_nvfp4.config.enums import OutFormat
+from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
 
 KINDS = {
     "a dropped fence or wait": (
@@ -67,10 +68,10 @@ def quantize_calls(name):
         x = rng.standard_normal((m, k)).astype(config.x_dtype)
         x[m - 1, k // 2] = 9
         for out_format in (OutFormat.OPERAND, OutFormat.VALUES):
-            for mode in tests.MODES[config.kind]:
-                g = tests.given_scales(rng, x, mode, bad=False)
+            for scaling in tests.SCALINGS[config.kind]:
+                g = tests.given_scales(rng, x, scaling, bad=False)
                 yield functools.partial(
-                    tests.check, config, x, mode, out_format, g, seed=seed, sms=sms
+                    tests.check, config, x, scaling, out_format, g, seed=seed, sms=sms
                 )
 
 

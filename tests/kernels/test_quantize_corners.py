@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import quantize_cases as cases
 
-from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS, Mode, OutFormat
+from jax_nvfp4.config.enums import OutFormat, Scaling
+from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
 
 tests = mutation.module_of("test_quantize_kernels")
 CONFIGS = [c for c in QUANTIZE_CONFIGS if c.arch != "sm_120f"]
@@ -25,27 +26,31 @@ TINY = np.float32(2.0**-100)
 
 
 def variants(config):
-    """(mode, format, whether by vectors, multiprocessors) for each kernel, but for long rows."""
+    """(scaling, format, whether by vectors, multiprocessors) for each kernel, but for long rows."""
     few, formats = {"flat": 132, "rows": 1, "grid": 3}[config.kind], (OPERAND, VALUES)
     if config.kind == "flat":  # given, and amax given: the same kernel for a tensor and for rows
-        kinds = zip(tests.MODES["flat"], (OPERAND, VALUES, VALUES, OPERAND), strict=True)
+        kinds = zip(tests.SCALINGS["flat"], (OPERAND, VALUES, VALUES, OPERAND), strict=True)
     else:
-        kinds = [(mode, out_format) for mode in tests.MODES[config.kind] for out_format in formats]
-    for mode, out_format in kinds:
+        kinds = [
+            (scaling, out_format)
+            for scaling in tests.SCALINGS[config.kind]
+            for out_format in formats
+        ]
+    for scaling, out_format in kinds:
         for vector, sms in dict.fromkeys([(True, 132), (True, few), (False, few)]):
-            yield mode, out_format, vector, sms
+            yield scaling, out_format, vector, sms
 
 
 def quantize(config, x, variant, g=None, seed=0, **options):
     """One run of a kernel, held to the oracle."""
-    mode, out_format, vector, sms = variant
+    scaling, out_format, vector, sms = variant
     x = x.astype(cases.DTYPES[config.x_dtype])
-    if mode in tests.AMAX:
-        g = tests.given_scales(np.random.default_rng(seed), x, mode, bad=False)
-    elif mode in tests.GIVEN:
-        g = np.full(1 if mode == Mode.SCALAR_GIVEN else len(x), 1 if g is None else g, np.float32)
+    if scaling in tests.AMAX:
+        g = tests.given_scales(np.random.default_rng(seed), x, scaling, bad=False)
+    elif scaling in tests.GIVEN:
+        g = np.full(1 if scaling == Scaling.STATIC else len(x), 1 if g is None else g, np.float32)
     tests.check(
-        config, x, mode, out_format, g, offset=0 if vector else 1, seed=seed, sms=sms, **options
+        config, x, scaling, out_format, g, offset=0 if vector else 1, seed=seed, sms=sms, **options
     )
 
 
@@ -125,7 +130,7 @@ def test_rows_of_whole_blocks(config):
         rows = [bad_block_with_the_largest(rng, position) for position in range(16)]
         for seed, row in enumerate((*rows, *tiny_rows(rng))):
             x = np.append(row, row[:16]).reshape(1, -1)
-            quantize(config, x, (Mode.TENSOR, out_format, True, 3), seed=seed)
+            quantize(config, x, (Scaling.TENSOR, out_format, True, 3), seed=seed)
 
 
 @pytest.mark.parametrize("config", GRIDS, ids=[c.name for c in GRIDS])
@@ -135,7 +140,7 @@ def test_zeros_in_several_chunks(config, out_format, vector):
     for k in (520, 512) if vector and out_format == OPERAND else (520,):
         x = np.zeros((66, k)) * np.random.default_rng(k).choice([-1.0, 1.0], (66, k))
         x[0, 3] = np.nan
-        quantize(config, x, (Mode.TENSOR, out_format, vector, 1))
+        quantize(config, x, (Scaling.TENSOR, out_format, vector, 1))
 
 
 @pytest.mark.parametrize("config", GRIDS, ids=[c.name for c in GRIDS])
@@ -155,7 +160,7 @@ def test_ctas_that_start_late(config):
         seen: set[bool] = set()
         for seed in range(40):
             x, executed = np.random.default_rng(seed).standard_normal((17, k)), set()
-            variant = Mode.TENSOR, out_format, vector, 4
+            variant = Scaling.TENSOR, out_format, vector, 4
             quantize(config, x, variant, seed=seed, coverage=executed)
             seen.add(bool(late & executed))
             if len(seen) == 2:
@@ -182,11 +187,11 @@ def test_every_length_of_the_last_block(config):
 @KERNELS
 def test_more_than_one_tile_of_scales(config):
     rng = np.random.default_rng(9)
-    for seed, (mode, out_format, vector, sms) in enumerate(variants(config)):
+    for seed, (scaling, out_format, vector, sms) in enumerate(variants(config)):
         if out_format == OPERAND:
             sms = 200 if sms == 132 else sms  # as many as rows: the kernel for few of them
             x = rng.standard_normal((130, 72))
-            quantize(config, x, (mode, out_format, vector, sms), g=2.0**-9, seed=seed)
+            quantize(config, x, (scaling, out_format, vector, sms), g=2.0**-9, seed=seed)
 
 
 def test_sm_120f_is_sm_100f():

@@ -9,7 +9,8 @@ import mutation
 import numpy as np
 import pytest
 
-from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS, OutFormat
+from jax_nvfp4.config.enums import OutFormat
+from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
 
 tests = mutation.module_of("test_quantize_kernels")
 # (m, k, multiprocessors)
@@ -28,6 +29,6 @@ def test_each_shape_of_threads(config, out_format):
         x = rng.standard_normal((m, k)).astype(config.x_dtype)
         x[m - 1, k // 2] = 11  # the largest, in the last warp of its row or near it
         x[3, k - 1] = -13
-        for mode in tests.MODES[config.kind]:
-            g = tests.given_scales(rng, x, mode, bad=False)
-            tests.check(config, x, mode, out_format, g, seed=seed, sms=sms)
+        for scaling in tests.SCALINGS[config.kind]:
+            g = tests.given_scales(rng, x, scaling, bad=False)
+            tests.check(config, x, scaling, out_format, g, seed=seed, sms=sms)

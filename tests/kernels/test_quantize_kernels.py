@@ -20,11 +20,11 @@ from ptx_machine import Pointer
 from ptx_machine.host import run_object
 
 import kernel_objects
+from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import (
+    KIND_OF_SCALING,
     QUANTIZE_CONFIGS,
     X_DTYPES,
-    Mode,
-    OutFormat,
     quantize_configs,
     quantize_scratch_bytes,
     select_quantize,
@@ -34,14 +34,14 @@ from jax_nvfp4.ops.quantize.cuda import kernel as call_kernel
 GUARD = 64
 POISON = 0xCD
 FEW_SMS = 5  # no room for a cluster: a "grid" kernel's CTAs meet in scratch memory
-MODES = {
-    "flat": (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN, Mode.SCALAR_AMAX, Mode.ROWS_AMAX),
-    "rows": (Mode.TOKEN,),
-    "grid": (Mode.TENSOR,),
+SCALINGS = {
+    "flat": (Scaling.STATIC, Scaling.STATIC_ROWS, Scaling.AMAX, Scaling.AMAX_ROWS),
+    "rows": (Scaling.TOKEN,),
+    "grid": (Scaling.TENSOR,),
 }
 NOT_ARITHMETIC = {"mov", "ld", "st", "cvt", "setp", "selp"}
-GIVEN = (Mode.SCALAR_GIVEN, Mode.ROWS_GIVEN)
-AMAX = (Mode.SCALAR_AMAX, Mode.ROWS_AMAX)
+GIVEN = (Scaling.STATIC, Scaling.STATIC_ROWS)
+AMAX = (Scaling.AMAX, Scaling.AMAX_ROWS)
 
 
 @functools.cache
@@ -59,16 +59,16 @@ def swizzled(bits):
     return out
 
 
-def expected(x, mode, out_format, g):
+def expected(x, scaling, out_format, g):
     """(data, block_scale, global_scale): flat arrays of uint8, or uint16 for bfloat16 values."""
-    if mode in GIVEN:
-        given = g[0] if mode == Mode.SCALAR_GIVEN else g
+    if scaling in GIVEN:
+        given = g[0] if scaling == Scaling.STATIC else g
         codes, bits, reported = oracle.quantize(x, global_scale=given)
-    elif mode in AMAX:
+    elif scaling in AMAX:
         codes, bits, reported = expected_of_part(x, g)
     else:
-        scaling = "token" if mode == Mode.TOKEN else "tensor"
-        codes, bits, reported = oracle.quantize(x, scaling=scaling)
+        name = "token" if scaling == Scaling.TOKEN else "tensor"
+        codes, bits, reported = oracle.quantize(x, scaling=name)
     reported = np.asarray(reported, np.float32).reshape(-1)
     if out_format == OutFormat.LINEAR:
         return oracle.pack(codes).reshape(-1), bits.reshape(-1), reported
@@ -99,13 +99,13 @@ def one_nan(values):
     return np.where(np.isnan(values.view(ml_dtypes.bfloat16)), np.uint16(0x7FC0), values)
 
 
-def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, coverage=None):
+def check(config, x, scaling, out_format, g=None, offset=0, seed=0, sms=132, coverage=None):
     """Quantizes on the PTX machine and compares all outputs with the oracle's.
 
     Args:
         config: the kernel.
         x: (m, k) of the config's dtype.
-        mode: a Mode.
+        scaling: a Scaling.
         out_format: an OutFormat.
         g: the given global scales, or amaxes, float32.
         offset: elements by which x is away from a 16-byte aligned address.
@@ -114,7 +114,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, covera
         coverage: takes up the PTX lines that run.
     """
     m, k = x.shape
-    want = expected(x, mode, out_format, g)
+    want = expected(x, scaling, out_format, g)
     elements = np.concatenate([np.zeros(offset, x.dtype), x.reshape(-1)])
     given = np.asarray([np.nan] if g is None else g, np.float32)
     outputs = [np.full(w.nbytes + GUARD, POISON, np.uint8) for w in want]
@@ -133,7 +133,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, covera
             m,
             k,
             X_DTYPES.index(config.x_dtype),
-            int(mode),
+            int(scaling),
             int(out_format),
             sms,
         ],
@@ -143,7 +143,7 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, covera
         resident_clusters=256,  # a cooperative launch: all of the grid
         coverage=coverage,
     )
-    where = f"{config.name} {mode!r} {out_format!r} {x.shape} offset {offset} seed {seed}"
+    where = f"{config.name} {scaling!r} {out_format!r} {x.shape} offset {offset} seed {seed}"
     for name, got, right in zip(("data", "scale", "global scale"), outputs, want, strict=True):
         assert (got[right.nbytes :] == POISON).all(), f"{where}: {name} written past its end"
         got = got[: right.nbytes].view(right.dtype)
@@ -157,21 +157,21 @@ def check(config, x, mode, out_format, g=None, offset=0, seed=0, sms=132, covera
         )
 
 
-def given_scales(rng, x, mode, bad):
-    """Global scales or amaxes for a mode, unusable scales among them if `bad`; None if dynamic."""
+def given_scales(rng, x, scaling, bad):
+    """Global scales or amaxes for a scaling, unusable ones too if `bad`; None if dynamic."""
     m = len(x)
-    if mode in AMAX:
+    if scaling in AMAX:
         magnitude = np.abs(x.astype(np.float32))
         magnitude[~(np.isfinite(magnitude) & (magnitude >= np.float32(2.0**-100)))] = 0
-        own = magnitude.max(1) if mode == Mode.ROWS_AMAX else magnitude.max().reshape(1)
+        own = magnitude.max(1) if scaling == Scaling.AMAX_ROWS else magnitude.max().reshape(1)
         other = rng.choice(
             np.array([0, 2.0**-100, 1e-20, 0.37, 5, 1e9, 3e38], np.float32), len(own)
         )
         return np.maximum(own, other)
-    if mode not in GIVEN:
+    if scaling not in GIVEN:
         return None
     pool = np.array(cases.GLOBAL_SCALES + (cases.BAD_GLOBAL_SCALES if bad else ()), np.float32)
-    return rng.choice(pool, 1 if mode == Mode.SCALAR_GIVEN else m)
+    return rng.choice(pool, 1 if scaling == Scaling.STATIC else m)
 
 
 KERNELS = [pytest.param(config, id=config.name) for config in QUANTIZE_CONFIGS]
@@ -184,9 +184,9 @@ def test_corners_of_the_formats(config):
     for i, case in enumerate(NUMERIC):
         x = cases.make(case, config.x_dtype)
         x = x[rng.permutation(len(x))[:24]]
-        for mode in MODES[config.kind]:
-            g = given_scales(rng, x, mode, bad=i % 2)
-            check(config, x, mode, OutFormat((i + int(mode)) % 3), g, seed=i)
+        for scaling in SCALINGS[config.kind]:
+            g = given_scales(rng, x, scaling, bad=i % 2)
+            check(config, x, scaling, OutFormat((i + int(scaling)) % 3), g, seed=i)
 
 
 @pytest.mark.parametrize("config", [c for c in KERNELS if c.values[0].kind == "grid"])
@@ -198,7 +198,7 @@ def test_corners_in_rows_of_whole_blocks(config):
         x = np.resize(x, -(-x.size // 1024) * 1024).reshape(-1, 16)
         x = x[rng.permutation(len(x))[: 16 * 32]].reshape(-1, 64)
         for out_format in (OutFormat.OPERAND, (OutFormat.LINEAR, OutFormat.VALUES)[i % 2]):
-            check(config, x, Mode.TENSOR, out_format, seed=i, sms=1 + i % 3)
+            check(config, x, Scaling.TENSOR, out_format, seed=i, sms=1 + i % 3)
 
 
 # Rows that start off 16-byte boundaries (k = 17, 100 of float32 is on them), rows shorter than a
@@ -212,10 +212,10 @@ def test_shapes(config):
     for i, (m, k) in enumerate(SHAPES):
         x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
         for out_format in (OutFormat.OPERAND, (OutFormat.LINEAR, OutFormat.VALUES)[i // 2 % 2]):
-            for mode in MODES[config.kind]:
-                g = given_scales(rng, x, mode, bad=False)
+            for scaling in SCALINGS[config.kind]:
+                g = given_scales(rng, x, scaling, bad=False)
                 sms = (132, 2)[i % 2]
-                check(config, x, mode, out_format, g, offset=i % 2, seed=i, sms=sms)
+                check(config, x, scaling, out_format, g, offset=i % 2, seed=i, sms=sms)
 
 
 # (m, k, multiprocessors): every shape of threads, one and several chunks.
@@ -239,7 +239,7 @@ def test_long_rows(config):
         x = rng.standard_normal((m, k)).astype(cases.DTYPES[config.x_dtype])
         x[0, 40] = np.inf
         x[-1, k // 2], x[-1, k // 2 ^ 1] = 37.5, np.nan
-        check(config, x, Mode.TOKEN, OutFormat.OPERAND, seed=seed, sms=sms)
+        check(config, x, Scaling.TOKEN, OutFormat.OPERAND, seed=seed, sms=sms)
 
 
 # (m, k, multiprocessors, seeds): CTAs that meet in scratch memory, one to several chunks each.
@@ -262,7 +262,7 @@ def test_grids(config):
         for seed in range(seeds):
             row, column = rng.integers(m), 2 * rng.integers(k // 2)
             x[row, column], x[row, column + 1] = 9 + seed, (np.nan, np.inf)[seed % 2]
-            check(config, x, Mode.TENSOR, OutFormat(seed % 3), seed=seed, sms=sms)
+            check(config, x, Scaling.TENSOR, OutFormat(seed % 3), seed=seed, sms=sms)
 
 
 @pytest.mark.parametrize("config", [c for c in KERNELS if "sm90a_grid_bf16" in c.id])
@@ -271,7 +271,7 @@ def test_stale_messages(config):
     rng = np.random.default_rng(5)
     x = rng.standard_normal((40, 520)).astype(cases.DTYPES[config.x_dtype])
     for tag in (0, 1, 2, 3, 254, 255):
-        check(config, x, Mode.TENSOR, OutFormat.LINEAR, seed=2 * tag + 1, sms=4)
+        check(config, x, Scaling.TENSOR, OutFormat.LINEAR, seed=2 * tag + 1, sms=4)
 
 
 @pytest.mark.parametrize("config", KERNELS)
@@ -310,10 +310,10 @@ def test_selection():
     for arch in ("sm_90a", "sm_100f", "sm_120f"):
         assert len({c.name for c in quantize_configs(arch)}) == 9
         for x_dtype in X_DTYPES:
-            for mode in Mode:
-                config = select_quantize(arch, x_dtype, mode)
+            for scaling in KIND_OF_SCALING:
+                config = select_quantize(arch, x_dtype, scaling)
                 assert (config.arch, config.x_dtype) == (arch, x_dtype)
-                assert mode in MODES[config.kind]
+                assert scaling in SCALINGS[config.kind]
     assert select_quantize("sm_103a", "float32", 0).arch == "sm_100f"
     with pytest.raises(ValueError, match=r"sm_80.*float32"):
         select_quantize("sm_80", "float32", 0)
@@ -328,24 +328,26 @@ def test_scratch():
 
 
 @pytest.mark.parametrize(
-    ("mode", "given", "m", "k", "kernel_mode"),
+    ("scaling", "given", "m", "k", "of_kernel"),
     [
-        ("tensor", None, 5, 64, Mode.TENSOR),
-        ("tensor", None, 1, 64, Mode.TOKEN),  # the amax of one row is that of the tensor
-        ("tensor", None, 1, 2**15, Mode.TENSOR),
-        ("token", None, 5, 64, Mode.TOKEN),
-        ("static", (), 5, 64, Mode.SCALAR_GIVEN),
-        ("static", (5,), 5, 64, Mode.ROWS_GIVEN),
-        ("amax", (), 5, 64, Mode.SCALAR_AMAX),
-        ("amax", (5,), 5, 64, Mode.ROWS_AMAX),
+        (Scaling.TENSOR, None, 5, 64, Scaling.TENSOR),
+        (Scaling.TENSOR, None, 1, 64, Scaling.TOKEN),  # the amax of one row is that of the tensor
+        (Scaling.TENSOR, None, 1, 2**15, Scaling.TENSOR),
+        (Scaling.TOKEN, None, 5, 64, Scaling.TOKEN),
+        (Scaling.STATIC, (), 5, 64, Scaling.STATIC),
+        (Scaling.STATIC, (5,), 5, 64, Scaling.STATIC_ROWS),
+        (Scaling.AMAX, (), 5, 64, Scaling.AMAX),
+        (Scaling.AMAX, (5,), 5, 64, Scaling.AMAX_ROWS),
     ],
 )
-def test_modes_of_the_primitive(mode, given, m, k, kernel_mode):
+def test_scalings_of_the_primitive(scaling, given, m, k, of_kernel):
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     operands = [x] if given is None else [x, jax.ShapeDtypeStruct(given, jnp.float32)]
-    call = functools.partial(call_kernel, mode=mode, arch="sm_90a", out_format=OutFormat.LINEAR)
+    call = functools.partial(
+        call_kernel, scaling=scaling, arch="sm_90a", out_format=OutFormat.LINEAR
+    )
     jaxpr = jax.make_jaxpr(call)(*operands)
     (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "ffi_call")
-    assert dict(equation.params["attributes"])["mode"] == kernel_mode
-    per_row = mode == "token" or given == (5,)
+    assert dict(equation.params["attributes"])["scaling"] == of_kernel
+    per_row = scaling == Scaling.TOKEN or given == (5,)
     assert [a.shape for a in jaxpr.out_avals] == [(m, k // 2), (m, k // 16), (m,) * per_row]

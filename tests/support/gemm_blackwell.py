@@ -16,10 +16,9 @@ from ptx_machine.host import record_launches, run_object
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, runnable_arches, scratch_bytes
+from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import (
     X_DTYPES,
-    Mode,
-    OutFormat,
     quantize_scratch_bytes,
     select_quantize,
 )
@@ -215,9 +214,9 @@ def quantize_by_kernel(arch, values, scaling, out_format):
     m, k = values.shape
     if not values.size:
         return *(np.zeros((m, 0), np.uint8) for _ in range(2)), np.ones(1, np.float32)
-    mode = {"unit": Mode.SCALAR_GIVEN, "token": Mode.TOKEN, "tensor": Mode.TENSOR}[scaling]
+    of_kernel = {"unit": Scaling.STATIC, "token": Scaling.TOKEN, "tensor": Scaling.TENSOR}[scaling]
     x_dtype = np.dtype(values.dtype).name
-    config = select_quantize(arch, x_dtype, mode)
+    config = select_quantize(arch, x_dtype, of_kernel)
     if out_format == OutFormat.OPERAND:
         blocks = -(-k // 64) * 4
         scales = np.full(-(-m // 128) * 128 * blocks, 0xCD, np.uint8)
@@ -225,13 +224,13 @@ def quantize_by_kernel(arch, values, scaling, out_format):
         blocks = -(-k // 16)
         scales = np.full((m, blocks), 0xCD, np.uint8)
     data = np.full((m, blocks * 8), 0xCD, np.uint8)
-    g = np.full(m if mode == Mode.TOKEN else 1, np.nan, np.float32)
+    g = np.full(m if of_kernel == Scaling.TOKEN else 1, np.nan, np.float32)
     scratch = np.full(quantize_scratch_bytes(config, m, k, QUANTIZE_SMS) or 16, 0xCD, np.uint8)
     run_object(
         kernel_objects.folder() / f"{config.name}.o",
         ptx_of(config.name),
         [values, np.ones(1, np.float32), data, scales, g, scratch, m, k, X_DTYPES.index(x_dtype),
-         mode, out_format, QUANTIZE_SMS],
+         of_kernel, out_format, QUANTIZE_SMS],
     )  # fmt: skip
     return data, scales, g
 

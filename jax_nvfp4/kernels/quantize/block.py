@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr, range_constexpr
 
-from jax_nvfp4.config.quantize import OutFormat
+from jax_nvfp4.config.enums import OutFormat
 from jax_nvfp4.kernels.quantize import ptx as ops
 
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns

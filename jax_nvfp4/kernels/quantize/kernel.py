@@ -40,11 +40,10 @@ from cutlass import Boolean, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import QuantizeConfig
+from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import (
     GRID_MESSAGE_BYTES,
     MAX_CTAS,
-    Mode,
-    OutFormat,
     quantize_configs,
 )
 from jax_nvfp4.kernels.quantize import ptx as ops
@@ -146,7 +145,7 @@ class QuantizeKernel(BlockQuantizer):
     ):
         """The global scale or amax is given; CTAs past the last block write the scales' padding."""
         cute.arch.griddepcontrol_launch_dependents()
-        call, g_in, g_out, _ = unpack(pointers, sizes, vector, values)
+        call, scale_or_amax, global_scale, _ = unpack(pointers, sizes, vector, values)
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         units = call.m * call.blocks
@@ -157,19 +156,19 @@ class QuantizeKernel(BlockQuantizer):
                 for i in range(self.units)
             ]
             words = [self.load(call, place) for place in places]
-            scales, g = self.flat_scales(g_in, is_amax)
+            scales, g = self.flat_scales(scale_or_amax, is_amax)
             if (first + thread == 0) & ~per_row:
-                ops.store_f32(g_out, g)
+                ops.store_f32(global_scale, g)
             for i in range_constexpr(self.units):
                 place = places[i]
                 if place.active:
                     sixth, decode, valid = scales.sixth, scales.decode, scales.valid
                     if per_row:
                         offset = Int64(place.row) * 4
-                        own, own_g = self.flat_scales(g_in + offset, is_amax)
+                        own, own_g = self.flat_scales(scale_or_amax + offset, is_amax)
                         sixth, decode, valid = own.sixth, own.decode, own.valid
                         if place.block == 0:
-                            ops.store_f32(g_out + offset, own_g)
+                            ops.store_f32(global_scale + offset, own_g)
                     own_scales = Scales(sixth, decode, valid)
                     largest = ops.amax_bits(words[i], self.dtype)
                     self.quantize_and_store(call, place, words[i], largest, own_scales)
@@ -204,7 +203,7 @@ class QuantizeKernel(BlockQuantizer):
         each knows its amax by itself; then each quantizes what `share_threads` of its threads hold.
         """
         cute.arch.griddepcontrol_launch_dependents()
-        call, _, g_out, _ = unpack(pointers, sizes, vector, values)
+        call, _, global_scale, _ = unpack(pointers, sizes, vector, values)
         thread, group, _ = cute.arch.thread_idx()
         row_threads, rows, _ = cute.arch.block_dim()
         cta, share, _ = cute.arch.block_idx()
@@ -222,7 +221,7 @@ class QuantizeKernel(BlockQuantizer):
             amax = self.warps_max(amax, warps, group * warps, shared)
             scales = dynamic_scales(amax)
             if (thread == 0) & (share == 0) & (row < call.m):
-                ops.store_f32(g_out + Int64(row) * 4, scales.decode)
+                ops.store_f32(global_scale + Int64(row) * 4, scales.decode)
             for c in cutlass.range(chunks, unroll=1):
                 last = chunks - 1 - c
                 for i in range_constexpr(self.units):
@@ -271,7 +270,7 @@ class QuantizeKernel(BlockQuantizer):
         number: from `small_divisor` where x is one run of blocks (`whole`).
         """
         cute.arch.griddepcontrol_launch_dependents()
-        call, _, g_out, scratch = unpack(pointers, sizes, vector, values, whole)
+        call, _, global_scale, scratch = unpack(pointers, sizes, vector, values, whole)
         thread, _, _ = cute.arch.thread_idx()
         threads, _, _ = cute.arch.block_dim()
         cta, _, _ = cute.arch.block_idx()
@@ -310,7 +309,7 @@ class QuantizeKernel(BlockQuantizer):
             amax = self.warps_max(amax, threads >> 5, Int32(0), shared + WARP)
         scales = dynamic_scales(amax)
         if (thread == 0) & (cta == 0):
-            ops.store_f32(g_out, scales.decode)
+            ops.store_f32(global_scale, scales.decode)
         first = ((chunks - 1) * ctas + cta) * chunk + thread
         for left in cutlass.range(chunks - 1, -1, -1, unroll=1):
             for i in range_constexpr(self.units):
@@ -414,29 +413,29 @@ class QuantizeKernel(BlockQuantizer):
     def __call__(
         self,
         x: cute.Pointer,
-        g_in: cute.Pointer,
+        scale_or_amax: cute.Pointer,
         data: cute.Pointer,
         block_scale: cute.Pointer,
-        g_out: cute.Pointer,
+        global_scale: cute.Pointer,
         scratch: cute.Pointer,
         m: Int32,
         k: Int32,
         x_dtype: Int32,
-        mode: Int32,
+        scaling: Int32,
         out_format: Int32,
         num_sms: Int32,
         stream: cuda.CUstream,
     ):
         """The host function.
 
-        The caller picks the config by the mode; the kernel of another kind would take no notice of
-        it. m >= 0, k >= 1, and m * ceil(k / 64) * 4 < 2**31 - 2**16.
+        The caller picks the config by the scaling, of which the kernel of another kind would take
+        no notice. m >= 0, k >= 1, and m * ceil(k / 64) * 4 < 2**31 - 2**16.
         """
         real_blocks = (k + 15) >> 4
         blocks = real_blocks
         if out_format != OutFormat.LINEAR:
             blocks = ((k + 63) >> 6) * 4
-        pointers = (x, g_in, data, block_scale, g_out, scratch)
+        pointers = (x, scale_or_amax, data, block_scale, global_scale, scratch)
         sizes = (m, k, blocks, real_blocks, out_format == OutFormat.OPERAND)
         pad_items = Int32(0)
         if (out_format == OutFormat.OPERAND) & ((m & 127) != 0):
@@ -451,10 +450,12 @@ class QuantizeKernel(BlockQuantizer):
                 self.launch_whole(pointers, sizes, num_sms, stream, OutFormat.OPERAND)
             else:
                 self.launch_any(
-                    pointers, sizes, pad_items, mode, out_format, num_sms, stream, vector
+                    pointers, sizes, pad_items, scaling, out_format, num_sms, stream, vector
                 )
         else:
-            self.launch_any(pointers, sizes, pad_items, mode, out_format, num_sms, stream, vector)
+            self.launch_any(
+                pointers, sizes, pad_items, scaling, out_format, num_sms, stream, vector
+            )
 
     @cute.jit
     def launch_any(
@@ -462,7 +463,7 @@ class QuantizeKernel(BlockQuantizer):
         pointers,
         sizes,
         pad_items: Int32,
-        mode: Int32,
+        scaling: Int32,
         out_format: Int32,
         num_sms: Int32,
         stream: cuda.CUstream,
@@ -471,14 +472,14 @@ class QuantizeKernel(BlockQuantizer):
         """Launches the kernel that is compiled for these loads and these outputs."""
         if vector:
             if out_format == OutFormat.VALUES:
-                self.launch(pointers, sizes, pad_items, mode, num_sms, stream, True, True)
+                self.launch(pointers, sizes, pad_items, scaling, num_sms, stream, True, True)
             else:
-                self.launch(pointers, sizes, pad_items, mode, num_sms, stream, True, False)
+                self.launch(pointers, sizes, pad_items, scaling, num_sms, stream, True, False)
         else:
             if out_format == OutFormat.VALUES:
-                self.launch(pointers, sizes, pad_items, mode, num_sms, stream, False, True)
+                self.launch(pointers, sizes, pad_items, scaling, num_sms, stream, False, True)
             else:
-                self.launch(pointers, sizes, pad_items, mode, num_sms, stream, False, False)
+                self.launch(pointers, sizes, pad_items, scaling, num_sms, stream, False, False)
 
     @cute.jit
     def launch(
@@ -486,7 +487,7 @@ class QuantizeKernel(BlockQuantizer):
         pointers,
         sizes,
         pad_items: Int32,
-        mode: Int32,
+        scaling: Int32,
         num_sms: Int32,
         stream: cuda.CUstream,
         vector: cutlass.Constexpr,
@@ -499,9 +500,9 @@ class QuantizeKernel(BlockQuantizer):
         if const_expr(self.config.kind == "flat"):
             divisor = cute.FastDivmodDivisorV2(blocks)
             ctas = ceil_div(units, self.threads * self.units) + ceil_div(pad_items, self.threads)
-            per_row = (mode == Mode.ROWS_GIVEN) | (mode == Mode.ROWS_AMAX)
+            per_row = (scaling == Scaling.STATIC_ROWS) | (scaling == Scaling.AMAX_ROWS)
             limits |= {"grid": [cutlass.max(ctas, 1), 1, 1], "block": [self.threads, 1, 1]}
-            if (mode == Mode.SCALAR_AMAX) | (mode == Mode.ROWS_AMAX):
+            if (scaling == Scaling.AMAX) | (scaling == Scaling.AMAX_ROWS):
                 kernel = self.flat_kernel(pointers, sizes, divisor, per_row, True, vector, values)
                 kernel.launch(**limits)
             else:
@@ -698,11 +699,13 @@ def ceil_div(a, b):
 
 
 def unpack(pointers, sizes, vector: bool, values: bool, whole: OutFormat | None = None):
-    """A kernel's arguments: (Call, address of g_in, of g_out, of scratch)."""
-    x, g_in, data, block_scale, g_out, scratch = (pointer.toint() for pointer in pointers)
+    """A kernel's arguments: (Call, address of scale_or_amax, of global_scale, of scratch)."""
+    x, scale_or_amax, data, block_scale, global_scale, scratch = (
+        pointer.toint() for pointer in pointers
+    )
     m, k, blocks, real_blocks, swizzled = sizes
     call = Call(x, data, block_scale, m, k, blocks, real_blocks, swizzled, vector, values, whole)
-    return call, g_in, g_out, scratch
+    return call, scale_or_amax, global_scale, scratch
 
 
 def message_address(scratch: Int64, to: Int32, sender: Int32, ctas: Int32) -> Int64:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `linear`: checks what the user gave, once, and runs the operation."""
 
-from typing import Literal
-
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import checks
 from jax_nvfp4.ops.checks import ActivationScale
 from jax_nvfp4.ops.linear import primitive
 from jax_nvfp4.ops.linear.sharding import placement
-from jax_nvfp4.ops.linear.spec import LinearSpec
+from jax_nvfp4.ops.linear.spec import LinearSpec, Operands
 from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -51,6 +50,24 @@ def linear(
         TypeError: an argument has a type or dtype that is not taken.
         ValueError: shapes do not go together, or activation_scale has an unknown value.
     """
+    operands, spec = checked(x, weight, bias, activation_scale, out_dtype, batch_invariant)
+    (y,) = typed.call(
+        lambda operands: (primitive.linear(operands, spec),),
+        (operands,),
+        lambda: placement(operands.x, operands.data, spec.n),
+    )
+    return y
+
+
+def checked(
+    x: ArrayLike,
+    weight: Nvfp4Tensor | RepackedWeight,
+    bias: ArrayLike | None,
+    activation_scale: ActivationScale,
+    out_dtype: DTypeLike | None,
+    batch_invariant: bool,
+) -> tuple[Operands, LinearSpec]:
+    """Checks the arguments of `linear`, raising as it says; returns what the primitive takes."""
     x = checks.as_float_array("x", x, min_ndim=1)
     n, arch = _check_weight(weight, x.shape[-1])
     if bias is not None:
@@ -61,23 +78,18 @@ def linear(
                 f"got {bias.shape}"
             )
     out_dtype = x.dtype if out_dtype is None else checks.float_dtype("out_dtype", out_dtype)
-    mode, given = _activation(activation_scale)
+    scaling, static_scale = _scaling(activation_scale)
     spec = LinearSpec(
         arch=arch,
         n=n,
         k=x.shape[-1],
-        activation=mode,
+        scaling=scaling,
         has_bias=bias is not None,
         out_dtype=out_dtype.name,
         batch_invariant=bool(batch_invariant),
     )
-    leaves = (weight.data, weight.block_scale, weight.global_scale)
-    (y,) = typed.call(
-        lambda x, leaves, bias, given: (primitive.linear(x, leaves, bias, given, spec),),
-        (x, leaves, bias, given),
-        lambda: placement(x, weight.data, n),
-    )
-    return y
+    parts = (weight.data, weight.block_scale, weight.global_scale)
+    return Operands(x, *parts, bias, static_scale), spec
 
 
 def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, str | None]:
@@ -106,20 +118,18 @@ def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, st
     return n, weight.arch if isinstance(weight, RepackedWeight) else None
 
 
-def _activation(
-    activation_scale: ActivationScale,
-) -> tuple[Literal["tensor", "token", "static"] | None, jax.Array | None]:
-    """The quantization mode of x, and the scale given for it."""
+def _scaling(activation_scale: ActivationScale) -> tuple[Scaling, jax.Array | None]:
+    """How x is quantized, and its global scale where that is static."""
     if activation_scale is None:
-        return None, None
+        return Scaling.NONE, None
     if isinstance(activation_scale, str):
-        if activation_scale not in ("tensor", "token"):
+        if activation_scale not in checks.DYNAMIC:
             raise ValueError(
                 f'activation_scale must be "token", "tensor", a float32 scalar or None; '
                 f"got {activation_scale!r}"
             )
-        return activation_scale, None
-    given = checks.as_scale("activation_scale", activation_scale)
-    if given.ndim:
-        raise ValueError(f"activation_scale must be a scalar; got shape {given.shape}")
-    return "static", given
+        return checks.DYNAMIC[activation_scale], None
+    global_scale = checks.as_scale("activation_scale", activation_scale)
+    if global_scale.ndim:
+        raise ValueError(f"activation_scale must be a scalar; got shape {global_scale.shape}")
+    return Scaling.STATIC, global_scale

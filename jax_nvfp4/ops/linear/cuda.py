@@ -6,11 +6,12 @@ import jax.numpy as jnp
 
 from jax_nvfp4 import custom_calls, numerics
 from jax_nvfp4.config import GemmProblem, select, serves
-from jax_nvfp4.config.quantize import OutFormat, select_quantize
+from jax_nvfp4.config.enums import OutFormat, Scaling
+from jax_nvfp4.config.quantize import select_quantize
 from jax_nvfp4.layout.weights import K_MULTIPLE, pack_weight
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.reference import reference
-from jax_nvfp4.ops.linear.spec import LinearSpec, split
+from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize import cuda as quantize_cuda
 
 ONE_CALL_ELEMENTS = 1 << 19
@@ -26,21 +27,21 @@ bit for bit.
 
 def _operand_dtype(x: jax.Array, spec: LinearSpec, arch: str) -> str:
     """The element type of x that the GEMM of `arch` takes."""
-    if spec.activation is None:
+    if spec.scaling == Scaling.NONE:
         return "float16" if x.dtype == jnp.float16 else "bfloat16"
     return "bfloat16" if arch == "sm_90a" else "e2m1"
 
 
 def _operand(
-    x: jax.Array, given: tuple[jax.Array, ...], spec: LinearSpec, arch: str
+    x: jax.Array, scale_or_amax: jax.Array | None, spec: LinearSpec, arch: str
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """x as the GEMM of `arch` takes it: values or codes, block scales, global scale."""
     x_dtype = _operand_dtype(x, spec, arch)
-    if spec.activation is None:
+    if spec.scaling == Scaling.NONE:
         return numerics.pad_last(x.astype(x_dtype), K_MULTIPLE), None, None
     out_format = OutFormat.for_gemm(x_dtype)
     x, scales, x_scale = quantize_cuda.kernel(
-        x, *given, mode=spec.activation, arch=arch, out_format=out_format
+        x, scale_or_amax, scaling=spec.scaling, arch=arch, out_format=out_format
     )
     return x, scales if x_dtype == "e2m1" else None, x_scale
 
@@ -56,34 +57,34 @@ def _weight_only_by_xla(x: jax.Array, spec: LinearSpec, arch: str) -> bool:
     Blackwell's tensor cores multiply 4-bit by 4-bit operands; its kernels for 16-bit x, where there
     are any, are for few rows.
     """
-    if spec.activation is not None or arch == "sm_90a":
+    if spec.scaling != Scaling.NONE or arch == "sm_90a":
         return False
     return not serves(_problem(x, _operand_dtype(x, spec, arch), spec, arch), device.num_sms(arch))
 
 
-def cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+def cuda(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     """Calls the kernels that serve a matrix x; where there are none, the reference."""
-    x, (data, block_scale, w_scale), bias, given = split(operands, spec)
+    x, data, block_scale, w_scale, bias, scale_or_amax = spec.operands(flat)
     arch = device.kernel_arch(spec.arch)
     if arch is None or 0 in (*x.shape, spec.n) or _weight_only_by_xla(x, spec, arch):
-        return reference(*operands, spec=spec)
+        return reference(*flat, spec=spec)
     if spec.arch is None:
         data, block_scale = pack_weight(arch, data, block_scale)
     sms = device.num_sms(arch)
     out_dtype = jnp.dtype(spec.out_dtype)
     x_dtype = _operand_dtype(x, spec, arch)
     config, split_k = select(_problem(x, x_dtype, spec, arch), sms)
-    if spec.activation is not None and x.size <= ONE_CALL_ELEMENTS:
-        mode = quantize_cuda.kernel_mode(x, given, spec.activation)
+    if spec.scaling != Scaling.NONE and x.size <= ONE_CALL_ELEMENTS:
+        scaling = quantize_cuda.kernel_scaling(x.shape, scale_or_amax, spec.scaling)
         y = custom_calls.linear_call(
             x,
-            given[0] if given else None,
+            scale_or_amax,
             data,
             block_scale,
             w_scale,
             bias,
-            quantize_config=select_quantize(arch, x.dtype.name, mode),
-            mode=mode,
+            quantize_config=select_quantize(arch, x.dtype.name, scaling),
+            scaling=scaling,
             gemm_config=config,
             split_k=split_k,
             n=spec.n,
@@ -91,7 +92,7 @@ def cuda(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
             num_sms=sms,
         )
         return [y]
-    x, scales, x_scale = _operand(x, given, spec, arch)
+    x, scales, x_scale = _operand(x, scale_or_amax, spec, arch)
     y = custom_calls.gemm_call(
         x,
         scales,

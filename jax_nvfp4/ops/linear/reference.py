@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.layout.weights import unpack_weight
-from jax_nvfp4.ops.linear.spec import LinearSpec, split
+from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize.reference import scales
 
 
@@ -39,19 +40,20 @@ def _dot(x: jax.Array, w: jax.Array, values: Any) -> jax.Array:
     return lax.platform_dependent(x, w, cpu=wide, default=narrow)
 
 
-def reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+def reference(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     """Computes `alpha * (x_q @ w_q.T) + bias` of a matrix x, in float32, rounded once."""
-    x, weight, bias, given = split(operands, spec)
-    data, block_scale, w_scale = canonical(weight, spec)
+    operands = spec.operands(flat)
+    x = operands.x
+    data, block_scale, w_scale = canonical(operands.weight, spec)
     w = numerics.block_values(data, block_scale)[:, : spec.k]
 
-    if spec.activation is None:
+    if spec.scaling == Scaling.NONE:
         values = jnp.dtype(jnp.float16 if x.dtype == jnp.float16 else jnp.bfloat16)
         x = x.astype(values).astype(jnp.float32)
         alpha = w_scale
     else:
         values = jnp.dtype(jnp.bfloat16)
-        encode, decode, x_scale = scales(x, *given, mode=spec.activation)
+        encode, decode, x_scale = scales(x, operands.scale_or_amax, scaling=spec.scaling)
         x = numerics.block_values(*numerics.quantize(x, encode, decode))[:, : spec.k]
         alpha = (x_scale if x_scale.ndim == 0 else x_scale[:, None]) * w_scale
 
@@ -61,7 +63,7 @@ def reference(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     else:
         acc = _dot(x, w, values)
     y = alpha * acc
-    return [with_bias(y, bias, spec)]
+    return [with_bias(y, operands.bias, spec)]
 
 
 def with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Array:
@@ -69,4 +71,4 @@ def with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Arr
     if bias is None:
         return y.astype(spec.out_dtype)
     bias = bias.astype(jnp.float32)
-    return numerics.add_rounding_once(numerics.rounded(y), bias, spec.out_dtype)
+    return numerics.add_rounding_once(numerics.computed_once(y), bias, spec.out_dtype)

@@ -12,20 +12,20 @@ from jax_nvfp4 import numerics
 from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.ops.linear.reference import with_bias
-from jax_nvfp4.ops.linear.spec import LinearSpec, joined, split
+from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize import scale
 from jax_nvfp4.ops.sharding import partition
 from jax_nvfp4.ops.sharding.typed import Placement, entries
 
 
-def factors(*operands: Any, spec: LinearSpec) -> partition.Factors:
+def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     """Rows of x and of the weight may be divided; K where each device's part is whole blocks.
 
     The order of a repacked weight mixes the rows of a tile and the columns: it is divided by whole
     tiles along the rows, and not along K. Sums over devices would come in an order that may depend
     on the number of rows, and are not for `batch_invariant`.
     """
-    x, (data, block_scale, w_scale), bias, given = split(operands, spec)
+    x, data, block_scale, w_scale, bias, scale_or_amax = spec.operands(flat)
     in_order = spec.arch in (None, REFERENCE)
     of_x = partition.leading(x)
     sizes = dict(zip(of_x, x.shape, strict=False))
@@ -64,7 +64,7 @@ def factors(*operands: Any, spec: LinearSpec) -> partition.Factors:
             tuple(of_scales),
             (rows,) if w_scale.ndim else (),
             *([(rows,)] if bias is not None else []),
-            *(of_x if g.ndim else () for g in given),
+            *([tuple(of_x) if scale_or_amax.ndim else ()] if scale_or_amax is not None else []),
         ),
         results=((*of_x, rows),),
         sizes=sizes,
@@ -74,34 +74,33 @@ def factors(*operands: Any, spec: LinearSpec) -> partition.Factors:
 
 def part(
     bind: Callable[..., Any],
-    operands: tuple[jax.Array, ...],
+    flat: tuple[jax.Array, ...],
     *,
     axes: partition.Axes,
     parts: Mapping[str, int],
     spec: LinearSpec,
 ) -> list[jax.Array]:
     """A device's part of y. Partial sums along K are float32; the bias is added to their sum."""
-    x, weight, bias, given = split(operands, spec)
+    operands = spec.operands(flat)
     over_k = axes.get("blocks", ())
-    mode = spec.activation
-    if mode is not None:
-        given, mode = scale.of_part(x, given, mode, axes)
+    scale_or_amax, scaling = scale.of_part(operands.x, operands.scale_or_amax, spec.scaling, axes)
+    operands = operands._replace(scale_or_amax=scale_or_amax)
     part = dataclasses.replace(
         spec,
         n=spec.n // parts.get("n", 1),
         k=spec.k // parts.get("blocks", 1),
-        activation=mode,
+        scaling=scaling,
     )
     if not over_k:
-        return bind(*joined(x, weight, bias, given), spec=part)
+        return bind(*operands.flat(), spec=part)
     part = dataclasses.replace(part, has_bias=False, out_dtype="float32")
-    (partial,) = bind(*joined(x, weight, None, given), spec=part)
+    (partial,) = bind(*operands._replace(bias=None).flat(), spec=part)
     y = lax.psum(partial, over_k)
-    return [with_bias(y, bias, spec)]
+    return [with_bias(y, operands.bias, spec)]
 
 
 def placement(x: jax.Array, data: jax.Array, n: int) -> Placement:
-    """Where y is: with the rows of x and those of the weight.
+    """Places y with the rows of x and those of the weight.
 
     Args:
         x: (..., K).

@@ -1,15 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is static in a call of `linear`, and the order of its operands."""
+"""The operands of a call of `linear`, and what is static in it."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops.quantize import scale
-from jax_nvfp4.ops.quantize.reference import Mode
+
+
+class Operands(NamedTuple):
+    """The operands of the primitive by name, or something else of each: an aval, a tangent.
+
+    Attributes:
+        x: (..., K).
+        data: codes of the weight, in the order of `LinearSpec.arch`.
+        block_scale: block scales of the weight, likewise.
+        w_scale: global scale of the weight, () or (N,).
+        bias: (N,), or None.
+        scale_or_amax: the global scale (STATIC) or the amax (AMAX) of x, () or (...); else None.
+    """
+
+    x: Any
+    data: Any
+    block_scale: Any
+    w_scale: Any
+    bias: Any | None
+    scale_or_amax: Any | None
+
+    @property
+    def weight(self) -> tuple[Any, Any, Any]:
+        """The parts of the weight."""
+        return self.data, self.block_scale, self.w_scale
+
+    def flat(self) -> tuple[Any, ...]:
+        """Those that are there, in order: what the primitive is bound to."""
+        return tuple(operand for operand in self if operand is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +49,8 @@ class LinearSpec:
         arch: the order the weight is in; None: canonical, to be repacked in the graph as needed.
         n: logical rows of the weight.
         k: logical columns of the weight.
-        activation: the mode of quantization of x, or None (weight-only).
-        has_bias: whether there is a bias operand.
+        scaling: how x is quantized; NONE: it is not (weight-only).
+        has_bias: there is a bias operand.
         out_dtype: name of the result's dtype.
         batch_invariant: a row of the result has the same bits whatever the other rows.
     """
@@ -29,36 +58,30 @@ class LinearSpec:
     arch: str | None
     n: int
     k: int
-    activation: Mode | None
+    scaling: Scaling
     has_bias: bool
     out_dtype: str
     batch_invariant: bool
 
-
-def joined(
-    x: Any, weight: tuple[Any, Any, Any], bias: Any | None, given: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """The operands of the primitive, in order; the inverse of `split`."""
-    return (x, *weight, *(() if bias is None else (bias,)), *given)
-
-
-def split(
-    operands: tuple[Any, ...], spec: LinearSpec
-) -> tuple[Any, tuple[Any, Any, Any], Any | None, tuple[Any, ...]]:
-    """Operands of the primitive as (x, weight, bias or None, (given,) or ())."""
-    x, data, block_scale, global_scale, *rest = operands
-    bias = rest.pop(0) if spec.has_bias else None
-    return x, (data, block_scale, global_scale), bias, tuple(rest)
+    def operands(self, flat: tuple[Any, ...]) -> Operands:
+        """The operands by name, of those that the primitive is bound to; undoes `flat`."""
+        x, data, block_scale, w_scale, *rest = flat
+        bias = rest.pop(0) if self.has_bias else None
+        scale_or_amax = rest.pop(0) if self.scaling.given else None
+        return Operands(x, data, block_scale, w_scale, bias, scale_or_amax)
 
 
 def of_matrix(function: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array]]:
     """An implementation for a matrix x as one for an x with any leading axes."""
 
-    def implementation(*operands: jax.Array, spec: LinearSpec) -> list[jax.Array]:
-        x, weight, bias, given = split(operands, spec)
-        *rows, k = x.shape
-        matrix = x.reshape(math.prod(rows), k)
-        (y,) = function(*joined(matrix, weight, bias, scale.flat(given)), spec=spec)
+    def implementation(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
+        operands = spec.operands(flat)
+        *rows, k = operands.x.shape
+        matrix = operands._replace(
+            x=operands.x.reshape(math.prod(rows), k),
+            scale_or_amax=scale.flat(operands.scale_or_amax),
+        )
+        (y,) = function(*matrix.flat(), spec=spec)
         return [y.reshape(*rows, spec.n)]
 
     return implementation

@@ -7,10 +7,10 @@ import jax
 from jax.typing import ArrayLike
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import checks
-from jax_nvfp4.ops.checks import Scaling
+from jax_nvfp4.ops.checks import DynamicScaling
 from jax_nvfp4.ops.quantize import primitive
-from jax_nvfp4.ops.quantize.reference import Mode
 from jax_nvfp4.ops.quantize.sharding import placement
 from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.tensor import Nvfp4Tensor
@@ -19,7 +19,7 @@ from jax_nvfp4.tensor import Nvfp4Tensor
 def quantize(
     x: ArrayLike,
     *,
-    scaling: Scaling = "tensor",
+    scaling: DynamicScaling = "tensor",
     global_scale: ArrayLike | None = None,
 ) -> Nvfp4Tensor:
     """Quantizes to NVFP4, in blocks of 16 along the last axis.
@@ -44,28 +44,26 @@ def quantize(
             neither () nor that of the rows.
     """
     x = checks.as_float_array("x", x, min_ndim=1)
-    checks.check_scaling("scaling", scaling)
+    how = checks.dynamic_scaling("scaling", scaling)
     rows, k = x.shape[:-1], x.shape[-1]
-    mode: Mode = scaling
-    given = None
+    static_scale = None
     if global_scale is not None:
-        mode = "static"
-        given = checks.as_scale("global_scale", global_scale)
-        if given.shape not in ((), rows):
+        how, static_scale = Scaling.STATIC, checks.as_scale("global_scale", global_scale)
+        if static_scale.shape not in ((), rows):
             raise ValueError(
                 f"global_scale must be a scalar or have the rows of x, {rows}; "
-                f"got shape {given.shape}"
+                f"got shape {static_scale.shape}"
             )
 
     parts = typed.call(
-        functools.partial(primitive.quantize, mode=mode),
-        (x, given),
-        lambda: placement(x, given, scaling == "token"),
+        functools.partial(primitive.quantize, scaling=how),
+        (x, static_scale),
+        lambda: placement(x, static_scale, how == Scaling.TOKEN),
     )
     return Nvfp4Tensor(*parts, k=k, dtype=x.dtype)
 
 
-def global_scale(x: ArrayLike, scaling: Scaling = "tensor") -> jax.Array:
+def global_scale(x: ArrayLike, scaling: DynamicScaling = "tensor") -> jax.Array:
     """The global scale that `quantize` would use; traceable.
 
     Args:
@@ -80,6 +78,6 @@ def global_scale(x: ArrayLike, scaling: Scaling = "tensor") -> jax.Array:
         ValueError: x is a scalar, or scaling has an unknown value.
     """
     x = checks.as_float_array("x", x, min_ndim=1)
-    checks.check_scaling("scaling", scaling)
-    largest = numerics.amax(x, axis=-1 if scaling == "token" else None)
+    per_row = checks.dynamic_scaling("scaling", scaling) == Scaling.TOKEN
+    largest = numerics.amax(x, axis=-1 if per_row else None)
     return numerics.dynamic_scales(largest)[1]

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a global scale when the rows of x are joined, divided over devices or batched."""
+"""What becomes of a global scale when the rows of x are joined, divided over devices or batched.
+
+`scale_or_amax` is the operand of STATIC and AMAX scaling: the global scale, or the amax of data of
+which x is a part. It is None for the other scalings.
+"""
 
 from typing import Any
 
@@ -8,19 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import primitive
-from jax_nvfp4.ops.quantize.reference import Mode
 from jax_nvfp4.ops.sharding import partition
 
 
-def flat(given: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """A given scale, if any, for the rows of x as a matrix."""
-    return tuple(g.reshape(-1) if g.ndim else g for g in given)
+def flat(scale_or_amax: jax.Array | None) -> jax.Array | None:
+    """The operand for the rows of x as a matrix."""
+    return (
+        scale_or_amax.reshape(-1)
+        if scale_or_amax is not None and scale_or_amax.ndim
+        else (scale_or_amax)
+    )
 
 
 def of_part(
-    x: jax.Array, given: tuple[jax.Array, ...], mode: Mode, axes: partition.Axes
-) -> tuple[tuple[jax.Array, ...], Mode]:
+    x: jax.Array, scale_or_amax: jax.Array | None, scaling: Scaling, axes: partition.Axes
+) -> tuple[jax.Array | None, Scaling]:
     """The scale with which a device quantizes its part of x to the bits of the whole.
 
     An amax is exchanged for per-tensor scaling of divided rows and for any dynamic scaling of
@@ -28,52 +36,59 @@ def of_part(
 
     Args:
         x: the part.
-        given: the scale of the whole, or of the part's rows, if any.
-        mode: of the quantization of the whole.
+        scale_or_amax: that of the whole, or of the part's rows, if any.
+        scaling: of the whole.
         axes: mesh axes over which x is divided.
 
     Returns:
-        `given` and `mode` for the part: an amax that is not that of the part alone is given.
+        `scale_or_amax` and `scaling` for the part: an amax that is not that of the part alone is
+        an operand.
     """
     columns = axes.get("blocks", ())
     rows = partition.mesh_axes(axes, partition.leading(x))
-    shared = (*rows, *columns) if mode == "tensor" else columns if mode == "token" else ()
+    if scaling == Scaling.TENSOR:
+        shared, axis = (*rows, *columns), None
+    elif scaling == Scaling.TOKEN:
+        shared, axis = columns, -1
+    else:
+        shared = ()
     if not shared:
-        return given, mode
-    largest = numerics.amax(x, axis=-1 if mode == "token" else None)
-    return (lax.pmax(largest, shared),), "amax"
+        return scale_or_amax, scaling
+    return lax.pmax(numerics.amax(x, axis=axis), shared), Scaling.AMAX
 
 
 def with_batch(
-    args: tuple[Any, ...], dims: tuple[int | None, ...], mode: Mode
-) -> tuple[jax.Array, tuple[jax.Array, ...], Mode]:
-    """Makes a batch axis the first axis of x and of its given scale.
+    operands: tuple[Any, Any | None], dims: tuple[int | None, int | None], scaling: Scaling
+) -> tuple[jax.Array, jax.Array | None, Scaling]:
+    """Makes a batch axis the first axis of x and of its scale or amax.
 
     Args:
-        args: x (..., K), and perhaps the given scale, with a batch axis where `dims` says so.
+        operands: x (..., K), and the scale or amax if any, with a batch axis where `dims` says so.
         dims: the batch axis of each, or None.
-        mode: the mode of each element of the batch.
+        scaling: that of each element of the batch.
 
     Returns:
-        x of shape (B, ..., K), the given scale of shape () or (B, ...) if any, and the mode that
-        quantizes those rows to the same bits.
+        x of shape (B, ..., K), the scale or amax of shape () or (B, ...) if any, and the scaling
+        that quantizes those rows to the same bits.
     """
-    size = primitive.batch_size(args, dims)
-    x = primitive.to_front(args[0], dims[0])
-    if dims[0] is None:
+    x, scale_or_amax = operands
+    x_dim, dim = dims
+    present = [(x, x_dim)] + ([] if scale_or_amax is None else [(scale_or_amax, dim)])
+    size = primitive.batch_size(*zip(*present, strict=True))
+    x = primitive.to_front(x, x_dim)
+    if x_dim is None:
         x = jnp.broadcast_to(x, (size, *x.shape))
-    given = [primitive.to_front(a, d) for a, d in zip(args[1:], dims[1:], strict=True)]
-    mapped = [d is not None for d in dims[1:]]
-    if mode == "tensor":
-        given, mapped, mode = [amax_of_each(x)], [True], "amax"
     rows = x.shape[:-1]
-
-    def for_rows(scale: jax.Array, mapped: bool) -> jax.Array:
-        if mapped and scale.ndim == 1:  # one for each element of the batch
-            scale = scale.reshape(size, *[1] * (len(rows) - 1))
-        return jnp.broadcast_to(scale, rows) if scale.ndim else scale
-
-    return x, tuple(map(for_rows, given, mapped)), mode
+    if scaling == Scaling.TENSOR:
+        scale_or_amax, dim, scaling = amax_of_each(x), 0, Scaling.AMAX
+    if scale_or_amax is None:
+        return x, None, scaling
+    scale_or_amax = primitive.to_front(scale_or_amax, dim)
+    if dim is not None and scale_or_amax.ndim == 1:  # one for each element of the batch
+        scale_or_amax = scale_or_amax.reshape(size, *[1] * (len(rows) - 1))
+    if scale_or_amax.ndim:
+        scale_or_amax = jnp.broadcast_to(scale_or_amax, rows)
+    return x, scale_or_amax, scaling
 
 
 def amax_of_each(x: jax.Array) -> jax.Array:
