@@ -16,6 +16,9 @@ and with it the code 7 everywhere, which is what the formula gives and what Blac
 instruction stores for a NaN. Elements with |x| < 2**-100 count as zeros of their sign, so that no
 step depends on how a backend treats float32 subnormals.
 
+The block scales of `jax_nvfp4.search`, which are chosen by the error they leave, replace `s` in the
+last line and nothing else.
+
 Every operation here gives the same bits on every XLA backend: products are single float32
 multiplications that feed no addition (nothing to contract into an fma), and quotients go through
 `divide`, since XLA may lower a float division to an approximate one or rewrite `1 / (a / b)`.
@@ -129,6 +132,18 @@ def _magnitude_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits < _SMALLEST_BITS, 0, bits)
 
 
+def magnitude(x: jax.Array) -> jax.Array:
+    """The magnitudes that are quantized: |x| as float32, 0 below 2**-100.
+
+    Args:
+        x: any floating dtype.
+
+    Returns:
+        float32 of the shape of x.
+    """
+    return lax.bitcast_convert_type(_magnitude_bits(x), jnp.float32)
+
+
 def amax(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """The largest magnitude among the finite elements.
 
@@ -144,18 +159,21 @@ def amax(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     return lax.bitcast_convert_type(jnp.max(finite, axis=axis, initial=0), jnp.float32)
 
 
-def dynamic_scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+def dynamic_scales(
+    largest: jax.Array, block_scale_max: float = E4M3_MAX
+) -> tuple[jax.Array, jax.Array]:
     """Encode scale and global scale of data with this amax.
 
     Args:
         largest: float32, from `amax`.
+        block_scale_max: the block scale that a block with this amax gets.
 
     Returns:
         (S, D), float32 of the shape of `largest`.
     """
     one = jnp.ones_like(largest)
     safe = jnp.where(largest == 0, one, largest)
-    encode = jnp.where(largest == 0, one, divide(jnp.float32(E4M3_MAX * E2M1_MAX), safe))
+    encode = jnp.where(largest == 0, one, divide(jnp.float32(block_scale_max * E2M1_MAX), safe))
     return encode, divide(one, encode)
 
 
@@ -209,20 +227,20 @@ def e4m3_decode(bits: jax.Array) -> jax.Array:
     return jnp.where(bits >= 0x80, -value, value)
 
 
-def e2m1_encode(magnitude: jax.Array) -> jax.Array:
+def e2m1_encode(value: jax.Array) -> jax.Array:
     """Rounds magnitudes to e2m1, to nearest, ties to the even code, saturating at 6.
 
     Args:
-        magnitude: float32, not negative; Inf saturates, NaN gives 7.
+        value: float32, not negative; Inf saturates, NaN gives 7.
 
     Returns:
         uint8 codes in 0..7 (no sign bit).
     """
     # Each midpoint between neighbors is passed on reaching it where the upper code is even,
     # and on exceeding it where the upper code is odd. "Not below" makes a NaN pass all of them.
-    code = jnp.zeros(magnitude.shape, jnp.uint8)
+    code = jnp.zeros(value.shape, jnp.uint8)
     for lower, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
-        below = magnitude < midpoint if lower % 2 else magnitude <= midpoint
+        below = value < midpoint if lower % 2 else value <= midpoint
         code = code + (~below).astype(jnp.uint8)
     return code
 
@@ -237,8 +255,8 @@ def e2m1_decode(code: jax.Array) -> jax.Array:
         float32 in {0, .5, 1, 1.5, 2, 3, 4, 6} with the sign (of zero, too).
     """
     code = code.astype(jnp.int32)
-    magnitude = code & 7
-    twice = jnp.where(magnitude < 2, magnitude, (2 + (code & 1)) << ((magnitude >> 1) - 1))
+    index = code & 7
+    twice = jnp.where(index < 2, index, (2 + (code & 1)) << ((index >> 1) - 1))
     value = twice.astype(jnp.float32) * 0.5
     return jnp.where(code >= 8, -value, value)
 
@@ -286,27 +304,89 @@ def quantize(x: jax.Array, encode: jax.Array, decode: jax.Array) -> tuple[jax.Ar
     Returns:
         (data, block_scale): uint8 (..., ceil(K/16)*8) and float8_e4m3fn (..., ceil(K/16)).
     """
+    blocks = as_blocks(x)
+    return encode_blocks(blocks, block_scale_bits(scaled_amax(blocks, encode)), decode)
+
+
+def as_blocks(x: jax.Array) -> jax.Array:
+    """The blocks of each row, the last one padded with zeros.
+
+    Args:
+        x: (..., K) of any floating dtype.
+
+    Returns:
+        float32 (..., ceil(K/16), 16).
+    """
     x = pad_last(x.astype(jnp.float32), BLOCK)
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    magnitude = _magnitude_bits(blocks)
-    largest_bits = jnp.max(magnitude, axis=-1, initial=0)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
+def scaled_amax(blocks: jax.Array, encode: jax.Array) -> jax.Array:
+    """The amax of each block as a multiple of 6 * D, which is its block scale before rounding.
+
+    Args:
+        blocks: float32 (..., blocks, 16).
+        encode: S, float32, broadcast against the rows.
+
+    Returns:
+        float32 (..., blocks), `block_amax * (S * (1/6))`; NaN where a block holds a NaN or an Inf.
+    """
+    largest_bits = jnp.max(_magnitude_bits(blocks), axis=-1, initial=0)
     bad = largest_bits >= _INF_BITS
     largest = lax.bitcast_convert_type(jnp.where(bad, 0, largest_bits), jnp.float32)
-
     scaled = largest * (encode * jnp.float32(1 / 6))[..., None]
-    scaled = jnp.where(bad, jnp.float32(jnp.nan), jnp.minimum(scaled, E4M3_MAX))
-    scale_bits = e4m3_encode(scaled)
+    return jnp.where(bad, jnp.float32(jnp.nan), scaled)
+
+
+def block_scale_bits(scaled: jax.Array) -> jax.Array:
+    """Block scales, rounded to e4m3 and saturated at 448.
+
+    Args:
+        scaled: float32, not negative, or NaN.
+
+    Returns:
+        uint8 bits of float8_e4m3fn.
+    """
+    return e4m3_encode(jnp.minimum(scaled, E4M3_MAX))
+
+
+def block_codes(blocks: jax.Array, scale_bits: jax.Array, decode: jax.Array) -> jax.Array:
+    """The codes of the magnitudes of blocks under given block scales.
+
+    Args:
+        blocks: float32 (..., blocks, 16).
+        scale_bits: uint8 (..., blocks), bits of non-negative e4m3 scales or NaN.
+        decode: D, float32, broadcast against the rows.
+
+    Returns:
+        uint8 (..., blocks, 16) in 0..7; 7 under a scale or a D that is NaN.
+    """
     scale = e4m3_decode(scale_bits)
     denominator = scale * decode[..., None]
     usable = denominator > 0
     inverse = divide(jnp.float32(1), jnp.where(usable, denominator, jnp.float32(1)))
     inverse = jnp.where(usable, inverse, jnp.where(scale == 0, jnp.float32(FLT_MAX), jnp.nan))
+    return e2m1_encode(magnitude(blocks) * inverse[..., None])
 
-    codes = e2m1_encode(lax.bitcast_convert_type(magnitude, jnp.float32) * inverse[..., None])
+
+def encode_blocks(
+    blocks: jax.Array, scale_bits: jax.Array, decode: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Quantizes blocks with given block scales.
+
+    Args:
+        blocks: float32 (..., blocks, 16).
+        scale_bits: uint8 (..., blocks), bits of non-negative e4m3 scales or NaN.
+        decode: D, float32, broadcast against the rows.
+
+    Returns:
+        (data, block_scale): uint8 (..., blocks*8) and float8_e4m3fn (..., blocks).
+    """
+    codes = block_codes(blocks, scale_bits, decode)
     negative = lax.bitcast_convert_type(blocks, jnp.int32) < 0
-    signed = negative & ~jnp.isnan(inverse)[..., None]
+    signed = negative & ~jnp.isnan(e4m3_decode(scale_bits) * decode[..., None])[..., None]
     codes = codes | (signed.astype(jnp.uint8) << 3)
-    data = pack(codes.reshape(x.shape))
+    data = pack(codes.reshape(*codes.shape[:-2], codes.shape[-2] * BLOCK))
     return data, lax.bitcast_convert_type(scale_bits, jnp.float8_e4m3fn)
 
 

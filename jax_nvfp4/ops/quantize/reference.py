@@ -5,10 +5,15 @@ import jax
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.search import Search, dynamic_scales
 
 
 def scales(
-    x: jax.Array, scale_or_amax: jax.Array | None = None, *, scaling: Scaling
+    x: jax.Array,
+    scale_or_amax: jax.Array | None = None,
+    *,
+    scaling: Scaling,
+    search: Search | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Encode scale S, decode scale D, and the global scale to report, for each scaling."""
     if scale_or_amax is None:
@@ -17,7 +22,7 @@ def scales(
         return *numerics.static_scales(scale_or_amax), scale_or_amax
     else:
         largest = scale_or_amax
-    encode, decode = numerics.dynamic_scales(largest)
+    encode, decode = dynamic_scales(largest, search)
     return encode, decode, decode
 
 
