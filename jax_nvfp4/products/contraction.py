@@ -70,12 +70,10 @@ def contract(
     if alone:
         x, of_x = x.sum(alone), tuple(a for i, a in enumerate(of_x) if i not in alone)
     _check_sizes(x, of_x, axes.shape(weight.shape), of_kernel)
-    summed = [label for label in of_kernel if label in of_x and label not in of_result]
-    batched = [label for label in of_kernel if label in of_x and label in of_result]
-    _check_sum(axes, weight, of_kernel, summed)
+    _check_sum(axes, weight, of_kernel, [a for a in of_kernel if a in of_x and a not in of_result])
 
     _, free, _ = axes.places(weight.ndim - 2)
-    rows_apart = [p for p in free if of_kernel[p] in batched]
+    rows_apart = [p for p in free if of_kernel[p] in of_x]
     if rows_apart:
         weight, axes = _rows_to_batch(weight, axes, rows_apart)
     batch, free, contracting = axes.places(weight.ndim - 2)
@@ -182,9 +180,9 @@ def _check_sum(
     axes: KernelAxes, weight: Weight, of_kernel: Labels, summed: Sequence[Hashable]
 ) -> None:
     """Refuses a sum over other axes than those that the kernel was quantized for."""
-    batch, _, contracting = axes.places(weight.ndim - 2)
+    _, _, contracting = axes.places(weight.ndim - 2)
     asked = {of_kernel.index(label) for label in summed}
-    if set(contracting) <= asked <= {*contracting, *batch}:
+    if set(contracting) <= asked:
         return
     raise ValueError(
         f"the NVFP4 kernel of shape {axes.shape(weight.shape)} was quantized for products that "
