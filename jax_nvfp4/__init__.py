@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_nvfp4._version import __version__ as __version__
 from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.ops.linear.explain import explain
 from jax_nvfp4.ops.quantize.api import global_scale, quantize
 from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.products.api import dot_general, einsum
@@ -35,6 +36,7 @@ __all__ = [
     "convert",
     "dot_general",
     "einsum",
+    "explain",
     "global_scale",
     "iter_checkpoint",
     "linear",

@@ -13,10 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jax_nvfp4 import numerics
-from jax_nvfp4.config import REFERENCE
-from jax_nvfp4.layout import gated as gated_rows
-from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import packed_shapes, unpack_weight
+from jax_nvfp4.layout.orders import order
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 FLOAT_NAMES = "bfloat16, float16 or float32"
@@ -318,7 +315,7 @@ class RepackedWeight:
     @property
     def _whole_tiles(self) -> bool:
         """Whether no rows are padding, so that the rows of the data are the rows."""
-        return self.arch == REFERENCE or self.n % swizzle.ROWS == 0
+        return order(self.arch).whole_tiles(self.n)
 
     @property
     def ndim(self) -> int:
@@ -339,14 +336,14 @@ class RepackedWeight:
         """The tensor it was made from, the same bits."""
         self.check()
         n = self.shape[-2]
-        data, block_scale = unpack_weight(
-            self.arch, self.data, self.block_scale, n, self.k, gated=self.gated
+        data, block_scale = order(self.arch).unpack(
+            self.data, self.block_scale, n, self.k, gated=self.gated
         )
         global_scale, parts = self.global_scale, self.parts
         if self.gated:
             parts = (n // 2, n // 2)
             if global_scale.ndim == self.ndim - 1:
-                global_scale = gated_rows.deinterleave(self.arch, global_scale, -1, n)
+                global_scale = order(self.arch).gated.deinterleave(global_scale, -1, n)
         return Nvfp4Tensor(
             data,
             block_scale,
@@ -366,16 +363,17 @@ class RepackedWeight:
         """
         _check_dtypes(self, data=jnp.uint8, block_scale=jnp.uint8, global_scale=jnp.float32)
         *lead, n, k = self.shape
-        shapes = packed_shapes(self.arch, n, k, gated=self.gated)
+        in_order = order(self.arch)
+        shapes = in_order.shapes(n, k, gated=self.gated)
         expected = tuple((*lead, *shape) for shape in shapes)
         if (self.data.shape, self.block_scale.shape) != expected:
             raise ValueError(
                 f"a weight of shape {self.shape} repacked for {self.arch} has data and block_scale "
                 f"of shapes {expected[0]} and {expected[1]}; got {self.data.shape} and "
-                f"{self.block_scale.shape} (rows may be divided by whole tiles of {swizzle.ROWS}, "
-                f"columns may not)"
+                f"{self.block_scale.shape} (rows may be divided by whole tiles of "
+                f"{in_order.row_tile}, columns may not)"
             )
-        rows = gated_rows.packed_rows(self.arch, n) if self.gated else n
+        rows = in_order.gated.rows(n) if self.gated else n
         if self.gated and n % 2:
             raise ValueError(f"a gated weight must have gates and as many ups; got {n} rows")
         if self.global_scale.shape not in ((), tuple(lead), (*lead, rows)):
@@ -397,7 +395,8 @@ class RepackedWeight:
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> Self:
         """Rebuilds from the arrays and what is static."""
         arch, n, k, parts, gated, dtype = static
-        return cls(*leaves, arch, n, k, dtype, parts, gated)
+        data, block_scale, global_scale = leaves
+        return cls(data, block_scale, global_scale, arch, n, k, dtype, parts, gated)
 
     def __repr__(self) -> str:
         if not _are_arrays(self):

@@ -22,9 +22,11 @@ import numpy as np
 import jax_nvfp4
 from jax_nvfp4.bench.report import BYTES_PER_WEIGHT, LinearRow, QuantizeRow
 from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, measure, on_gpu, plan
-from jax_nvfp4.config import REFERENCE, GemmProblem, serves
-from jax_nvfp4.config.gemm.select import select
-from jax_nvfp4.ops.device import local_arch, num_sms
+from jax_nvfp4.config import REFERENCE, Scaling
+from jax_nvfp4.ops.device import limits, local_arch
+from jax_nvfp4.ops.linear.plan import LinearPlan
+from jax_nvfp4.ops.linear.plan import plan as plan_linear
+from jax_nvfp4.ops.linear.spec import LinearSpec
 
 CHAIN = 100
 """Calls in the chain that the cost of one is measured with."""
@@ -35,34 +37,29 @@ class NotCredibleError(Exception):
     """A result is wrong, or a time is shorter than the device allows."""
 
 
-def _problem(m: int, n: int, k: int, arch: str, x_dtype: str, invariant: bool) -> GemmProblem:
-    return GemmProblem(m, n, -(-k // 64) * 64, arch, x_dtype, invariant)
-
-
-def _weight_only(m: int, n: int, k: int, invariant: bool = False) -> bool:
-    """Whether 16-bit activations are served, by a kernel or, without any kernels, as all else."""
+def _plan(m: int, n: int, k: int, scaling: Scaling, invariant: bool = False) -> LinearPlan:
+    """What `linear` of bfloat16 runs on this machine."""
     arch = local_arch()
-    if arch == REFERENCE:
-        return True
-    return serves(_problem(m, n, k, arch, "bfloat16", invariant), num_sms(arch))
+    spec = LinearSpec(arch, n, k, scaling, False, "bfloat16", invariant)
+    return plan_linear(spec, m, "bfloat16", arch=arch, limits=limits(arch))
+
+
+def _scaling(m: int, n: int, k: int, invariant: bool = False) -> Scaling:
+    """How to treat activations such that `linear` is one GEMM, where it can be."""
+    by_kernel = _plan(m, n, k, Scaling.NONE, invariant).gemm is not None
+    return Scaling.NONE if by_kernel or local_arch() == REFERENCE else Scaling.TOKEN
 
 
 def _activation(m: int, n: int, k: int, invariant: bool = False) -> Any:
-    """How to treat activations such that `linear` is one GEMM, where it can be."""
-    return None if _weight_only(m, n, k, invariant) else "token"
+    """The same as an argument of `linear`."""
+    return {Scaling.NONE: None, Scaling.TOKEN: "token"}[_scaling(m, n, k, invariant)]
 
 
 def _same_kernel(m: int, n: int, k: int) -> bool:
     """Whether `batch_invariant=True` would run the very same kernel, split alike."""
-    arch = local_arch()
-    if arch == REFERENCE or _weight_only(m, n, k) != _weight_only(m, n, k, invariant=True):
-        return False
-    x_dtype = "bfloat16" if _weight_only(m, n, k) else "e2m1"
-    chosen = [
-        select(_problem(m, n, k, arch, x_dtype, invariant), num_sms(arch))
-        for invariant in (False, True)
-    ]
-    return chosen[0] == chosen[1]
+    plans = [_plan(m, n, k, _scaling(m, n, k, invariant), invariant) for invariant in (False, True)]
+    kernels = [(plan.gemm, plan.split_k, plan.quantize) for plan in plans]
+    return plans[0].gemm is not None and kernels[0] == kernels[1]
 
 
 def _linear(activation: Any, **options: Any) -> Callable[[Any, Any], jax.Array]:
@@ -181,7 +178,7 @@ class Linear:
     def _case(self, compiler: Compiler, m: int, rotate: int) -> _Case:
         n, k = self.n, self.k
         functions = {"w4a4": _linear("token"), "bf16": _dot}
-        if _weight_only(m, n, k):
+        if _scaling(m, n, k) == Scaling.NONE:
             functions["w4a16"] = _linear(None)
         if not _same_kernel(m, n, k):
             activation = _activation(m, n, k, invariant=True)
@@ -255,7 +252,9 @@ class Linear:
     ) -> float:
         """Seconds of a call of a loop, if they are credible and its results right."""
         seconds = loop.seconds(xs, ws)
-        invariant_16 = name == "invariant" and _weight_only(m, self.n, self.k, invariant=True)
+        invariant_16 = (
+            name == "invariant" and _scaling(m, self.n, self.k, invariant=True) == Scaling.NONE
+        )
         exact = name == "w4a16" or invariant_16
         # Rounding of w to bf16 and of y; quantized activations, or plain weights, differ by 10%.
         y = np.asarray(loop.results[0])[_picked(m)]
@@ -416,7 +415,7 @@ class Stack:
         shapes = ((qkv, width), (width, width), (2 * feed_forward, width), (width, feed_forward))
         self._weights = layers * sum(n * k for n, k in shapes)
         ways: dict[str, Callable[[Any, Any], jax.Array]] = {"bf16": _dot, "W4A4": _linear("token")}
-        if all(_weight_only(1, n, k) for n, k in shapes):
+        if all(_scaling(1, n, k) == Scaling.NONE for n, k in shapes):
             ways["W4A16"] = _linear(None)
 
         def make(key: jax.Array) -> tuple[list[jax.Array], list[Any]]:

@@ -13,9 +13,7 @@ from jax_nvfp4.config import (
     most_specific_arch,
     runnable_arches,
 )
-
-# Multiprocessors of a typical GPU of each architecture, for graphs that are made without one.
-_TYPICAL_SMS = {"sm_90a": 132, "sm_100f": 148, "sm_103a": 148, "sm_120f": 188}
+from jax_nvfp4.config.limits import TYPICAL, Limits
 
 
 def _cuda_device() -> jax.Device | None:
@@ -92,8 +90,13 @@ def kernel_arch(asked: str | None) -> str | None:
     return asked
 
 
-def num_sms(arch: str) -> int:
-    """Multiprocessors to plan a call for: this machine's GPU's, or a typical GPU's."""
+def limits(arch: str) -> Limits:
+    """Limits to plan a call for: this machine's GPU's if it runs `arch`, or a typical GPU's."""
     device = _cuda_device()
-    count = getattr(device, "core_count", None) if device is not None else None
-    return int(count) if count else _TYPICAL_SMS[arch]
+    if device is not None and arch in runnable_arches(
+        most_specific_arch(*_compute_capability(device))
+    ):
+        count = getattr(device, "core_count", None)
+        if count:
+            return Limits(num_sms=int(count))
+    return TYPICAL.get(arch, Limits(num_sms=1))

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `repack`: puts weights into the order that an architecture's GEMM reads."""
 
-import functools
 from typing import Any
 
 import jax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
-from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import Order, order
 from jax_nvfp4.ops.device import local_arch
 from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.ops.sharding.typed import Placement
@@ -49,9 +47,9 @@ def repack(weight: Any, arch: str | None = None) -> Any:
             node = node.canonical()
         n, k = node.shape[-2:]
         data, block_scale = typed.call(
-            functools.partial(pack_weight, arch),
+            order(arch).pack,
             (node.data, node.block_scale),
-            lambda: _placement(node.data, node.block_scale, arch),
+            lambda: _placement(node.data, node.block_scale, order(arch)),
         )
         return RepackedWeight(data, block_scale, node.global_scale, arch, n, k, node.dtype)
 
@@ -62,21 +60,21 @@ def _is_weight(node: Any) -> bool:
     return isinstance(node, Nvfp4Tensor | RepackedWeight)
 
 
-def _placement(data: jax.Array, block_scale: jax.Array, arch: str) -> Placement:
-    """Where the parts of a repacked weight are: with its rows, if whole tiles of 128 are.
+def _placement(data: jax.Array, block_scale: jax.Array, to: Order) -> Placement:
+    """Places the parts of a repacked weight: with its rows, if whole tiles of them are.
 
     Args:
         data: of the canonical weight, (..., N, packed K).
         block_scale: likewise, (..., N, blocks).
-        arch: the order.
+        to: the order.
     """
     *lead, n, _ = data.shape
-    if arch == REFERENCE:
+    if to.canonical:
         counts = (*block_scale.shape,)
         return (typed.entries(data), counts), (typed.entries(block_scale), counts)
     wished = typed.entries(data)[:-1]
-    parts = (*lead, n // swizzle.ROWS if n % swizzle.ROWS == 0 else 1)
-    whole = 1 if arch == "sm_90a" else 2
+    parts = (*lead, n // to.row_tile if to.whole_tiles(n) else 1)
+    whole = len(to.shapes(n, 1)[1]) - 1
     return (
         ((*wished, None), (*parts, 1)),
         ((*wished, *[None] * whole), (*parts, *[1] * whole)),

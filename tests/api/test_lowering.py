@@ -13,6 +13,7 @@ import jax_nvfp4 as nvfp4
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, Scaling
 from jax_nvfp4.config.gemm.select import select
+from jax_nvfp4.config.limits import TYPICAL
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.cuda import cuda as linear_on_gpu
 from jax_nvfp4.ops.linear.spec import LinearSpec
@@ -53,7 +54,7 @@ def test_quantized_activations(kernels_built_in: None, arch: str, m: int) -> Non
 
     One scale for the tensor and one per token are the same for one row: no exchange is needed.
     """
-    config, split = select(GemmProblem(m, N, K, arch, "e2m1"), device._TYPICAL_SMS[arch])
+    config, split = select(GemmProblem(m, N, K, arch, "e2m1"), TYPICAL[arch].num_sms)
     short = arch.replace("_", "")
     tensor = "rows" if m == 1 else "grid"
     for scaling, kind in (("token", "rows"), ("tensor", tensor), (0.5, "flat")):

@@ -24,7 +24,7 @@ from jax_nvfp4 import config
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.config.quantize import KIND_OF_SCALING
 from jax_nvfp4.config.quantize import quantize_configs, select_quantize
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 
 ARCHES = ("sm_90a", "sm_100f", "sm_120f")
 PASSED = "runs on CUDA devices only"
@@ -53,8 +53,7 @@ def quantize_operands(
 
 def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
     """Operands of a valid call, k a multiple of 64."""
-    w, sfw = pack_weight(
-        arch, jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // 16), jnp.float8_e4m3fn)
+    w, sfw = order(arch).pack(jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // 16), jnp.float8_e4m3fn)
     )
     if x_dtype == "e2m1":
         x = jnp.zeros((m, k // 2), jnp.uint8)

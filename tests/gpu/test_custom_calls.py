@@ -17,7 +17,7 @@ from jax_nvfp4 import custom_calls as ffi
 from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import KIND_OF_SCALING, select_quantize
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 
 
 def _device() -> Any:
@@ -217,7 +217,7 @@ def weights(layers: int, n: int, k: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(7)
     codes = jnp.asarray(rng.integers(0, 256, (layers, n, k // 2), dtype=np.uint8))
     scales = jnp.asarray(rng.uniform(0.25, 4, (layers, n, k // 16)), jnp.float8_e4m3fn)
-    packed = [pack_weight(ARCH, c, s) for c, s in zip(codes, scales, strict=True)]
+    packed = [order(ARCH).pack(c, s) for c, s in zip(codes, scales, strict=True)]
     w, sfw = (jnp.stack(parts) for parts in zip(*packed, strict=True))
     return w, sfw
 
@@ -339,7 +339,7 @@ def test_each_gemm_kernel(c: config.GemmConfig) -> None:
     codes = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
     scales = jnp.asarray(rng.uniform(0.25, 4, (n, k // 16)), jnp.float8_e4m3fn)
     w = np.asarray(numerics.block_values(jnp.asarray(codes), scales), np.float64)
-    packed, sfw = pack_weight(ARCH, jnp.asarray(codes), scales)
+    packed, sfw = order(ARCH).pack(jnp.asarray(codes), scales)
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
     sfx, x_scale = None, jnp.asarray(rng.uniform(0.5, 2, (m,)), jnp.float32)
     if c.x_dtype == "e2m1":

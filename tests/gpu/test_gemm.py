@@ -13,7 +13,7 @@ import oracle
 import pytest
 
 import jax_nvfp4 as nvfp4
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops import device
 
 if jax.default_backend() != "gpu":
@@ -66,7 +66,7 @@ def quantized_on_the_host(kernel, scaling):
     n, k = kernel.shape
     codes, bits, g = oracle.quantize(kernel, scaling=scaling)
     arch = device.local_arch()
-    data, scales = pack_weight(arch, oracle.pack(codes), bits)
+    data, scales = order(arch).pack(oracle.pack(codes), bits)
     weight = nvfp4.RepackedWeight(*map(jnp.asarray, (data, scales, g)), arch, n, k)
     return weight, oracle.dequantize(codes, bits, g, k)
 
@@ -165,7 +165,7 @@ def test_what_pads_a_weight_is_not_looked_at(m, activation):
     bits[n:] = 0x7F
     codes[n:] = 0x7
     arch = device.local_arch()
-    parts = pack_weight(arch, oracle.pack(codes), bits)
+    parts = order(arch).pack(oracle.pack(codes), bits)
     poisoned = nvfp4.RepackedWeight(*map(jnp.asarray, parts), clean.global_scale, arch, n, k)
     assert [p.shape for p in jax.tree.leaves(poisoned)] == [p.shape for p in jax.tree.leaves(clean)]
     expected = np.asarray(nvfp4.linear(x, clean, activation_scale=activation))

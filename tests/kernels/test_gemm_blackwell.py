@@ -41,7 +41,7 @@ from jax_nvfp4.config import GemmProblem, runnable_arches, serves
 from jax_nvfp4.config.enums import OutFormat
 from jax_nvfp4.config.gemm import select, sm100, sm120
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 
 CONFIGS = (*sm100.CONFIGS, *sm120.CONFIGS)
 DISTINCT = [c for c in CONFIGS if c not in sm100.WEIGHT_ONLY]
@@ -164,7 +164,7 @@ def test_every_code_times_every_scale(config):
 
     def as_weight(arch, data, bits):
         bits = np.pad(bits, [(0, 0), (0, 3)]).view(ml_dtypes.float8_e4m3fn)
-        data, bits = pack_weight(arch, data, bits)
+        data, bits = order(arch).pack(data, bits)
         return np.ascontiguousarray(data), np.ascontiguousarray(bits).reshape(-1)
 
     problem = Problem(config, Case(16, len(scales), 64, out=F32, x_scaling="unit"))

@@ -19,7 +19,7 @@ import kernel_objects
 from jax_nvfp4.config import ARCHES, GemmProblem, configs, scratch_bytes
 from jax_nvfp4.config.gemm import sm100
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
 UNIT = (2.0**-23, 2.0**-7, 2.0**-10)
@@ -56,7 +56,7 @@ class Call:
         self.config, self.m, self.n, self.k = config, m, n, k
         rng = np.random.default_rng([m, n, k, split, out, bias + 1, x_stride + 1, w_stride])
         w, w_bits, w_values = random_codes(rng, n, k)
-        packed = pack_weight(config.arch, w, w_bits.view(ml_dtypes.float8_e4m3fn))
+        packed = order(config.arch).pack(w, w_bits.view(ml_dtypes.float8_e4m3fn))
         self.w, self.sfw = (np.ascontiguousarray(p) for p in packed)
         if config.x_dtype == "e2m1":
             self.x, bits, x_values = random_codes(rng, m, k)

@@ -21,6 +21,7 @@ from ptx_machine.host import run_object
 
 import kernel_objects
 from jax_nvfp4.config.enums import OutFormat, Scaling
+from jax_nvfp4.config.limits import TYPICAL
 from jax_nvfp4.config.quantize import (
     KIND_OF_SCALING,
     QUANTIZE_CONFIGS,
@@ -29,7 +30,8 @@ from jax_nvfp4.config.quantize import (
     quantize_scratch_bytes,
     select_quantize,
 )
-from jax_nvfp4.ops.quantize.cuda import kernel as call_kernel
+from jax_nvfp4.ops.quantize.cuda import call
+from jax_nvfp4.ops.quantize.plan import plan
 
 GUARD = 64
 POISON = 0xCD
@@ -341,13 +343,20 @@ def test_scratch():
     ],
 )
 def test_scalings_of_the_primitive(scaling, given, m, k, of_kernel):
-    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    operands = [x] if given is None else [x, jax.ShapeDtypeStruct(given, jnp.float32)]
-    call = functools.partial(
-        call_kernel, scaling=scaling, arch="sm_90a", out_format=OutFormat.LINEAR
+    chosen = plan(
+        scaling,
+        (m, k),
+        "bfloat16",
+        per_row=given == (m,),
+        arch="sm_90a",
+        limits=TYPICAL["sm_90a"],
+        out_format=OutFormat.LINEAR,
     )
-    jaxpr = jax.make_jaxpr(call)(*operands)
+    assert chosen.scaling == of_kernel
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    scale = None if given is None else jax.ShapeDtypeStruct(given, jnp.float32)
+    jaxpr = jax.make_jaxpr(functools.partial(call, chosen=chosen))(x, scale)
     (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "ffi_call")
     assert dict(equation.params["attributes"])["scaling"] == of_kernel
-    per_row = scaling == Scaling.TOKEN or given == (5,)
-    assert [a.shape for a in jaxpr.out_avals] == [(m, k // 2), (m, k // 16), (m,) * per_row]
+    shapes = [(m, k // 2), (m, k // 16), (m,) * of_kernel.per_row]
+    assert [a.shape for a in jaxpr.out_avals] == shapes

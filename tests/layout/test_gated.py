@@ -8,7 +8,7 @@ import pytest
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.config import ARCHES, REFERENCE
-from jax_nvfp4.layout import gated
+from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops.concatenate import concatenate, gate_up, split_rows
 
 EVERY = (*ARCHES, REFERENCE)
@@ -45,7 +45,7 @@ def test_the_order_of_the_rows(arch):
     half = 80
     rows = np.array([f"{side}{i}" for side in "gu" for i in range(half)], dtype=object)
     numbers = np.arange(1, 2 * half + 1)
-    packed = gated.interleave(arch, numbers, -1)
+    packed = order(arch).gated.interleave(numbers, -1)
     names = ["pad" if i == 0 else rows[i - 1] for i in packed]
     expected = ORDERS[arch].split()
     assert names[: len(expected)] == expected
@@ -59,10 +59,10 @@ def test_the_order_of_the_rows(arch):
 @pytest.mark.parametrize("arch", EVERY)
 def test_the_way_back(arch, half):
     rows = np.arange(3 * 2 * half * 2, dtype=np.int32).reshape(3, 2 * half, 2)
-    packed = gated.interleave(arch, rows, -2)
-    assert packed.shape == (3, gated.packed_rows(arch, 2 * half), 2)
-    np.testing.assert_array_equal(gated.deinterleave(arch, packed, -2, 2 * half), rows)
-    np.testing.assert_array_equal(gated.interleave(arch, jnp.asarray(rows), -2), packed)
+    packed = order(arch).gated.interleave(rows, -2)
+    assert packed.shape == (3, order(arch).gated.rows(2 * half), 2)
+    np.testing.assert_array_equal(order(arch).gated.deinterleave(packed, -2, 2 * half), rows)
+    np.testing.assert_array_equal(order(arch).gated.interleave(jnp.asarray(rows), -2), packed)
 
 
 def test_parts_keep_their_scales_and_come_back():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight, packed_shapes, unpack_weight
+from jax_nvfp4.layout.orders import order
 
 SIZES = st.integers(1, 300)
 
@@ -59,15 +59,15 @@ def test_packed_weights_come_back_bit_for_bit(arch, shape):
     blocks = -(-k // 16)
     data = bytes_of((*lead, n, blocks * 8))
     scales = bytes_of((*lead, n, blocks), 1) & 0x7F
-    codes, bits = pack_weight(arch, jnp.asarray(data), jnp.asarray(scales))
-    expected = tuple((*lead, *shape) for shape in packed_shapes(arch, n, k))
+    codes, bits = order(arch).pack(jnp.asarray(data), jnp.asarray(scales))
+    expected = tuple((*lead, *shape) for shape in order(arch).shapes(n, k))
     assert (codes.shape, bits.shape) == expected
-    back, back_scales = unpack_weight(arch, codes, bits, n, k)
+    back, back_scales = order(arch).unpack(codes, bits, n, k)
     np.testing.assert_array_equal(back, data)
     np.testing.assert_array_equal(np.asarray(back_scales).view(np.uint8), scales)
     assert codes.ndim == 2 + len(lead)
     if not lead:
-        on_host = pack_weight(arch, data, scales)
+        on_host = order(arch).pack(data, scales)
         assert all(isinstance(part, np.ndarray) for part in on_host)
         np.testing.assert_array_equal(on_host[0], codes)
         np.testing.assert_array_equal(on_host[1], bits)

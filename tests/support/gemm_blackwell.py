@@ -2,7 +2,7 @@
 """Runs of the Blackwell GEMM kernels on the PTX machine, held to a float64 oracle.
 
 Operands are the bytes that the same architecture's quantize kernels write: x in the GEMM's order,
-the weight in the canonical one, which `pack_weight` then repacks as at run time.
+the weight in the canonical one, which `layout.orders` then repacks as at run time.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax_nvfp4.config.quantize import (
     select_quantize,
 )
 from jax_nvfp4.layout import swizzle
-from jax_nvfp4.layout.weights import pack_weight
+from jax_nvfp4.layout.orders import order
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_dtype
 F32, BF16, F16 = range(3)
@@ -259,7 +259,7 @@ def weight(arch, n, k, scaling, bad_row=None):
     values, out_format = random_values(n, k, 1, bad_row), OutFormat.LINEAR
     data, scales, g = quantize_by_kernel(arch, values, scaling, out_format)
     exact = quantize(values, scaling, out_format)[-1]
-    packed = pack_weight(arch, data, scales.view(ml_dtypes.float8_e4m3fn))
+    packed = order(arch).pack(data, scales.view(ml_dtypes.float8_e4m3fn))
     data, scales = (np.ascontiguousarray(p) for p in packed)
     return data, scales.reshape(-1), g, exact
 

@@ -30,32 +30,35 @@ def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
     )
 
 
-def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
-    """The config that serves a problem, and the number of ways to split K.
+def rule_for(problem: GemmProblem, num_sms: int) -> Rule | None:
+    """The row of the arch's table that serves a problem; None where none does.
+
+    There is one for each problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's
+    kernels for 16-bit x are for few rows.
 
     Args:
         problem: the call.
         num_sms: multiprocessors of the device.
+    """
+    rules = _module(problem.arch).RULES
+    return next((rule for rule in rules if _takes(rule, problem, num_sms)), None)
 
-    Returns:
-        (config, split_k).
+
+def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
+    """The config that serves a problem, and the number of ways to split K.
 
     Raises:
         ValueError: no row of the arch's table takes the problem.
     """
-    for rule in _module(problem.arch).RULES:
-        if _takes(rule, problem, num_sms):
-            return rule.config, rule.split_k(problem, num_sms)
-    raise ValueError(f"no kernel config takes {problem}")
+    rule = rule_for(problem, num_sms)
+    if rule is None:
+        raise ValueError(f"no kernel config takes {problem}")
+    return rule.config, rule.split_k(problem, num_sms)
 
 
 def serves(problem: GemmProblem, num_sms: int) -> bool:
-    """Whether the arch's table has a row for a problem.
-
-    It has one for each problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's kernels
-    for 16-bit x are for few rows.
-    """
-    return any(_takes(rule, problem, num_sms) for rule in _module(problem.arch).RULES)
+    """Whether the arch's table has a row for a problem."""
+    return rule_for(problem, num_sms) is not None
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:

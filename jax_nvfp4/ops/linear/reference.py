@@ -9,7 +9,7 @@ from jax import lax
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
-from jax_nvfp4.layout.weights import unpack_weight
+from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize.reference import scales
 
@@ -20,7 +20,7 @@ def canonical(
     """The parts of the weight in canonical order."""
     data, block_scale, global_scale = weight
     if spec.arch is not None:
-        data, block_scale = unpack_weight(spec.arch, data, block_scale, spec.n, spec.k)
+        data, block_scale = order(spec.arch).unpack(data, block_scale, spec.n, spec.k)
     return data, block_scale, global_scale
 
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config import REFERENCE
-from jax_nvfp4.layout import swizzle
+from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops.linear.reference import with_bias
 from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize import scale
@@ -26,26 +26,27 @@ def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     on the number of rows, and are not for `batch_invariant`.
     """
     x, data, block_scale, w_scale, bias, scale_or_amax = spec.operands(flat)
-    in_order = spec.arch in (None, REFERENCE)
+    of_weight = order(spec.arch or REFERENCE)
     of_x = partition.leading(x)
     sizes = dict(zip(of_x, x.shape, strict=False))
     divisible = [*of_x]
     rows: Any = "n"
-    if in_order:
+    if of_weight.canonical:
         sizes["n"] = spec.n
         divisible.append("n")
         of_data, of_scales = [rows], [rows]
-    elif spec.n % swizzle.ROWS == 0:
-        sizes |= {"n": spec.n // swizzle.ROWS, "rows_of_tile": swizzle.ROWS}
+    elif of_weight.whole_tiles(spec.n):
+        tile = of_weight.row_tile
+        sizes |= {"n": spec.n // tile, "rows_of_tile": tile}
         divisible.append("n")
         rows = ("n", "rows_of_tile")
-        of_data, of_scales = [rows], ["n" if block_scale.ndim == 3 else rows]
+        of_data, of_scales = [rows], ["n" if of_weight.scale_tiled else rows]
     else:  # the last tile holds rows that the result does not have
         sizes |= {"n": spec.n, "padded_n": data.shape[0], "scale_n": block_scale.shape[0]}
         of_data, of_scales = ["padded_n"], ["scale_n"]
 
     columns: Any = "k"
-    if in_order and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
+    if of_weight.canonical and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
         sizes |= {"blocks": spec.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
         divisible.append("blocks")
         columns = ("blocks", "elements")

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device can hold, as far as the choice of a kernel depends on it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a device can hold.
+
+    Attributes:
+        num_sms: its multiprocessors.
+    """
+
+    num_sms: int
+
+
+TYPICAL = {
+    "sm_90a": Limits(num_sms=132),
+    "sm_100f": Limits(num_sms=148),
+    "sm_103a": Limits(num_sms=148),
+    "sm_120f": Limits(num_sms=188),
+}
+"""Limits of a typical GPU of each architecture, for graphs that are made without one."""
