@@ -94,7 +94,7 @@ def quantize(
     weights = None if importance is None else block_weights(importance)
     choices = candidates(numerics.scaled_amax(blocks, encode), search)
     y = numerics.magnitude(blocks) * encode[..., None, None]
-    y = numerics.rounded(jnp.where(y < _Y_MIN, 0, jnp.minimum(y, _Y_MAX)))
+    y = numerics.computed_once(jnp.where(y < _Y_MIN, 0, jnp.minimum(y, _Y_MAX)))
 
     def better(best: tuple[jax.Array, jax.Array], bits: jax.Array) -> tuple[Any, None]:
         q = numerics.e2m1_decode(numerics.block_codes(blocks, bits, decode))
@@ -122,7 +122,7 @@ def candidates(scaled: jax.Array, search: Search) -> jax.Array:
         uint8 (candidates, ..., blocks), bits of float8_e4m3fn; the first maps the
         amax to 6, and all are NaN where that is.
     """
-    scaled = numerics.rounded(scaled)
+    scaled = numerics.computed_once(scaled)
     first = numerics.block_scale_bits(scaled)
     if search == "4over6":
         return jnp.stack([first, numerics.block_scale_bits(1.5 * scaled)])
