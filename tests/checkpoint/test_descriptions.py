@@ -321,7 +321,7 @@ def test_kv_cache_alone(tmp_path):
     loaded = load_checkpoint(folder(tmp_path, tensors, hf=hf))
     save_checkpoint(tmp_path / "out", loaded)
     again = load_checkpoint(tmp_path / "out")
-    assert list(again) == list(tensors)
+    assert set(again) == set(tensors)
     assert again.kv_cache_quant_algo == "FP8"
 
 
