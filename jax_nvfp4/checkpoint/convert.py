@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +36,25 @@ from jax_nvfp4.checkpoint.files import (
     read,
     read_header,
     read_json,
-    temporary_name,
+    temporary_file,
     write_index,
     write_json,
     write_safetensors,
 )
-from jax_nvfp4.checkpoint.formats import split_name
-from jax_nvfp4.checkpoint.load import UNQUANTIZED, detect
+from jax_nvfp4.checkpoint.load import UNQUANTIZED, detect, kv_cache_of
+from jax_nvfp4.checkpoint.modelopt_config import describe
 from jax_nvfp4.checkpoint.save import pack_weight, write_configs
-from jax_nvfp4.numerics import BLOCK
-from jax_nvfp4.ops.quantize.api import quantize
-from jax_nvfp4.tensor import FLOATS, Nvfp4Tensor
-
-DEFAULT_SKIP = (
-    "*embed*",
-    "*wte.*",
-    "*wpe.*",
-    "*norm*",
-    "*lm_head*",
-    "*router*",
-    "*shared_expert_gate.*",
-    "*mlp.gate.*",
-    "*block_sparse_moe.gate.*",
+from jax_nvfp4.checkpoint.selection import (
+    DEFAULT_SKIP,
+    Patterns,
+    Roles,
+    refuse_transposed,
+    why_left_alone,
 )
-"""Embeddings, norms, the output head and the routers of mixtures of experts."""
+from jax_nvfp4.ops.quantize.api import quantize
+from jax_nvfp4.tensor import Nvfp4Tensor
 
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
-# Their linear layers hold (K, N) under the name `weight`, where all others hold (N, K).
-_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_OTHER_WEIGHTS = (".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +88,7 @@ class Plan:
         destination: the folder to write.
         reasons: for each tensor why it is left alone, or None where it is to be quantized.
         identity: the source and the options, to recognize an unfinished run of the same.
+        unmatched: patterns of the options that match no tensor.
     """
 
     source: Folder
@@ -105,6 +96,7 @@ class Plan:
     destination: Path
     reasons: dict[str, str | None]
     identity: dict[str, Any]
+    unmatched: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -116,16 +108,18 @@ def plan(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    skip: Sequence[str] = DEFAULT_SKIP,
-    only: Sequence[str] = ("*",),
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    default_skip: bool = True,
 ) -> Plan:
     """Decides what to quantize: every `X.weight` of two axes with K a multiple of 16.
 
     Args:
-        source: a Hugging Face style folder of safetensors files.
+        source: a Hugging Face style folder of safetensors files, or one such file.
         destination: a folder that is empty, does not exist or holds an unfinished run of the same.
-        skip: globs of tensor names to leave alone; case does not count.
-        only: globs of tensor names to consider.
+        skip: patterns (see `Patterns`) of tensors or modules to leave alone.
+        only: patterns of tensors or modules to consider, all by default.
+        default_skip: leave embeddings, norms, output heads and routers alone.
 
     Returns:
         The plan.
@@ -133,36 +127,71 @@ def plan(
     Raises:
         CheckpointError: the source is damaged or quantized already, its linear layers are stored
             transposed, or there is nothing in it to quantize; or the destination holds an
-            unfinished run of something else.
-        FileExistsError: the destination holds something else.
+            unfinished run of something else; or a pattern is not valid.
+        FileExistsError: the destination holds something else, or has the name of a file.
         FileNotFoundError: the source does not exist.
     """
     folder = open_folder(source)
     destination = Path(destination)
-    if destination.resolve().is_relative_to(folder.path.resolve()):
+    inside = destination.resolve().is_relative_to(folder.path.resolve())
+    if inside and (not folder.alone or destination.resolve() == folder.path.resolve()):
         raise FileExistsError(f"{destination}: the destination must lie outside the source")
+    if destination.name.endswith(".safetensors"):
+        raise FileExistsError(f"{destination}: the destination is a folder, not a file in it")
     config = folder.json("config.json") if (folder.path / "config.json").is_file() else None
     if detect(folder) is not UNQUANTIZED:
         raise CheckpointError(f"{folder.path}: this checkpoint is quantized already")
-    model_type = (config or {}).get("model_type")
-    if model_type in _TRANSPOSED_MODELS:
-        raise CheckpointError(
-            f"{folder.path}: models of type {model_type!r} store their linear layers transposed, "
-            "(K, N), which is not supported"
-        )
+    refuse_transposed(folder, config or {})
     identity = {
         "version": __version__,
         "skip": sorted(skip),
         "only": sorted(only),
+        "default_skip": default_skip,
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.shards],
     }
     _check_destination(destination, identity)
-    reasons = {name: _why_left_alone(entry, skip, only) for name, entry in folder.entries.items()}
+    reasons, unmatched = _reasons(folder, config or {}, skip, only, default_skip)
     if None not in reasons.values():
         counts = collections.Counter(reasons.values())
         found = ", ".join(f"{count} left alone: {reason}" for reason, count in counts.items())
         raise CheckpointError(f"{folder.path}: nothing to quantize ({found or 'no tensor'})")
-    return Plan(folder, config, destination, reasons, identity)
+    _check_description(folder, reasons)
+    return Plan(folder, config, destination, reasons, identity, unmatched)
+
+
+def _check_description(folder: Folder, reasons: dict[str, str | None]) -> None:
+    """Refuses a source with 8-bit layers that the result could not describe."""
+    quantized = {f"{n}_scale_2": folder.entries[n] for n, reason in reasons.items() if not reason}
+    try:
+        describe({**folder.entries, **quantized}, __version__)
+    except ValueError as error:
+        raise CheckpointError(f"{folder.path}: {error}") from error
+
+
+def _reasons(
+    folder: Folder,
+    config: dict[str, Any],
+    skip: Sequence[str],
+    only: Sequence[str],
+    default_skip: bool,
+) -> tuple[dict[str, str | None], tuple[str, ...]]:
+    """For each tensor why it is left alone, and the patterns that match none."""
+    default = Patterns(DEFAULT_SKIP if default_skip else ())
+    roles = Roles(folder.entries, config) if default_skip else None
+    skipped, selected = Patterns(skip), Patterns(only)
+
+    def reason(entry: Entry) -> str | None:
+        matched, wanted = skipped.match(entry.name), selected.match(entry.name)
+        if why := why_left_alone(entry, folder.entries):
+            return why
+        if pattern := default.match(entry.name) or matched:
+            return f"matches {pattern!r}"
+        if roles and (role := roles.role(entry.name)):
+            return role
+        return "not selected" if only and not wanted else None
+
+    reasons = {name: reason(entry) for name, entry in folder.entries.items()}
+    return reasons, (*skipped.unmatched, *selected.unmatched)
 
 
 def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
@@ -181,26 +210,6 @@ def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
         raise FileExistsError(f"{destination}: not empty, and not an unfinished run")
 
 
-def _why_left_alone(entry: Entry, skip: Sequence[str], only: Sequence[str]) -> str | None:
-    if split_name(entry.name)[1] != "weight":
-        return "not a weight"
-    if entry.dtype not in FLOATS:
-        return f"dtype {entry.dtype.name}"
-    if len(entry.shape) != 2:
-        return f"{len(entry.shape)}-D"
-    if 0 in entry.shape:
-        return "empty"
-    if entry.shape[1] % BLOCK:
-        return f"K = {entry.shape[1]} is not a multiple of {BLOCK}"
-    name = entry.name.lower()
-    for pattern in skip:
-        if fnmatch.fnmatchcase(name, pattern.lower()):
-            return f"matches {pattern!r}"
-    if not any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in only):
-        return "not selected"
-    return None
-
-
 def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> list[TensorReport]:
     """Carries out a plan.
 
@@ -215,6 +224,7 @@ def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> 
 
     Raises:
         CheckpointError: a tensor holds NaN or Inf, or the source is truncated.
+        OSError: the destination cannot be written. What is finished stays for the next run.
     """
     records = plan.destination / UNFINISHED
     records.mkdir(parents=True, exist_ok=True)
@@ -307,31 +317,65 @@ def _squares(weight: jax.Array, tensor: Nvfp4Tensor) -> tuple[jax.Array, jax.Arr
 def _finish(plan: Plan) -> None:
     """Writes what makes the folder a checkpoint: other files, the index, the configuration."""
     source, destination = plan.source, plan.destination
-    for path in _other_files(source.path):
+    for path in other_files(source).copied:
         copy = destination / path.relative_to(source.path)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, temporary_name(copy))
-        commit(temporary_name(copy), copy)
+        with temporary_file(copy) as temporary:
+            shutil.copyfile(path, temporary)
+            commit(temporary, copy)
 
     written = {shard.name: read_header(destination / shard.name).entries for shard in source.shards}
     if source.index is not None:
         total = sum(entry.nbytes for shard in written.values() for entry in shard.values())
         write_index(destination / source.index.name, written, total)
     entries = {name: entry for shard in written.values() for name, entry in shard.items()}
-    write_configs(destination, plan.config, entries)
+    write_configs(destination, plan.config, entries, kv_cache_of(source))
     done = destination / f"{UNFINISHED}.done"
     os.replace(destination / UNFINISHED, done)  # at once: half the records would be of no use
     shutil.rmtree(done)
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
-    """The tokenizer and whatever else lies beside the weights, in subfolders too."""
-    ours = ("config.json", modelopt.CONFIG_FILE)
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
+@dataclasses.dataclass(frozen=True)
+class OtherFiles:
+    """What lies beside the shards of a checkpoint.
+
+    Attributes:
+        copied: what goes to the destination as it is: the tokenizer, weights in subfolders, ...
+        left_out: weights that do not: they are taken for the same weights in another format.
+    """
+
+    copied: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+def other_files(source: Folder) -> OtherFiles:
+    """Sorts the other files of a checkpoint; one file that was asked for alone has none."""
+    if source.alone:
+        return OtherFiles((), ())
+    ours = {source.path / name for name in ("config.json", modelopt.CONFIG_FILE)}
+    ours |= {*source.shards, *([source.index] if source.index else [])}
+    copied: list[Path] = []
+    left_out: list[Path] = []
+    for path in sorted(source.path.rglob("*")):
+        relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts)
-        weights = path.suffix in (".safetensors", *_OTHER_WEIGHTS) or path.name.endswith(
-            (INDEX_SUFFIX, ".bin.index.json")
-        )
-        if path.is_file() and not hidden and not weights and str(relative) not in ours:
-            yield path
+        if hidden or path in ours or not path.is_file():
+            continue
+        (left_out if _is_a_copy(path, source.path) else copied).append(path)
+    return OtherFiles(tuple(copied), tuple(left_out))
+
+
+def _is_a_copy(path: Path, root: Path) -> bool:
+    """Whether a file holds weights that the shards hold too.
+
+    In a subfolder, safetensors files are a part of the model, and PyTorch's where there are none
+    and a configuration lies beside them.
+    """
+    safetensors = path.name.endswith((".safetensors", INDEX_SUFFIX))
+    pytorch = path.name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))
+    if path.parent == root:
+        return safetensors or pytorch or path.suffix in _OTHER_WEIGHTS
+    if pytorch:
+        module = (path.parent / "config.json").is_file()
+        return not module or any(path.parent.glob("*.safetensors"))
+    return path.suffix in _OTHER_WEIGHTS

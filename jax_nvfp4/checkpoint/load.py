@@ -125,10 +125,11 @@ def iter_checkpoint(
     folder = open_folder(path)
     fmt = detect(folder)
     wanted = where or (lambda key: True)
-    return Pairs(_tensors(folder, fmt, wanted, placement), _kv_cache(folder))
+    return Pairs(_tensors(folder, fmt, wanted, placement), kv_cache_of(folder))
 
 
-def _kv_cache(folder: Folder) -> str | None:
+def kv_cache_of(folder: Folder) -> str | None:
+    """How the configuration says that the KV cache is quantized, None where it says nothing."""
     description = descriptions.find(folder)
     for found in (modelopt.describe(folder, description), description):
         if found is not None and (algorithm := modelopt.kv_cache_algorithm(found.content)):

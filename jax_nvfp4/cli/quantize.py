@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from jax_nvfp4.cli import COMMANDS, BadInputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from jax_nvfp4.checkpoint.convert import Plan, TensorReport
 
 _DESCRIPTION = """\
@@ -17,7 +20,8 @@ Quantizes the linear layers of a Hugging Face style checkpoint (safetensors in b
 NVFP4, weight-only, and writes it as NVIDIA ModelOpt does.
 
 Every X.weight of two axes with K a multiple of 16 is quantized, but for embeddings, norms, the
-output head and routers. A killed run leaves nothing that loads; the same command finishes it.
+output heads and routers; the summary says what was left alone and why. A killed run leaves nothing
+that loads; the same command finishes it.
 """
 
 
@@ -36,14 +40,14 @@ def add_parser(commands: Any) -> None:
         metavar="GLOB",
         action="append",
         default=[],
-        help="leave tensors of this name alone; may be repeated",
+        help="leave tensors or modules of this name alone (a glob, or re:REGEX); may be repeated",
     )
     parser.add_argument(
         "--only",
         metavar="GLOB",
         action="append",
         default=[],
-        help="quantize only tensors of this name; may be repeated",
+        help="quantize only tensors or modules of this name; may be repeated",
     )
     parser.add_argument(
         "--no-default-skip",
@@ -63,9 +67,16 @@ def run(args: argparse.Namespace) -> int:
     """
     from jax_nvfp4.checkpoint import CheckpointError, convert
 
-    skip = [*([] if args.no_default_skip else convert.DEFAULT_SKIP), *args.skip]
     try:
-        plan = convert.plan(args.source, args.destination, skip=skip, only=args.only or ["*"])
+        plan = convert.plan(
+            args.source,
+            args.destination,
+            skip=args.skip,
+            only=args.only,
+            default_skip=not args.no_default_skip,
+        )
+        for pattern in plan.unmatched:
+            print(f"note: {pattern!r} matches no tensor", file=sys.stderr)
         reports = _run_with_progress(plan)
     except (CheckpointError, OSError) as error:
         raise BadInputError(" ".join(str(error).split())) from error
@@ -92,7 +103,7 @@ def _run_with_progress(plan: Plan) -> list[TensorReport]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=plan.total_bytes)
@@ -107,17 +118,19 @@ def _print_summary(plan: Plan, reports: list[TensorReport]) -> None:
     """Prints a row for each quantized layer, the tensors left alone by reason, and the totals."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or a pipe: do not cut names
     quantized = [report for report in reports if report.error is not None]
-    table = Table("layer", "N x K", title=f"{plan.destination}", title_justify="left")
+    # Names are not markup, which they would be where they have brackets.
+    table = Table("layer", "N x K", title=Text(str(plan.destination)), title_justify="left")
     for column in ("before", "after", "relative error"):
         table.add_column(column, justify="right")
     for report in quantized:
         table.add_row(
-            report.name.removesuffix(".weight"),
+            Text(report.name.removesuffix(".weight")),
             " x ".join(map(str, report.shape)),
             _size(report.bytes_before),
             _size(report.bytes_after),
@@ -130,14 +143,31 @@ def _print_summary(plan: Plan, reports: list[TensorReport]) -> None:
         if report.reason is not None:
             reasons.setdefault(report.reason, []).append(report)
     for reason, left in reasons.items():
-        table.add_row(f"{len(left)} left alone: {reason}", "", *_totals(left), "")
+        table.add_row(Text(f"{len(left)} left alone: {reason}"), "", *_totals(left), "")
     table.add_section()
     table.add_row(f"{len(reports)} tensors", "", *_totals(reports), "")
     console.print(table)
     for report in reports:
         # Matrices that are too odd to quantize may matter: name them.
         if report.reason is not None and report.reason.startswith("K ="):
-            console.print(f"{report.name}: {report.reason}, left alone", markup=False)
+            console.print(Text(f"{report.name}: {report.reason}, left alone"))
+    _print_other_files(plan, console)
+
+
+def _print_other_files(plan: Plan, console: Console) -> None:
+    """Names the files with weights that were copied as they are, or not at all."""
+    from rich.text import Text
+
+    from jax_nvfp4.checkpoint import convert
+
+    others = convert.other_files(plan.source)
+    for path in others.copied:
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            name = path.relative_to(plan.source.path)
+            console.print(Text(f"{name}: weights of another module, copied as they are"))
+    for path in others.left_out:
+        name = path.relative_to(plan.source.path)
+        console.print(Text(f"{name}: taken for the same weights once more, not copied"))
 
 
 def _totals(reports: list[TensorReport]) -> tuple[str, str]:

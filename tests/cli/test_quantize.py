@@ -315,3 +315,98 @@ def test_finished_destination(source, tmp_path, capsys):
     capsys.readouterr()
     assert "not empty" in refused(capsys, source, tmp_path / "out")
     assert files(tmp_path / "out") == before
+
+
+def test_destination_with_the_name_of_a_file(source, tmp_path, capsys):
+    assert "a folder, not a file" in refused(capsys, source, tmp_path / "out.safetensors")
+
+
+# --- what lies beside the shards, and what is said of it --------------------------------------
+
+
+def test_one_file_takes_nothing_else_along(source, tmp_path):
+    file = source / "model-00002-of-00003.safetensors"
+    out = source / "out"  # beside the file: only a folder as source must not hold its destination
+    assert run(file, out) == 0
+    assert set(files(out)) == {file.name, "config.json", "hf_quant_config.json"}
+
+
+def test_weights_in_subfolders(source, tmp_path, capsys):
+    for name in ("2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "original/all.pth"):
+        (source / name).parent.mkdir()
+        (source / name).write_bytes(b"weights")
+    (source / "3_Dense" / "config.json").write_text("{}")
+    (source / "consolidated.safetensors").write_bytes(b"the same weights again")
+    assert run(source, tmp_path / "out") == 0
+    there, said = set(files(tmp_path / "out")), capsys.readouterr().out
+    for name in ("2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"):
+        assert name in there
+        assert f"{name}: weights of another module, copied as they are" in said
+    for name in ("original/all.pth", "consolidated.safetensors", "pytorch_model.bin"):
+        assert name not in there
+        assert f"{name}: taken for the same weights once more, not copied" in said
+
+
+def test_names_with_brackets(source, tmp_path, capsys):
+    out = tmp_path / "models [/v2] [wip]"
+    assert run(source, out, "--skip", "*[ab]_proj[/x]*", "--skip", "*[u]p_proj*") == 0
+    said, err = capsys.readouterr()
+    assert out.name in " ".join(said.split())
+    assert "left alone: matches '*[u]p_proj*'" in said
+    assert "note: '*[ab]_proj[/x]*' matches no tensor" in err
+
+
+def test_full_disk(source, tmp_path):
+    """A process whose files may not grow says so in one line; the same command then finishes."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
+        "from jax_nvfp4.cli import main\n"
+        "sys.exit(main(['quantize', *sys.argv[1:]]))\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", script, str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr.strip().splitlines()[-1]
+    assert not list(out.rglob("*.tmp"))
+    assert run(source, out) == 0
+    assert run(source, tmp_path / "fresh") == 0
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_no_disk_error_leaves_anything_half_written(source, tmp_path, monkeypatch, capsys):
+    """The n-th write fails, for each n: exit 2, no temporary file, and a rerun finishes."""
+    from jax_nvfp4.checkpoint import files as module
+
+    fresh = tmp_path / "fresh"
+    assert run(source, fresh) == 0
+    capsys.readouterr()
+    for fatal in range(100):
+        out, commit, left = tmp_path / str(fatal), module.commit, iter(range(fatal))
+
+        def fail(temporary, path, left=left, commit=commit):
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device", str(path))
+            commit(temporary, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "commit", fail)
+            patch.setattr(convert, "commit", fail)
+            if run(source, out) == 0:
+                break
+        assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not list(out.rglob("*.tmp"))
+        assert run(source, out) == 0
+        assert files(out) == files(fresh)
+        capsys.readouterr()
+    assert fatal > 10
+
+
+def test_kv_cache_alone_is_quantized_the_cache_is_kept(source, tmp_path):
+    hf = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "NVFP4"}}
+    (source / "hf_quant_config.json").write_text(json.dumps(hf))
+    assert run(source, tmp_path / "out") == 0
+    assert load_checkpoint(tmp_path / "out").kv_cache_quant_algo == "NVFP4"
