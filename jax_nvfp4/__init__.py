@@ -23,7 +23,9 @@ from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 if TYPE_CHECKING:
     from jax_nvfp4.calibration import Calibration
     from jax_nvfp4.checkpoint import iter_checkpoint, load_checkpoint, save_checkpoint
+    from jax_nvfp4.conversion.calibrate import calibrate
     from jax_nvfp4.conversion.convert import convert
+    from jax_nvfp4.conversion.load import load_params
     from jax_nvfp4.linen import Nvfp4Dense
     from jax_nvfp4.params import quantize_params
 
@@ -33,6 +35,7 @@ __all__ = [
     "Nvfp4Kernel",
     "Nvfp4Tensor",
     "RepackedWeight",
+    "calibrate",
     "convert",
     "dot_general",
     "einsum",
@@ -41,6 +44,7 @@ __all__ = [
     "iter_checkpoint",
     "linear",
     "load_checkpoint",
+    "load_params",
     "quantize",
     "quantize_kernel",
     "quantize_params",
@@ -51,7 +55,9 @@ __all__ = [
 # Flax and safetensors are imported when they are first needed.
 _LAZY = {
     "Calibration": "jax_nvfp4.calibration",
+    "calibrate": "jax_nvfp4.conversion.calibrate",
     "convert": "jax_nvfp4.conversion.convert",
+    "load_params": "jax_nvfp4.conversion.load",
     "Nvfp4Dense": "jax_nvfp4.linen",
     "quantize_params": "jax_nvfp4.params",
     "iter_checkpoint": "jax_nvfp4.checkpoint",
