@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS, Nvfp4Tensor, RepackedWeight
 
 LayerActivationScale = Literal["token", "tensor", "static"] | None
@@ -38,13 +39,21 @@ def check_fields(layer: str, activation_scale: Any, param_dtype: Any, **products
         raise TypeError(f"{layer}.param_dtype must be {FLOAT_NAMES}; got {dtype.name}")
 
 
-def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
-    """Refuses a kernel that the layer cannot use.
+def as_weight(layer: str, kernel: Any, features: int, k: int) -> Nvfp4Tensor | RepackedWeight:
+    """The weight (features, k) of a layer's kernel; refuses one that the layer cannot use.
+
+    Args:
+        layer: its name.
+        kernel: a weight (features, k), or an Nvfp4Kernel (k, features), as the dense kernel is.
+        features: of the layer.
+        k: its inputs.
 
     Raises:
         TypeError: the kernel is not an NVFP4 weight.
         ValueError: it has another shape.
     """
+    if isinstance(kernel, Nvfp4Kernel) and kernel.contracting == (0,):
+        kernel = kernel.weight
     if not isinstance(kernel, Nvfp4Tensor | RepackedWeight):
         raise TypeError(
             f"the kernel of {layer} must be an Nvfp4Tensor or a RepackedWeight; got "
@@ -56,6 +65,7 @@ def check_kernel(layer: str, kernel: Any, features: int, k: int) -> None:
             f"the kernel of {layer} must have shape (features, inputs) = {(features, k)}; "
             f"got {kernel.shape}"
         )
+    return kernel
 
 
 def cast_inputs(

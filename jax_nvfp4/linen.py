@@ -10,8 +10,8 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jax_nvfp4 import _layer, numerics, params
+from jax_nvfp4._intercept import intercept as intercept
 from jax_nvfp4.ops.linear.api import linear
-from jax_nvfp4.tensor import Nvfp4Tensor
 
 COLLECTION = "quant"
 """The collection of the static scales."""
@@ -23,7 +23,7 @@ _FORMER_NAMES = {"input_scale": "activation_scale", "input_amax": "activation_am
 def _quantized(kernel_init: Initializer) -> Any:
     """An initializer of the NVFP4 kernel: quantizes what a Dense layer would start from."""
 
-    def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Nvfp4Tensor:
+    def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Any:
         kernel = kernel_init(key, shape, dtype)
         if isinstance(kernel, meta.AxisMetadata):
             return params.box_like(kernel, params.quantize_kernel(meta.unbox(kernel)))
@@ -107,7 +107,7 @@ class Nvfp4Dense(nn.Module):
             kernel = self.param(
                 "kernel", _quantized(self.kernel_init), (k, self.features), self.param_dtype
             )
-        _layer.check_kernel("Nvfp4Dense", kernel, self.features, k)
+        kernel = _layer.as_weight("Nvfp4Dense", kernel, self.features, k)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)

@@ -187,7 +187,7 @@ class Nvfp4Linear(nnx.Module):
         """
         inputs = jnp.asarray(inputs)
         kernel = _arrays(self.kernel)
-        _layer.check_kernel("Nvfp4Linear", kernel, self.out_features, self.in_features)
+        kernel = _layer.as_weight("Nvfp4Linear", kernel, self.out_features, self.in_features)
         inputs, compute = _layer.cast_inputs("Nvfp4Linear", inputs, self.dtype, self.param_dtype)
         scale: Any = self.activation_scale
         if scale == "static":

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 from flax.core import meta
 
 from jax_nvfp4.ops.quantize import api
+from jax_nvfp4.products import kernel as kernels
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -43,12 +45,15 @@ def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
     return quantize(kernel)
 
 
-def box_like(box: meta.AxisMetadata[Any], weight: Nvfp4Tensor) -> Nvfp4Tensor:
+def box_like(
+    box: meta.AxisMetadata[Any], weight: Nvfp4Tensor | Nvfp4Kernel
+) -> Nvfp4Tensor | Nvfp4Kernel:
     """Puts each part of a weight into a box with the axis names of its kernel's box.
 
     Args:
         box: the kernel's `flax.linen.Partitioned`, or a subclass.
-        weight: what the kernel in the box became.
+        weight: what the kernel in the box became: an Nvfp4Tensor (..., out, in) of a kernel
+            (..., in, out), or an Nvfp4Kernel.
 
     Returns:
         The weight with its parts boxed, so that `get_partition_spec` gives a spec for each.
@@ -67,14 +72,28 @@ def box_like(box: meta.AxisMetadata[Any], weight: Nvfp4Tensor) -> Nvfp4Tensor:
             f"the kernel's metadata has the axis names {box.names}, and the kernel has "
             f"{weight.ndim} axes"
         )
-    *stacked, k_name, n_name = box.names
-    names = {"data": (*stacked, n_name, k_name), "global_scale": tuple(stacked)}
-    names["block_scale"] = names["data"]
+    last = weight.ndim - 1
+    axes: Any = (tuple(range(last - 1)), (last,), (last - 1,))
+    if isinstance(weight, Nvfp4Kernel):
+        axes = (weight.batch, weight.free, weight.contracting)
+    stacked, rows, columns = (tuple(box.names[a] for a in places) for places in axes)
+    of_data = (*stacked, _one_name(rows), _one_name(columns))
+    parts = weight.weight if isinstance(weight, Nvfp4Kernel) else weight
 
     def put(path: Any, leaf: Any) -> Any:
-        return box.replace(value=leaf, names=names[path[-1].name])
+        names = of_data[: leaf.ndim] if path[-1].name == "global_scale" else of_data
+        return box.replace(value=leaf, names=names)
 
-    return jax.tree_util.tree_map_with_path(put, weight)
+    boxed = jax.tree_util.tree_map_with_path(put, parts)
+    return Nvfp4Kernel(boxed, weight.axes) if isinstance(weight, Nvfp4Kernel) else boxed
+
+
+def _one_name(names: tuple[Any, ...]) -> Any:
+    """The name of an axis that several became."""
+    given = [name for name in names if name is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    return tuple(part for name in given for part in (name if isinstance(name, tuple) else (name,)))
 
 
 def _key_name(key: Any) -> Any:
@@ -85,48 +104,82 @@ def _key_name(key: Any) -> Any:
     return key
 
 
-def quantize_params(params: Any, where: Callable[[Path, Any], bool] = is_kernel) -> Any:
-    """Turns the kernels of a Dense model's params into NVFP4 weights for `Nvfp4Dense`.
+def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) -> Any:
+    """Turns kernels of a model's params into NVFP4 weights.
+
+    For `Nvfp4Dense` in place of `flax.linen.Dense`, or for the model as it is, within
+    `jax_nvfp4.linen.intercept`.
 
     Args:
-        params: a params tree of `flax.linen` modules, boxed with partitioning metadata or not.
-        where: given the path of a leaf as strings and the (unboxed) leaf, whether to quantize it.
-            By default each leaf named "kernel" with two axes. A chosen leaf with more axes is a
-            stack of kernels (of `nn.scan`), quantized one by one.
+        params: a params tree, boxed with partitioning metadata or not.
+        where: given the path of a leaf as strings and the (unboxed) leaf, what to do with it. By
+            default each leaf named "kernel" with two axes is a Dense kernel.
+
+            False: it stays.
+            True: it is the kernel (in, out) of a Dense layer.
+            A tuple of axes: products contract these, as (0, 1) of (heads, dim, out).
+            Two tuples, (contracted, batch): the latter are axes of stacked kernels, as ((1,), (0,))
+            of the kernels (layers, in, out) of `nn.scan`.
 
     Returns:
-        The tree with each chosen kernel (..., in, out) replaced by an Nvfp4Tensor (..., out, in).
+        The tree with each Dense kernel (in, out) replaced by an Nvfp4Tensor (out, in), and each
+        leaf whose axes were named by an Nvfp4Kernel of its own shape.
 
     Raises:
-        ValueError: a chosen leaf has fewer than two axes, or no leaf was chosen.
-        TypeError: a chosen leaf has a dtype that `quantize` does not take.
+        ValueError: a leaf that was called a Dense kernel has not two axes, axes that were named do
+            not exist, or no leaf was chosen.
+        TypeError: a chosen leaf has a dtype that `quantize` does not take, or `where` returned
+            something else.
     """
     quantized = 0
 
     def is_leaf(node: Any) -> bool:
-        return isinstance(node, meta.AxisMetadata | Nvfp4Tensor | RepackedWeight)
+        return isinstance(node, meta.AxisMetadata | Nvfp4Tensor | RepackedWeight | Nvfp4Kernel)
 
     def one(path: Any, leaf: Any) -> Any:
         nonlocal quantized
         names = tuple(str(_key_name(key)) for key in path)
-        if isinstance(leaf, Nvfp4Tensor | RepackedWeight):
+        if isinstance(leaf, Nvfp4Tensor | RepackedWeight | Nvfp4Kernel):
             return leaf
         boxed = isinstance(leaf, meta.AxisMetadata)
         kernel = leaf.value if boxed else leaf
-        if not where(names, kernel):
+        weight = _as_chosen("/".join(names), kernel, where(names, kernel))
+        if weight is None:
             return leaf
-        if jnp.ndim(kernel) < 2:
-            raise ValueError(
-                f"{'/'.join(names)} of shape {jnp.shape(kernel)} has no axes (in, out) to quantize"
-            )
         quantized += 1
-        weight = quantize_kernel(kernel)
         return box_like(leaf, weight) if boxed else weight
 
     result = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
     if not quantized:
         raise ValueError("no leaf of the params was chosen to be quantized")
     return result
+
+
+def _as_chosen(name: str, kernel: Any, choice: Any) -> Nvfp4Tensor | Nvfp4Kernel | None:
+    """A leaf as `where` of `quantize_params` wants it; None: it stays."""
+    if isinstance(choice, bool | np.bool_):
+        if not choice:
+            return None
+        if jnp.ndim(kernel) != 2:
+            raise ValueError(
+                f"{name} of shape {jnp.shape(kernel)} is no Dense kernel with the axes (in, out): "
+                f"where must return the axes to contract, or (contracted, batch)"
+            )
+        return quantize_kernel(kernel)
+    pair = isinstance(choice, tuple) and [isinstance(axes, tuple) for axes in choice] == [True] * 2
+    contracted, batch = choice if pair else (choice, ())
+    if not all(
+        isinstance(axes, tuple) and all(type(axis) is int for axis in axes)
+        for axes in (contracted, batch)
+    ):
+        raise TypeError(
+            f"where must return False, True, a tuple of contracted axes, or two tuples "
+            f"(contracted, batch); got {choice!r} for {name}"
+        )
+    try:
+        return kernels.quantize_kernel(kernel, contracted, batch)
+    except ValueError as error:
+        raise ValueError(f"{name} of shape {jnp.shape(kernel)}: {error}") from None
 
 
 def _named_parts(weight: Nvfp4Tensor | RepackedWeight) -> dict[str, Any]:

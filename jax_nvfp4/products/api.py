@@ -101,6 +101,23 @@ def einsum(
             subscript of another, or the weight was quantized for products over other axes.
     """
     del optimize, precision
+    how = How(activation_scale, batch_invariant, _result_dtype(preferred_element_type))
+    y = einsum_with_bias(subscripts, operands, None, how)
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def einsum_with_bias(
+    subscripts: Any, operands: Sequence[Any], bias: jax.Array | None, how: How
+) -> jax.Array:
+    """`einsum` plus a bias, rounded once.
+
+    Args:
+        subscripts: as of `einsum`.
+        operands: likewise.
+        bias: None, or an array whose elements are those of the weight's axes that the result has,
+            in the order of the result.
+        how: the rest.
+    """
     inputs, result, arrays = opt_einsum.parser.parse_einsum_input((subscripts, *operands))
     if len(arrays) != 2:
         raise ValueError(
@@ -118,9 +135,55 @@ def einsum(
     if len(set(of_kernel)) != len(of_kernel):
         raise ValueError(f"the NVFP4 weight has a subscript twice in {of_kernel!r}")
     x, of_x = _plain(x, of_x, kernel, of_kernel)
-    how = How(activation_scale, batch_invariant, _result_dtype(preferred_element_type))
-    y = contract(x, tuple(of_x), kernel.weight, kernel.axes, tuple(of_kernel), tuple(result), how)
-    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+    of_bias = tuple(label for label in result if label in of_kernel)
+    shape = [kernel.shape[of_kernel.index(label)] for label in of_bias]
+    return contract(
+        x,
+        tuple(of_x),
+        kernel.weight,
+        kernel.axes,
+        tuple(of_kernel),
+        tuple(result),
+        how,
+        None if bias is None else (bias.reshape(shape), of_bias),
+    )
+
+
+def linear_general(
+    x: jax.Array,
+    kernel: Nvfp4Kernel,
+    bias: jax.Array | None,
+    contracting: Sequence[int],
+    batch: Sequence[int],
+    how: How,
+) -> jax.Array:
+    """The product of Flax's general dense layers, plus a bias, rounded once.
+
+    Args:
+        x: an array.
+        kernel: of shape (batch..., contracted..., features...).
+        bias: (batch..., features...) or None.
+        contracting: the axes of x that are contracted, in the kernel's order.
+        batch: the leading axes of x that are batch axes of the kernel.
+        how: the rest.
+
+    Returns:
+        (batch..., other axes of x..., features...).
+    """
+    count, summed = len(batch), len(contracting)
+    numbers: Any = (contracting, range(count, count + summed)), (batch, range(count))
+    of_x, of_kernel, of_result = _dot_general_labels(numbers, x.ndim, kernel.ndim)
+    of_bias = of_kernel[:count] + of_kernel[count + summed :]
+    return contract(
+        x,
+        of_x,
+        kernel.weight,
+        kernel.axes,
+        of_kernel,
+        of_result,
+        how,
+        None if bias is None else (bias, of_bias),
+    )
 
 
 def _plain(x: jax.Array, of_x: str, kernel: Nvfp4Kernel, of_kernel: str) -> tuple[jax.Array, str]:

@@ -47,6 +47,7 @@ def contract(
     of_kernel: Labels,
     of_result: Labels,
     how: How,
+    bias: tuple[jax.Array, Labels] | None = None,
 ) -> jax.Array:
     """The product of x and a kernel, summed over each label that the result does not have.
 
@@ -58,6 +59,8 @@ def contract(
         of_kernel: a label for each axis of the kernel, none twice.
         of_result: a label for each axis of the result, each of x or of the kernel.
         how: the rest.
+        bias: to add before the result is rounded, with a label for each of its axes: those of the
+            kernel that the result has.
 
     Returns:
         The result, its axes in the order of `of_result`.
@@ -88,21 +91,37 @@ def contract(
     late = [i for i, label in enumerate((*loops, *others, *rows)) if label not in of_result]
     out_dtype = how.out_dtype or jnp.promote_types(x.dtype, weight.dtype)
     how = dataclasses.replace(how, out_dtype=jnp.float32 if late else out_dtype)
-    y = _each(x, weight, [label in of_x for label in loops], how)
+    early = None
+    if bias is not None and not late:
+        early = _in_order(*bias, (*loops, *rows)).reshape(*weight.shape[:-1])
+    y = _each(x, weight, early, [label in of_x for label in loops], how)
     sizes = dict(zip(of_kernel, axes.shape(weight.shape), strict=True))
     y = y.reshape(*y.shape[:-1], *(sizes[label] for label in rows))
+    found = tuple(label for label in (*loops, *others, *rows) if label in of_result)
     if late:
-        y = y.sum(late).astype(out_dtype)
-    found = [label for label in (*loops, *others, *rows) if label in of_result]
-    return y.transpose([found.index(label) for label in of_result])
+        y = y.sum(late)
+        if bias is not None:
+            y += _in_order(*bias, found).astype(jnp.float32)
+        y = y.astype(out_dtype)
+    return _in_order(y, found, of_result)
 
 
-def _each(x: jax.Array, weight: Weight, mapped: Sequence[bool], how: How) -> jax.Array:
+def _in_order(array: jax.Array, labels: Labels, order: Labels) -> jax.Array:
+    """An array with its axes in an order; those that it does not have get one element."""
+    found = [label for label in order if label in labels]
+    array = array.transpose([labels.index(label) for label in found])
+    return jnp.expand_dims(array, [i for i, label in enumerate(order) if label not in labels])
+
+
+def _each(
+    x: jax.Array, weight: Weight, bias: jax.Array | None, mapped: Sequence[bool], how: How
+) -> jax.Array:
     """`linear` for each matrix of a weight.
 
     Args:
         x: (those batch axes of the weight that are `mapped`..., ..., K).
         weight: (batch..., N, K).
+        bias: (batch..., N).
         mapped: for each batch axis of the weight, whether x has it.
         how: the rest.
 
@@ -114,10 +133,11 @@ def _each(x: jax.Array, weight: Weight, mapped: Sequence[bool], how: How) -> jax
         scale = global_scale(x, "tensor")
     leaves, structure = jax.tree.flatten(weight)
 
-    def matrix(x: jax.Array, *leaves: jax.Array) -> jax.Array:
+    def matrix(x: jax.Array, bias: jax.Array | None, *leaves: jax.Array) -> jax.Array:
         return linear(
             x,
             jax.tree.unflatten(structure, leaves),
+            bias,
             activation_scale=scale,
             out_dtype=how.out_dtype,
             batch_invariant=how.batch_invariant,
@@ -127,8 +147,8 @@ def _each(x: jax.Array, weight: Weight, mapped: Sequence[bool], how: How) -> jax
     for depth in reversed(range(len(mapped))):
         # A global scale has some of the leading axes of its weight, or none.
         of_leaves = [0 if leaf.ndim > depth else None for leaf in leaves]
-        function = jax.vmap(function, (0 if mapped[depth] else None, *of_leaves))
-    return function(x, *leaves)
+        function = jax.vmap(function, (0 if mapped[depth] else None, 0, *of_leaves))
+    return function(x, bias, *leaves)
 
 
 def _rows_to_batch(

@@ -243,9 +243,11 @@ class Stack(nn.Module):
 def test_scan_over_stacked_layers():
     params = Stack(nn.Dense).init(KEY, X)
     assert params["params"]["layer"]["kernel"].shape == (3, 40, 40)
-    quantized = nvfp4.quantize_params(params, where=lambda path, leaf: path[-1] == "kernel")
+    quantized = nvfp4.quantize_params(
+        params, where=lambda path, leaf: path[-1] == "kernel" and ((1,), (0,))
+    )
     assert quantized["params"]["layer"]["kernel"].shape == (3, 40, 40)
-    assert quantized["params"]["layer"]["kernel"].global_scale.shape == (3,)
+    assert quantized["params"]["layer"]["kernel"].weight.global_scale.shape == (3,)
     y = Stack(nvfp4.Nvfp4Dense).apply(quantized, X)
     assert relative_error(y, Stack(nn.Dense).apply(params, X)) < 0.3
     again = Stack(nvfp4.Nvfp4Dense).apply(nvfp4.repack(quantized), X)
@@ -357,7 +359,7 @@ PARAMS = nn.Dense(8).init(KEY, X)
         (
             lambda: nvfp4.quantize_params(PARAMS, where=lambda *_: True),
             ValueError,
-            "params/bias of shape .* no axes",
+            "params/bias of shape .* is no Dense kernel",
         ),
         (
             lambda: nvfp4.quantize_params({"kernel": jnp.ones((2, 2), jnp.int32)}),
