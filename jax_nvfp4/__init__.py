@@ -16,6 +16,7 @@ from jax_nvfp4.ops.linear.api import linear
 from jax_nvfp4.ops.linear.explain import explain
 from jax_nvfp4.ops.quantize.api import global_scale, quantize
 from jax_nvfp4.ops.repack import repack
+from jax_nvfp4.params import quantize_params  # imports Flax: its serialization learns our types
 from jax_nvfp4.products.api import dot_general, einsum
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from jax_nvfp4.conversion.convert import convert
     from jax_nvfp4.conversion.load import load_params
     from jax_nvfp4.linen import Nvfp4Dense
-    from jax_nvfp4.params import quantize_params
 
 __all__ = [
     "Calibration",
@@ -52,27 +52,27 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Flax and safetensors are imported when they are first needed.
+# The layers and safetensors are imported when they are first needed.
 _LAZY = {
     "Calibration": "jax_nvfp4.calibration",
     "calibrate": "jax_nvfp4.conversion.calibrate",
     "convert": "jax_nvfp4.conversion.convert",
     "load_params": "jax_nvfp4.conversion.load",
     "Nvfp4Dense": "jax_nvfp4.linen",
-    "quantize_params": "jax_nvfp4.params",
     "iter_checkpoint": "jax_nvfp4.checkpoint",
     "load_checkpoint": "jax_nvfp4.checkpoint",
     "save_checkpoint": "jax_nvfp4.checkpoint",
 }
+_LAZY_MODULES = ("checkpoint", "linen", "nnx")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "nnx":
-        return importlib.import_module("jax_nvfp4.nnx")
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"jax_nvfp4.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "nnx"})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

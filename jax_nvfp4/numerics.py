@@ -40,7 +40,29 @@ GLOBAL_SCALE_MAX = 2.0**110
 
 _E4M3_NAN = 0x7F
 _INF_BITS = 0x7F800000
+_NAN_BITS = 0x7FC00000
 _SMALLEST_BITS = (127 - 100) << 23  # the bits of 2**-100
+
+
+def with_ndim(a: jax.Array, ndim: int) -> jax.Array:
+    """Adds leading axes of length 1, as broadcasting would, but where the reader sees it.
+
+    `jax_numpy_rank_promotion="raise"` refuses to do so silently.
+    """
+    return lax.expand_dims(a, range(ndim - a.ndim))
+
+
+def nan_where(condition: jax.Array, value: jax.Array) -> jax.Array:
+    """The canonical NaN where a condition holds, `value` elsewhere.
+
+    Chosen between integers: a constant NaN in the program is what `jax_debug_nans` looks for.
+
+    Args:
+        condition: bool, of the shape of `value`.
+        value: float32.
+    """
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    return lax.bitcast_convert_type(jnp.where(condition, _NAN_BITS, bits), jnp.float32)
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -93,8 +115,7 @@ def computed_once(x: jax.Array) -> jax.Array:
     Returns:
         x, its NaNs made canonical.
     """
-    canonical = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
-    bits = lax.bitcast_convert_type(canonical, jnp.uint32)
+    bits = lax.bitcast_convert_type(nan_where(jnp.isnan(x), x), jnp.uint32)
     return lax.bitcast_convert_type(lax.rem(bits, jnp.full_like(bits, 0xFFFFFFFF)), jnp.float32)
 
 
@@ -189,8 +210,7 @@ def static_scales(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     one = jnp.ones_like(global_scale)
     valid = (global_scale >= GLOBAL_SCALE_MIN) & (global_scale <= GLOBAL_SCALE_MAX)
     safe = jnp.where(valid, global_scale, one)
-    nan = jnp.full_like(global_scale, jnp.nan)
-    return jnp.where(valid, divide(one, safe), nan), jnp.where(valid, safe, nan)
+    return nan_where(~valid, divide(one, safe)), nan_where(~valid, safe)
 
 
 def e4m3_encode(value: jax.Array) -> jax.Array:
@@ -223,7 +243,7 @@ def e4m3_decode(bits: jax.Array) -> jax.Array:
     normal = lax.bitcast_convert_type(((bits & 0x7F) << 20) + ((127 - 7) << 23), jnp.float32)
     subnormal = (bits & 0x7).astype(jnp.float32) * 2.0**-9
     value = jnp.where((bits & 0x78) == 0, subnormal, normal)
-    value = jnp.where((bits & 0x7F) == _E4M3_NAN, jnp.float32(jnp.nan), value)
+    value = nan_where((bits & 0x7F) == _E4M3_NAN, value)
     return jnp.where(bits >= 0x80, -value, value)
 
 
@@ -334,8 +354,8 @@ def scaled_amax(blocks: jax.Array, encode: jax.Array) -> jax.Array:
     largest_bits = jnp.max(_magnitude_bits(blocks), axis=-1, initial=0)
     bad = largest_bits >= _INF_BITS
     largest = lax.bitcast_convert_type(jnp.where(bad, 0, largest_bits), jnp.float32)
-    scaled = largest * (encode * jnp.float32(1 / 6))[..., None]
-    return jnp.where(bad, jnp.float32(jnp.nan), scaled)
+    encode = with_ndim(encode, blocks.ndim - 2)
+    return nan_where(bad, largest * (encode * jnp.float32(1 / 6))[..., None])
 
 
 def block_scale_bits(scaled: jax.Array) -> jax.Array:
@@ -362,10 +382,11 @@ def block_codes(blocks: jax.Array, scale_bits: jax.Array, decode: jax.Array) -> 
         uint8 (..., blocks, 16) in 0..7; 7 under a scale or a D that is NaN.
     """
     scale = e4m3_decode(scale_bits)
-    denominator = scale * decode[..., None]
+    denominator = scale * with_ndim(decode, scale.ndim - 1)[..., None]
     usable = denominator > 0
     inverse = divide(jnp.float32(1), jnp.where(usable, denominator, jnp.float32(1)))
-    inverse = jnp.where(usable, inverse, jnp.where(scale == 0, jnp.float32(FLT_MAX), jnp.nan))
+    inverse = jnp.where(usable, inverse, jnp.float32(FLT_MAX))
+    inverse = nan_where(~usable & (scale != 0), inverse)
     return e2m1_encode(magnitude(blocks) * inverse[..., None])
 
 
@@ -382,6 +403,7 @@ def encode_blocks(
     Returns:
         (data, block_scale): uint8 (..., blocks*8) and float8_e4m3fn (..., blocks).
     """
+    decode = with_ndim(decode, scale_bits.ndim - 1)
     codes = block_codes(blocks, scale_bits, decode)
     negative = lax.bitcast_convert_type(blocks, jnp.int32) < 0
     signed = negative & ~jnp.isnan(e4m3_decode(scale_bits) * decode[..., None])[..., None]
@@ -420,6 +442,7 @@ def dequantize(data: jax.Array, block_scale: jax.Array, global_scale: jax.Array)
     Returns:
         float32 (..., K).
     """
+    global_scale = with_ndim(global_scale, block_scale.ndim)
     return _times_blocks(data, _block_scale_values(block_scale) * global_scale)
 
 

@@ -194,9 +194,12 @@ def _to_state(weight: Nvfp4Tensor | RepackedWeight) -> Any:
 def _from_state(weight: Any, state: dict[str, Any]) -> Any:
     """A weight like `weight`, with the parts of a state dict."""
     parts = serialization.from_state_dict(_named_parts(weight), state, "an NVFP4 weight")
-    return jax.tree.unflatten(
+    restored = jax.tree.unflatten(
         jax.tree.structure(weight, is_leaf=lambda node: node is not weight), list(parts.values())
     )
+    if not any(isinstance(part, meta.AxisMetadata) for part in parts.values()):
+        restored.check()
+    return restored
 
 
 for _weight_type in (Nvfp4Tensor, RepackedWeight, Nvfp4Kernel):

@@ -2,6 +2,7 @@
 """The two forms of an NVFP4 tensor: canonical, as on disk, and repacked for one architecture."""
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any, Self
@@ -69,7 +70,11 @@ def _check_dtypes(tensor: Any, **expected: Any) -> None:
             if found is None:
                 got, hint = type(part).__name__, "params with metadata must be unboxed"
             else:
-                got, hint = found.name, "a cast of all params must leave NVFP4 weights alone"
+                got = found.name
+                hint = (
+                    "a cast of all params must leave NVFP4 weights alone, what was saved in one "
+                    "order must be restored into a weight of that order"
+                )
             raise TypeError(
                 f"the {name} of {type(tensor).__name__} must be an array of "
                 f"{jnp.dtype(dtype).name}; got {got} ({hint})"
@@ -247,9 +252,7 @@ class Nvfp4Tensor:
             An array of the logical shape.
         """
         self.check()
-        global_scale = _expand(self.global_scale, self.ndim)
-        values = numerics.dequantize(self.data, self.block_scale, global_scale)
-        return values[..., : self.k].astype(dtype)
+        return _dequantize(self.data, self.block_scale, self.global_scale, self.k, jnp.dtype(dtype))
 
     def tree_flatten_with_keys(self) -> tuple[Any, tuple[Any, ...]]:
         """The arrays with their names, and what is static, which devices' parts have in common."""
@@ -336,9 +339,7 @@ class RepackedWeight:
         """The tensor it was made from, the same bits."""
         self.check()
         n = self.shape[-2]
-        data, block_scale = order(self.arch).unpack(
-            self.data, self.block_scale, n, self.k, gated=self.gated
-        )
+        data, block_scale = _unpack(self.arch, self.data, self.block_scale, n, self.k, self.gated)
         global_scale, parts = self.global_scale, self.parts
         if self.gated:
             parts = (n // 2, n // 2)
@@ -371,7 +372,8 @@ class RepackedWeight:
                 f"a weight of shape {self.shape} repacked for {self.arch} has data and block_scale "
                 f"of shapes {expected[0]} and {expected[1]}; got {self.data.shape} and "
                 f"{self.block_scale.shape} (rows may be divided by whole tiles of "
-                f"{in_order.row_tile}, columns may not)"
+                f"{in_order.row_tile}, columns may not; what was saved for one arch must be "
+                f"restored into a weight repacked for that arch)"
             )
         rows = in_order.gated.rows(n) if self.gated else n
         if self.gated and n % 2:
@@ -408,6 +410,21 @@ class RepackedWeight:
             f"RepackedWeight(shape={self.shape}, arch={self.arch!r}, dtype={self.dtype}, "
             f"global_scale={_global_scale_name(self)}, nbytes={self.nbytes})"
         )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _dequantize(
+    data: jax.Array, block_scale: jax.Array, global_scale: jax.Array, k: int, dtype: Any
+) -> jax.Array:
+    values = numerics.dequantize(data, block_scale, _expand(global_scale, data.ndim))
+    return values[..., :k].astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _unpack(
+    arch: str, data: jax.Array, block_scale: jax.Array, n: int, k: int, gated: bool
+) -> tuple[jax.Array, jax.Array]:
+    return order(arch).unpack(data, block_scale, n, k, gated=gated)
 
 
 def _blocks(k: int) -> int:

@@ -36,8 +36,11 @@ class Order:
         row_tile: rows that lie together: a weight is divided, and padded, by whole tiles.
         k_multiple: what the columns are padded to a multiple of.
         scale_tiled: the first axis of the scales counts tiles of rows, not rows.
+        marks: axes of length 1 at the end of the scales. They make the shapes of each order its
+            own, so that a weight saved in one order is never taken for a weight in another, however
+            it was saved. Interleaved rows have `_GATED_MARKS` more.
         gated: how the rows of a gate and an up projection are interleaved.
-        matrix_shapes: (rows, blocks) to the shapes once packed.
+        matrix_shapes: (rows, blocks) to the shapes once packed, marks aside.
         pack_matrix: codes (..., rows, bytes) and bits of scales (..., rows, blocks), packed.
         unpack_matrix: the inverse, `(codes, scale_bits, n=rows, blocks=blocks)`.
     """
@@ -46,6 +49,7 @@ class Order:
     row_tile: int
     k_multiple: int
     scale_tiled: bool
+    marks: int
     gated: Interleaving
     matrix_shapes: Callable[[int, int], Shapes]
     pack_matrix: Callable[..., Any]
@@ -66,7 +70,12 @@ class Order:
 
     def shapes(self, n: int, k: int, *, gated: bool = False) -> Shapes:
         """The shapes that `pack` gives to the codes and the scales of a weight (n, k)."""
-        return self.matrix_shapes(self.gated.rows(n) if gated else n, -(-k // _BLOCK))
+        rows = self.gated.rows(n) if gated else n
+        codes, scales = self.matrix_shapes(rows, -(-k // _BLOCK))
+        return codes, (*scales, *self._marks(gated))
+
+    def _marks(self, gated: bool) -> tuple[int, ...]:
+        return (1,) * (self.marks + (_GATED_MARKS if gated else 0))
 
     def pack(
         self, data: jax.Array, block_scale: jax.Array, *, gated: bool = False
@@ -87,7 +96,8 @@ class Order:
             scale_bits = lax.bitcast_convert_type(block_scale, jnp.uint8)
         if gated:
             data, scale_bits = (self.gated.interleave(part, -2) for part in (data, scale_bits))
-        return self.pack_matrix(data, scale_bits)
+        data, scale_bits = self.pack_matrix(data, scale_bits)
+        return data, scale_bits.reshape(*scale_bits.shape, *self._marks(gated))
 
     def unpack(
         self, data: jax.Array, scale_bits: jax.Array, n: int, k: int, *, gated: bool = False
@@ -105,6 +115,8 @@ class Order:
             (data, block_scale): uint8 (..., n, ceil(k/16)*8), float8_e4m3fn (..., n, ceil(k/16)).
         """
         rows = self.gated.rows(n) if gated else n
+        unmarked = scale_bits.ndim - len(self._marks(gated))
+        scale_bits = scale_bits.reshape(scale_bits.shape[:unmarked])
         data, scale_bits = self.unpack_matrix(data, scale_bits, n=rows, blocks=-(-k // _BLOCK))
         if gated:
             data, scale_bits = (self.gated.deinterleave(p, -2, n) for p in (data, scale_bits))
@@ -157,11 +169,14 @@ def _swizzled_shapes(n: int, blocks: int) -> Shapes:
 _SCALE_TILE = swizzle.COLUMNS * _BLOCK
 """Columns that a tile of scales spans."""
 
+_GATED_MARKS = 2
+
 _REFERENCE = Order(
     x_dtype="bfloat16",
     row_tile=1,
     k_multiple=_BLOCK,
     scale_tiled=False,
+    marks=1,
     # No order of its own is needed: pairs let any number of devices divide a weight.
     gated=Interleaving(run=1, half_tile=1),
     matrix_shapes=lambda n, blocks: ((n, blocks * 8), (n, blocks)),
@@ -174,6 +189,7 @@ _HOPPER = Order(
     row_tile=sm90.TILE_N,
     k_multiple=_SCALE_TILE,
     scale_tiled=False,
+    marks=2,
     # Rows r, r + 1 of the gates and of the ups come to rows of the tile that one thread holds.
     gated=Interleaving(run=2, half_tile=sm90.TILE_N // 2),
     matrix_shapes=sm90.packed_shapes,
@@ -186,6 +202,7 @@ _BLACKWELL = Order(
     row_tile=swizzle.ROWS,
     k_multiple=_SCALE_TILE,
     scale_tiled=True,
+    marks=0,  # its scales end in tiles of 512
     gated=Interleaving(run=8, half_tile=swizzle.ROWS // 2),
     matrix_shapes=_swizzled_shapes,
     pack_matrix=_pack_swizzled,

@@ -55,11 +55,28 @@ def define(
         return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
     def run(*args: Any, **params: Any) -> Any:
-        with jax.disable_jit(False):  # it has no meaning below a primitive, and would recurse
-            return compiled(tuple(sorted(params.items())))(*args)
+        # Below a primitive it has no meaning to disable jit, or to search for the operation that
+        # made a NaN: both would come back here.
+        with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+            results = compiled(tuple(sorted(params.items())))(*args)
+        _raise_if_special(name, results)
+        return results
 
     primitive.def_impl(run)
     return primitive
+
+
+def _raise_if_special(name: str, results: Sequence[jax.Array]) -> None:
+    """Raises for what `jax_debug_nans` and `jax_debug_infs` look for, as JAX does."""
+    searches = (
+        ("nan", jax.config.jax_debug_nans, jnp.isnan),
+        ("inf", jax.config.jax_debug_infs, jnp.isinf),
+    )
+    for kind, wanted, is_special in searches:
+        if wanted and any(
+            jnp.issubdtype(r.dtype, jnp.inexact) and bool(is_special(r).any()) for r in results
+        ):
+            raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
 
 
 def _lowering(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `repack`: puts weights into the order that an architecture's GEMM reads."""
 
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_nvfp4.config import ARCHES, REFERENCE
 from jax_nvfp4.layout.orders import Order, order
@@ -46,14 +48,21 @@ def repack(weight: Any, arch: str | None = None) -> Any:
         if isinstance(node, RepackedWeight):
             node = node.canonical()
         n, k = node.shape[-2:]
+        on_host = isinstance(node.data, np.ndarray) and node.ndim == 2
         data, block_scale = typed.call(
-            order(arch).pack,
+            order(arch).pack if on_host else functools.partial(_pack, arch),
             (node.data, node.block_scale),
             lambda: _placement(node.data, node.block_scale, order(arch)),
         )
         return RepackedWeight(data, block_scale, node.global_scale, arch, n, k, node.dtype)
 
     return jax.tree.map(one, weight, is_leaf=_is_weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pack(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One program for a shape; operation by operation, XLA would compile dozens."""
+    return order(arch).pack(data, block_scale)
 
 
 def _is_weight(node: Any) -> bool:
@@ -69,13 +78,14 @@ def _placement(data: jax.Array, block_scale: jax.Array, to: Order) -> Placement:
         to: the order.
     """
     *lead, n, _ = data.shape
-    if to.canonical:
-        counts = (*block_scale.shape,)
-        return (typed.entries(data), counts), (typed.entries(block_scale), counts)
-    wished = typed.entries(data)[:-1]
-    parts = (*lead, n // to.row_tile if to.whole_tiles(n) else 1)
-    whole = len(to.shapes(n, 1)[1]) - 1
-    return (
-        ((*wished, None), (*parts, 1)),
-        ((*wished, *[None] * whole), (*parts, *[1] * whole)),
-    )
+    rows, columns = n, block_scale.shape[-1]
+    if not to.canonical:
+        rows, columns = n // to.row_tile if to.whole_tiles(n) else 1, 1
+
+    def placed(array: jax.Array, shape: tuple[int, ...]) -> Any:
+        rest = len(shape) - 2
+        wished = typed.entries(array) if to.canonical else (*typed.entries(array)[:-1], None)
+        return (*wished, *[None] * rest), (*lead, rows, columns, *[1] * rest)
+
+    codes, scales = to.shapes(n, 1)
+    return placed(data, codes), placed(block_scale, scales)

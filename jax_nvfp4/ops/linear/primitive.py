@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
+from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import primitive
 from jax_nvfp4.ops.linear import sharding
@@ -66,7 +67,7 @@ def _jvp(
     if not isinstance(dots.x, ad.Zero):
         terms.append(straight_through(dots.x, weight, transposed=False, dtype="float32", spec=spec))
     if dots.bias is not None and not isinstance(dots.bias, ad.Zero):
-        terms.append(dots.bias.astype(jnp.float32))
+        terms.append(numerics.with_ndim(dots.bias.astype(jnp.float32), y.ndim))
     if not terms:
         return [y], [primitive.zero_tangent(y)]
     tangent = jnp.broadcast_to(functools.reduce(jnp.add, terms), y.shape)

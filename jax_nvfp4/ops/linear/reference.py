@@ -50,12 +50,14 @@ def reference(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     if spec.scaling == Scaling.NONE:
         values = jnp.dtype(jnp.float16 if x.dtype == jnp.float16 else jnp.bfloat16)
         x = x.astype(values).astype(jnp.float32)
-        alpha = w_scale
+        alpha = numerics.with_ndim(w_scale, 2)
     else:
         values = jnp.dtype(jnp.bfloat16)
         encode, decode, x_scale = scales(x, operands.scale_or_amax, scaling=spec.scaling)
         x = numerics.block_values(*numerics.quantize(x, encode, decode))[:, : spec.k]
-        alpha = (x_scale if x_scale.ndim == 0 else x_scale[:, None]) * w_scale
+        alpha = (x_scale if x_scale.ndim == 0 else x_scale[:, None]) * numerics.with_ndim(
+            w_scale, 2
+        )
 
     if spec.batch_invariant:
         # Each row by itself: the order of its reduction cannot depend on the other rows.
@@ -70,5 +72,5 @@ def with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Arr
     """The float32 product plus the bias, rounded once to the dtype of the result."""
     if bias is None:
         return y.astype(spec.out_dtype)
-    bias = bias.astype(jnp.float32)
+    bias = numerics.with_ndim(bias.astype(jnp.float32), y.ndim)
     return numerics.add_rounding_once(numerics.computed_once(y), bias, spec.out_dtype)

@@ -55,9 +55,9 @@ def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     else:
         sizes |= {"k": spec.k, "packed_k": data.shape[1]}
         of_data.append("packed_k")
-        for axis, size in enumerate(block_scale.shape[1:]):
-            of_scales.append(f"scale_k{axis}")
-            sizes[of_scales[-1]] = size
+    for axis in range(len(of_scales), block_scale.ndim):
+        of_scales.append(f"scale_k{axis}")
+        sizes[of_scales[-1]] = block_scale.shape[axis]
     return partition.Factors(
         operands=(
             (*of_x, columns),

@@ -119,5 +119,9 @@ def global_scale(
     x = checks.as_float_array("x", x, min_ndim=1)
     per_row = checks.dynamic_scaling("scaling", scaling) == Scaling.TOKEN
     _check_search(search, None, x.shape[-1])
-    largest = numerics.amax(x, axis=-1 if per_row else None)
-    return dynamic_scales(largest, search)[1]
+    return _global_scale(x, axis=-1 if per_row else None, search=search)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "search"))
+def _global_scale(x: jax.Array, axis: int | None, search: Search | None) -> jax.Array:
+    return dynamic_scales(numerics.amax(x, axis=axis), search)[1]
