@@ -93,13 +93,14 @@ def quantize(
     blocks = numerics.as_blocks(x)
     weights = None if importance is None else block_weights(importance)
     choices = candidates(numerics.scaled_amax(blocks, encode), search)
+    encode = numerics.with_ndim(encode, blocks.ndim - 2)
     y = numerics.magnitude(blocks) * encode[..., None, None]
     y = numerics.computed_once(jnp.where(y < _Y_MIN, 0, jnp.minimum(y, _Y_MAX)))
 
     def better(best: tuple[jax.Array, jax.Array], bits: jax.Array) -> tuple[Any, None]:
         q = numerics.e2m1_decode(numerics.block_codes(blocks, bits, decode))
         e = lax.reduce_precision(y - q * numerics.e4m3_decode(bits)[..., None], 8, 7)
-        squares = e * e if weights is None else weights * (e * e)
+        squares = e * e if weights is None else numerics.with_ndim(weights, e.ndim) * (e * e)
         error = _sum_by_halves(squares)
         wins = error < best[1]
         return (jnp.where(wins, bits, best[0]), jnp.where(wins, error, best[1])), None
@@ -107,7 +108,8 @@ def quantize(
     start = choices[0], jnp.full_like(y[..., 0], jnp.inf)
     (bits, _), _ = lax.scan(better, start, choices)
     if weights is not None:
-        bits = jnp.where(jnp.isnan(weights).any(-1), jnp.uint8(_NAN_SCALE), bits)
+        bad = numerics.with_ndim(jnp.isnan(weights).any(-1), bits.ndim)
+        bits = jnp.where(bad, jnp.uint8(_NAN_SCALE), bits)
     return numerics.encode_blocks(blocks, bits, decode)
 
 
@@ -127,6 +129,7 @@ def candidates(scaled: jax.Array, search: Search) -> jax.Array:
     if search == "4over6":
         return jnp.stack([first, numerics.block_scale_bits(1.5 * scaled)])
     steps = jnp.asarray(SWEEP_STEPS, jnp.int32).reshape(-1, *[1] * first.ndim)
+    first = first[None]
     others = jnp.clip(first.astype(jnp.int32) + steps, 0, _LARGEST_SCALE).astype(jnp.uint8)
     return jnp.where(first == _NAN_SCALE, first, others)
 
@@ -148,7 +151,7 @@ def block_weights(importance: jax.Array) -> jax.Array:
     counts = (exponent > 0) & (exponent - down >= 127 - _IMPORTANCE_BITS)
     relative = lax.bitcast_convert_type(jnp.where(counts, bits - (down << 23), 0), jnp.float32)
     valid = ((bits >= 0) & (exponent < 255)) | (bits << 1 == 0)
-    return jnp.where(valid, lax.reduce_precision(relative, 8, 7), jnp.float32(jnp.nan))
+    return numerics.nan_where(~valid, lax.reduce_precision(relative, 8, 7))
 
 
 def _sum_by_halves(terms: jax.Array) -> jax.Array:

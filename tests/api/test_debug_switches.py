@@ -45,6 +45,10 @@ def nnx_layer(x):
 
 CALLS = {
     "quantize": lambda x: [nvfp4.quantize(x), nvfp4.quantize(x, scaling="token")],
+    "quantize by a search": lambda x: [
+        nvfp4.quantize(x, search="4over6"),
+        nvfp4.quantize(x, search="sweep", scaling="token", importance=jnp.ones(64)),
+    ],
     "quantize by a given scale": lambda x: [
         nvfp4.quantize(x, global_scale=SCALE),
         nvfp4.quantize(x, global_scale=jnp.full((2, 3), 0.1, jnp.float32)),
