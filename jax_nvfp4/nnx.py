@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nvfp4Linear, in place of `flax.nnx.Linear`."""
+"""The Flax nnx layer, and the swap of a model's Linear layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +11,43 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jax_nvfp4 import _layer, numerics, params
-from jax_nvfp4.nnx.variables import QuantStat, arrays, variables
 from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.ops.repack import repack
+from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
+
+
+class QuantizedParam(nnx.Variable[jax.Array]):
+    """A part of an NVFP4 kernel. Not an `nnx.Param`: `nnx.grad` must not differentiate codes."""
+
+
+class QuantStat(nnx.Variable[jax.Array]):
+    """A static activation scale, or the running amax that it follows from."""
+
+
+def _variables(weight: Nvfp4Tensor | RepackedWeight, metadata: Mapping[str, Any]) -> Any:
+    """A weight with a variable for each part.
+
+    Args:
+        weight: with arrays as parts.
+        metadata: of a kernel variable (in, out); its axis names are transposed for the codes and
+            the block scales and left out for the global scale.
+    """
+    names = metadata.get("out_sharding")
+    rest = {name: value for name, value in metadata.items() if name != "out_sharding"}
+
+    def variable(path: Any, part: jax.Array) -> QuantizedParam:
+        if names is None or path[-1].name == "global_scale":
+            return QuantizedParam(part, **rest)
+        return QuantizedParam(part, out_sharding=tuple(reversed(names)), **rest)
+
+    return jax.tree_util.tree_map_with_path(variable, weight)
+
+
+def _arrays(weight: Any) -> Any:
+    """The inverse of `_variables`, metadata aside."""
+    return jax.tree.map(
+        lambda part: part[...], weight, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
 
 class Nvfp4Linear(nnx.Module):
@@ -83,7 +118,7 @@ class Nvfp4Linear(nnx.Module):
             kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
         )
         weight = params.quantize_kernel(kernel[...])
-        self.kernel = nnx.data(variables(weight, kernel.get_metadata()))
+        self.kernel = nnx.data(_variables(weight, kernel.get_metadata()))
         self.bias: Any = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), (out_features,), param_dtype)
@@ -151,7 +186,7 @@ class Nvfp4Linear(nnx.Module):
             ValueError: shapes do not go together.
         """
         inputs = jnp.asarray(inputs)
-        kernel = arrays(self.kernel)
+        kernel = _arrays(self.kernel)
         kernel = _layer.as_weight("Nvfp4Linear", kernel, self.out_features, self.in_features)
         inputs, compute = _layer.cast_inputs("Nvfp4Linear", inputs, self.dtype, self.param_dtype)
         scale: Any = self.activation_scale
@@ -169,3 +204,92 @@ class Nvfp4Linear(nnx.Module):
             out_dtype=self.preferred_element_type or compute,
             batch_invariant=self.batch_invariant,
         )
+
+
+def _every_linear(path: tuple[Any, ...], layer: nnx.Linear) -> bool:
+    return True
+
+
+def quantize_model(
+    model: nnx.Module,
+    where: Callable[[tuple[Any, ...], nnx.Linear], bool] = _every_linear,
+    **fields: Any,
+) -> None:
+    """Swaps the `nnx.Linear` layers of a model for Nvfp4Linear, in place.
+
+    Args:
+        model: changed in place. A layer that is shared stays shared. Subclasses of `nnx.Linear`,
+            whose call may be another, stay.
+        where: given a layer's path and the layer, whether to swap it; every Linear by default.
+        **fields: activation_scale and batch_invariant of the new layers.
+
+    Raises:
+        ValueError: no layer was chosen, the model is itself a Linear, or a layer lies where it
+            cannot be swapped.
+    """
+    if isinstance(model, nnx.Linear):
+        raise ValueError("the model is itself a Linear; use Nvfp4Linear.from_linear")
+    chosen = {
+        id(node): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Linear) and type(node) is nnx.Linear and where(path, node)
+    }
+    if not chosen:
+        raise ValueError("no nnx.Linear layer of the model was chosen to be quantized")
+    _replace(model, {key: Nvfp4Linear.from_linear(node, **fields) for key, node in chosen.items()})
+    for path, node in nnx.iter_graph(model):
+        if id(node) in chosen:
+            raise ValueError(
+                f"the layer {'.'.join(map(str, path))} could not be swapped: layers may be "
+                f"attributes of modules or items of lists, dicts and tuples"
+            )
+
+
+def repack_model(model: nnx.Module, arch: str | None = None) -> None:
+    """Repacks the kernels of a model's Nvfp4Linear layers, in place.
+
+    Arrays stay divided as they are; the axis names of their metadata, which are those of canonical
+    weights, are dropped.
+
+    Args:
+        model: changed in place.
+        arch: as in `jax_nvfp4.repack`.
+
+    Raises:
+        ValueError: there is no Nvfp4Linear, or the arch is unknown.
+    """
+    layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, Nvfp4Linear)]
+    if not layers:
+        raise ValueError("no Nvfp4Linear layer in the model to repack; see quantize_model")
+    for layer in layers:
+        layer.kernel = nnx.data(_variables(repack(_arrays(layer.kernel), arch), {}))
+
+
+def _replace(root: Any, swapped: dict[int, Nvfp4Linear]) -> None:
+    """Puts the new layers wherever the old ones are attributes or items, at any depth."""
+
+    def new(child: Any) -> Any:
+        if isinstance(child, tuple):
+            items = [new(item) for item in child]
+            if all(a is b for a, b in zip(items, child, strict=True)):
+                return child
+            return type(child)(*items) if hasattr(child, "_fields") else type(child)(items)
+        return swapped.get(id(child), child)
+
+    for _, node in list(nnx.iter_graph(root)):
+        if isinstance(node, list):
+            items: Any = enumerate(node)
+        elif isinstance(node, dict):
+            items = list(node.items())
+        elif isinstance(node, nnx.Pytree):
+            items = list(vars(node).items())
+        else:
+            continue
+        for key, child in items:
+            replacement = new(child)
+            if replacement is child:
+                continue
+            if isinstance(node, nnx.Pytree):
+                setattr(node, key, nnx.data(replacement))
+            else:
+                node[key] = replacement
