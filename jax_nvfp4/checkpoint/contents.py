@@ -9,7 +9,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from jax_nvfp4.checkpoint import compressed_tensors, layouts, modelopt
+from jax_nvfp4.checkpoint import compressed_tensors, layouts, modelopt, mxfp4
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import DTYPES, Entry
 from jax_nvfp4.checkpoint.formats import E4M3, WIDE_FLOATS, by_layer, split_name
@@ -78,6 +78,7 @@ class Contents:
                 _check_scale(key, suffix, value, (1, 1))
         for layer, parts in by_layer(self.stored).items():
             quantized = modelopt.claims(parts) or compressed_tensors.claims(parts)
+            quantized = quantized or mxfp4.parts_of(parts) is not None
             if self._weights and not quantized:
                 quantized = modelopt.FORMAT.is_quantized(parts)
             if layer not in self._weights and (quantized or modelopt.lost_its_weight(parts)):

@@ -78,3 +78,14 @@ def nested(where: str, config: Mapping[str, Any]) -> Iterator[Description]:
                 yield Description(f"{where}: {name}", value)
         elif isinstance(value, dict):
             yield from nested(f"{where}: {name}", value)
+
+
+def fields(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """All fields of a model configuration that are not objects, at any depth."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += fields(value)
+        else:
+            found.append((name, value))
+    return found

@@ -83,6 +83,19 @@ class Entry:
         """The size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    def part(self, index: int, axes: int = 1) -> Entry:
+        """One element along the first axes.
+
+        Args:
+            index: which, in the order in which they are stored.
+            axes: how many axes are counted through.
+
+        Returns:
+            The part as a tensor of its own, with the name of the whole.
+        """
+        part = dataclasses.replace(self, shape=self.shape[axes:])
+        return dataclasses.replace(part, offset=self.offset + index * part.nbytes)
+
     def __str__(self) -> str:
         return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
 

@@ -75,3 +75,36 @@ def algorithm(weight: Stored, scale: Stored) -> str | None:
     if scale.shape in ((*stacked, *tiles), (tiles[0], 1, tiles[1], 1)):
         return PER_BLOCK
     return None
+
+
+def dequantize(
+    weight: np.ndarray, scale: np.ndarray, name: str, dtype: np.dtype[Any]
+) -> np.ndarray:
+    """The values of an 8-bit weight.
+
+    Args:
+        weight: (..., N, K).
+        scale: of a shape that `algorithm` knows.
+        name: the algorithm.
+        dtype: of the result.
+
+    Returns:
+        weight * scale, in float32, rounded to the dtype.
+    """
+    *lead, n, k = weight.shape
+    matrices = weight.reshape(-1, n, k)
+    if name == MXFP8:
+        scale = np.ldexp(np.float32(1), scale.view(np.uint8).astype(np.int32) - 127)
+    tiles = {FP8: (n, k), PER_CHANNEL: (1, k), PER_BLOCK: (_TILE, _TILE), MXFP8: (1, MX_BLOCK)}
+    tall, wide = (max(size, 1) for size in tiles[name])
+    rows, columns = -(-n // tall), -(-k // wide)
+    # One scale of a stack of experts may be for all of them.
+    scales = scale.astype(np.float32).reshape(-1, max(rows, 1), max(columns, 1))
+    scales = np.broadcast_to(scales, (len(matrices), *scales.shape[1:]))
+    out = np.empty(matrices.shape, dtype)
+    for i, matrix in enumerate(matrices):
+        for start in range(0, n, _TILE):  # few rows at a time are in float32
+            some = np.arange(start, min(start + _TILE, n))
+            factors = np.repeat(scales[i][some // tall], wide, axis=-1)[:, :k]
+            out[i, some] = (matrix[some].astype(np.float32) * factors).astype(dtype)
+    return out.reshape(*lead, n, k)

@@ -4,11 +4,16 @@
     ours             ModelOpt          compressed-tensors     dtype, shape
     X.weight         weight            weight_packed          uint8 [..., N, K/2]
                      weight_scale      weight_scale           float8_e4m3fn [..., N, K/16]
-                     weight_scale_2    weight_global_scale    float32 scalar
-    X.input_scale    input_scale       input_global_scale     float32 scalar, optional
+                     weight_scale_2    weight_global_scale    float32 scalar, or [...]
+    X.input_scale    input_scale       input_global_scale     float32 scalar, or [...], optional
     X.pre_quant_scale  pre_quant_scale                        [K], optional
 
 ModelOpt's global scales multiply on dequantization; compressed-tensors' divide.
+
+Experts that a model keeps in one parameter P are stored as `P`, `P_weight_scale`,
+`P_weight_scale_2`, `P_input_scale` and `P_bias`, either as above or transposed, [G, K/2, N] and
+[G, K/16, N]; here they are a layer X = P as all others. gpt-oss interleaves gate and up in its
+`gate_up_proj`; here gate comes first, then up, in the rows of the weight and in the bias.
 """
 
 from __future__ import annotations
@@ -20,9 +25,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_nvfp4.checkpoint import layouts
+from jax_nvfp4.checkpoint import layouts, mxfp4
 from jax_nvfp4.checkpoint.errors import CheckpointError
-from jax_nvfp4.checkpoint.files import Entry, Folder, read
+from jax_nvfp4.checkpoint.files import Entry, Folder, empty, read
 from jax_nvfp4.checkpoint.layouts import LINEAR, Layout
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.numerics import BLOCK, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
@@ -46,6 +51,7 @@ class Format:
         is_quantized: whether the tensors of layer X, by suffix, are those of an NVFP4 layer.
         refuse: raises for a quantized layer, or another tensor, that means something else here.
         layout: the order of a quantized layer's bytes; raises where it cannot be told.
+        interleaved: whether the rows of a layer are those of gate and up in turn.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Format:
     is_quantized: Callable[[Mapping[str, Entry]], bool]
     refuse: Callable[[str], None] = lambda name: None
     layout: Callable[[str], Layout] = lambda name: LINEAR
+    interleaved: Callable[[str], bool] = lambda name: False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +81,29 @@ class Linear:
     format: Format
 
     def key(self, suffix: str) -> str:
-        """The name of a tensor of this layer."""
+        """The key of a tensor of this layer, as `load_checkpoint` returns it."""
         return f"{self.name}.{suffix}" if self.name else suffix
+
+    @property
+    def is_one_parameter(self) -> bool:
+        """Whether its tensors are `P`, `P_weight_scale`, ... and not `X.weight`, ..."""
+        return any(split_name(part.name)[0] != self.name for part in self.parts.values())
 
     def _part(self, suffix: str) -> Entry:
         if suffix not in self.parts:
+            name = f"{self.name}_{suffix}" if self.is_one_parameter else self.key(suffix)
+            name = name.removesuffix("_weight") if self.is_one_parameter else name
             there = ", ".join(sorted(self.parts))
-            raise CheckpointError(
-                f"tensor {self.key(suffix)!r} is missing; its NVFP4 layer has only: {there}"
-            )
+            raise CheckpointError(f"tensor {name!r} is missing; its NVFP4 layer has only: {there}")
         return self.parts[suffix]
+
+    def _order(self, rows: int) -> np.ndarray | None:
+        """The order that puts the rows of gate before those of up; None where they are so."""
+        if not self.format.interleaved(self.name):
+            return None
+        if rows % 2:
+            raise CheckpointError(f"layer {self.name!r} has {rows} rows, expected gate and up")
+        return np.r_[0:rows:2, 1:rows:2]
 
     def read_weight(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reads the weight.
@@ -96,11 +116,15 @@ class Linear:
             CheckpointError: a part is missing, of the wrong shape or dtype, or a scale is NaN,
                 infinite or negative, or a global scale 0.
         """
+        if (stored := mxfp4.parts_of(self.parts)) is not None:
+            return mxfp4.read_weight(*stored, self._order(stored[1].shape[-2]))
         self.format.refuse(self.name)
         layout = self.format.layout(self.name)
         data = self._part(self.format.data)
         block_scale = self._part(self.format.block_scale)
         global_scale = self._part(self.format.global_scale)
+        if _is_transposed(data, block_scale):
+            return self._read_transposed(data, block_scale, global_scale)
 
         require(
             data,
@@ -109,28 +133,57 @@ class Linear:
             f"[..., N, K/2] with K a multiple of {BLOCK}",
         )
         blocks = (*data.shape[:-1], data.shape[-1] * 2 // BLOCK)
-        stored = _swizzled_shape(data, blocks) if layout.swizzled else blocks
-        require(block_scale, E4M3, block_scale.shape == stored, f"{list(stored)}")
-        leading = data.shape[:-2]
-        shapes = [(), leading, (*leading, 1), (*leading, 1, 1)] if leading else [(), (1,)]
-        require(
-            global_scale,
-            np.dtype(np.float32),
-            global_scale.shape in shapes,
-            " or ".join(str(list(shape)) for shape in shapes),
-        )
-        multiplier = self._read_global_scale(global_scale)
-        if global_scale.shape:
-            multiplier = multiplier.reshape(leading)
+        stored_shape = _swizzled_shape(data, blocks) if layout.swizzled else blocks
+        require(block_scale, E4M3, block_scale.shape == stored_shape, f"{list(stored_shape)}")
+        multiplier = self._read_multiplier(global_scale, data.shape[:-2])
+        if self.is_one_parameter:
+            multiplier = np.array(np.broadcast_to(multiplier, data.shape[:-2]))
         codes = read(data)
         if layout.high_first:
             codes = (codes << 4) | (codes >> 4)
         return codes, _read_block_scale(block_scale, blocks, layout), multiplier
 
+    def _read_transposed(
+        self, data: Entry, block_scale: Entry, global_scale: Entry
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Reads experts [G, K/2, N], one by one into the arrays that are returned."""
+        require(data, np.dtype(np.uint8), True, "")
+        require(block_scale, E4M3, True, "")
+        count, half, n = data.shape
+        order = self._order(n)
+        codes = empty((count, n, half), data.dtype)
+        scales = empty((count, n, half * 2 // BLOCK), E4M3)
+        for i in range(count):
+            columns = slice(None) if order is None else order
+            codes[i] = read(data.part(i)).T[columns]
+            part = block_scale.part(i)
+            scales[i] = _read_block_scale(part, part.shape, LINEAR).T[columns]
+        multiplier = self._read_multiplier(global_scale, (count,))
+        return codes, scales, np.array(np.broadcast_to(multiplier, (count,)))
+
+    def _read_multiplier(self, entry: Entry, leading: tuple[int, ...]) -> np.ndarray:
+        """Reads the weight's global scale: () or one for each matrix."""
+        shapes = [(), leading, (*leading, 1), (*leading, 1, 1)] if leading else [(), (1,)]
+        require(
+            entry,
+            np.dtype(np.float32),
+            entry.shape in shapes,
+            " or ".join(str(list(shape)) for shape in shapes),
+        )
+        value = self._read_global_scale(entry)
+        return value.reshape(leading) if entry.shape else value
+
+    def read_bias(self) -> np.ndarray:
+        """Reads the bias (G, N) of experts in one parameter, in the order of the weight's rows."""
+        entry = self.parts["bias"]
+        value = read(entry)
+        order = self._order(entry.shape[-1]) if entry.shape else None
+        return value if order is None else np.ascontiguousarray(value[..., order])
+
     def read_input_scale(self) -> np.ndarray:
         """Reads the activations' global scale: float32, () or the leading axes; it multiplies."""
         entry = self.parts[self.format.input_scale]
-        data = self.parts.get(self.format.data)
+        data = self.parts.get(self.format.data, self.parts.get("blocks"))
         lead = data.shape[:-2] if data is not None else ()
         shapes = [(), (1,), lead] if lead else [(), (1,)]
         fits = " or ".join(str(list(shape)) for shape in shapes)
@@ -179,6 +232,14 @@ def require_positive(
         )
 
 
+def _is_transposed(data: Entry, block_scale: Entry) -> bool:
+    """Whether experts are [G, K/2, N] and [G, K/16, N], and not [G, N, K/2] and [G, N, K/16]."""
+    if len(data.shape) != 3 or len(block_scale.shape) != 3:
+        return False
+    count, half, n = data.shape
+    return half % 8 == 0 and block_scale.shape == (count, half // 8, n)
+
+
 def _swizzled_shape(data: Entry, blocks: tuple[int, ...]) -> tuple[int, ...]:
     if len(blocks) != 2:
         raise CheckpointError(
@@ -212,11 +273,44 @@ def split_name(name: str) -> tuple[str, str]:
     return layer, suffix
 
 
-def by_layer(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+_PARTS_OF_A_PARAMETER = {
+    "_weight_scale_2": "weight_scale_2",
+    "_weight_scale": "weight_scale",
+    "_input_scale": "input_scale",
+    "_blocks": "blocks",
+    "_scales": "scales",
+    "_bias": "bias",
+}
+
+
+def place(name: str, entries: Mapping[str, Any]) -> tuple[str, str]:
+    """The layer of a tensor and what it is there, with experts in one parameter as a layer.
+
+    Args:
+        name: of the tensor.
+        entries: all tensors by name, which tell whether a parameter is one of experts.
+    """
+    if _is_one_parameter(name, entries):
+        return name, "weight"
+    for ending, suffix in _PARTS_OF_A_PARAMETER.items():
+        if name.endswith(ending) and _is_one_parameter(name.removesuffix(ending), entries):
+            return name.removesuffix(ending), suffix
+    return split_name(name)
+
+
+def _is_one_parameter(name: str, entries: Mapping[str, Any]) -> bool:
+    if f"{name}_weight_scale_2" in entries:
+        return True
+    if f"{name}_blocks" in entries and f"{name}_scales" in entries:
+        return True
+    return name in entries and f"{name}_weight_scale" in entries
+
+
+def by_layer(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tensors of each layer, by what they are there."""
-    layers: dict[str, dict[str, Entry]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        layer, suffix = split_name(name)
+        layer, suffix = place(name, entries)
         layers.setdefault(layer, {})[suffix] = entry
     return layers
 
@@ -228,14 +322,17 @@ def group(folder: Folder, fmt: Format) -> Iterator[Linear | Entry]:
     come as they are.
     """
     layers = by_layer(folder.entries)
-    quantized = {layer for layer, parts in layers.items() if fmt.is_quantized(parts)}
+    mx = {layer: found for layer, parts in layers.items() if (found := mxfp4.parts_of(parts))}
+    quantized = {layer for layer, parts in layers.items() if fmt.is_quantized(parts)} | set(mx)
     own = {fmt.data, fmt.block_scale, fmt.global_scale, fmt.input_scale, "pre_quant_scale"}
     done = set()
     for name, entry in folder.entries.items():
-        layer, suffix = split_name(name)
+        layer, suffix = place(name, folder.entries)
         if layouts.consumed(name, quantized):
             continue
-        if layer not in quantized or suffix not in own:
+        one_parameter = layer in quantized and split_name(name)[0] != layer
+        is_part = suffix in own or one_parameter or entry in mx.get(layer, ())
+        if layer not in quantized or not is_part:
             yield entry
         elif layer not in done:
             done.add(layer)

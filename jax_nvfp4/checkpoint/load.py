@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
-from jax_nvfp4.checkpoint import compressed_tensors, descriptions, layouts, modelopt
+from jax_nvfp4.checkpoint import (
+    compressed_tensors,
+    descriptions,
+    experts,
+    float8,
+    layouts,
+    modelopt,
+    mxfp4,
+)
 from jax_nvfp4.checkpoint.descriptions import Description
 from jax_nvfp4.checkpoint.errors import CheckpointError
+from jax_nvfp4.checkpoint.experts import Output
 from jax_nvfp4.checkpoint.files import Entry, Folder, open_folder, read
 from jax_nvfp4.checkpoint.formats import Format, Linear, by_layer, group
 from jax_nvfp4.tensor import Nvfp4Tensor
@@ -31,6 +43,7 @@ UNQUANTIZED = Format(
     reciprocal=False,
     is_quantized=lambda parts: False,
 )
+_MXFP4 = dataclasses.replace(UNQUANTIZED, name="MXFP4")
 
 
 class Checkpoint(dict[str, "jax.Array | Nvfp4Tensor"]):
@@ -73,6 +86,8 @@ def load_checkpoint(
     *,
     where: Callable[[str], bool] | None = None,
     placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+    stack_experts: bool = False,
+    dequantize_fp8: DTypeLike | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint.
 
@@ -83,6 +98,11 @@ def load_checkpoint(
     - `X.input_scale`, where the file has one: a float32 scalar, the global scale of the
       activations, which multiplies on dequantization whatever the direction in the file;
     - `X.pre_quant_scale`, where the file has one: [K], to multiply the activations by first.
+
+    Experts that a model keeps in one parameter P come as a layer X = P, (G, N, K), whichever way
+    they are stored: transposed as in Llama-4 and gpt-oss, with the rows of gate and up in turn as
+    in gpt-oss (gate comes first here), or in MXFP4, which becomes NVFP4 exactly. `X.bias` is their
+    bias in the same order.
 
     Every other tensor, 8-bit layers of a mixed checkpoint included, keeps its name and dtype, 64
     bits too whether `jax_enable_x64` is set or not. A checkpoint that is not quantized loads as it
@@ -95,6 +115,12 @@ def load_checkpoint(
         placement: a device or a sharding, or a function from key and logical shape to one. The
             sharding of a quantized weight is that of its logical axes: codes and block scales
             follow it, so each shard of K must hold whole blocks of 16.
+        stack_experts: return experts that are stored one by one, `P.experts.0.up_proj.weight` and
+            so on, as one `P.experts.up_proj.weight` (G, N, K), with global scales (G,), as
+            `ragged_linear` takes it; so all that they have, input scales (G,) included. `where`
+            and `placement` are asked for the key of the stack.
+        dequantize_fp8: return the weights of 8-bit float layers in this dtype, without their
+            scales; by default they come as they are stored.
 
     Returns:
         The tensors by key, in the order in which they are stored; a dict.
@@ -104,7 +130,13 @@ def load_checkpoint(
             is NaN, infinite, negative or (global scales) zero. The message names the tensor.
         FileNotFoundError: the path, or a shard that the index names, does not exist.
     """
-    pairs = iter_checkpoint(path, where=where, placement=placement)
+    pairs = iter_checkpoint(
+        path,
+        where=where,
+        placement=placement,
+        stack_experts=stack_experts,
+        dequantize_fp8=dequantize_fp8,
+    )
     return Checkpoint(pairs, pairs.kv_cache_quant_algo)
 
 
@@ -113,6 +145,8 @@ def iter_checkpoint(
     *,
     where: Callable[[str], bool] | None = None,
     placement: Placement | Callable[[str, tuple[int, ...]], Placement] = None,
+    stack_experts: bool = False,
+    dequantize_fp8: DTypeLike | None = None,
 ) -> Pairs:
     """The lazy form of `load_checkpoint`: reads each tensor when it is asked for.
 
@@ -125,7 +159,10 @@ def iter_checkpoint(
     folder = open_folder(path)
     fmt = detect(folder)
     wanted = where or (lambda key: True)
-    return Pairs(_tensors(folder, fmt, wanted, placement), kv_cache_of(folder))
+    outputs = _outputs(folder, fmt, None if dequantize_fp8 is None else jnp.dtype(dequantize_fp8))
+    if stack_experts:
+        outputs = experts.stack(outputs)
+    return Pairs(_tensors(outputs, wanted, placement), kv_cache_of(folder))
 
 
 def kv_cache_of(folder: Folder) -> str | None:
@@ -145,6 +182,8 @@ def detect(folder: Folder) -> Format:
             configuration and the names of its tensors disagree.
     """
     description = descriptions.find(folder)
+    if description is not None and description.content.get("quant_method") == "mxfp4":
+        return dataclasses.replace(_MXFP4, interleaved=_interleaved(folder))
     own = modelopt.describe(folder, description)
     if description is not None and own is None and not compressed_tensors.describes(description):
         raise CheckpointError(
@@ -159,7 +198,24 @@ def detect(folder: Folder) -> Format:
     merged = {key: value for content in contents for key, value in content.items()}
     where = (description or own or Description("", {})).where
     layout = layouts.find(folder, Description(where, merged) if contents else None)
-    return dataclasses.replace(fmt, layout=layout)
+    return dataclasses.replace(fmt, layout=layout, interleaved=_interleaved(folder))
+
+
+def _interleaved(folder: Folder) -> Callable[[str], bool]:
+    """Whether gate and up take turns in a layer: in gpt-oss, which alone has a bias there.
+
+    The configuration decides where it names the model.
+    """
+    config = folder.json("config.json")
+    known = any(name == "model_type" for name, _ in descriptions.fields(config))
+    is_gpt_oss = ("model_type", "gpt_oss") in descriptions.fields(config)
+
+    def interleaved(layer: str) -> bool:
+        if not layer.endswith("gate_up_proj") or (known and not is_gpt_oss):
+            return False
+        return is_gpt_oss or f"{layer}_bias" in folder.entries
+
+    return interleaved
 
 
 def _check_names(
@@ -186,52 +242,100 @@ def _check_names(
             )
     if fmt is None and any(modelopt.lost_its_weight(parts) for parts in layers.values()):
         return modelopt.undescribed(folder)
+    if fmt is None and any(mxfp4.parts_of(parts) for parts in layers.values()):
+        return _MXFP4
     return fmt
 
 
-def _tensors(
-    folder: Folder,
-    fmt: Format,
-    wanted: Callable[[str], bool],
-    placement: Any,
-) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
-    def target(key: str, shape: tuple[int, ...]) -> Placement:
-        return placement(key, shape) if callable(placement) else placement
-
+def _outputs(folder: Folder, fmt: Format, fp8: np.dtype[Any] | None) -> Iterator[Output]:
+    """What a checkpoint holds, in the stored order, with a way to read each."""
+    narrow = _fp8_layers(folder) if fp8 else {}
+    consumed = {scale.name for _, scale in narrow.values()}
     for item in group(folder, fmt):
-        _release_dropped_buffers()
-        if isinstance(item, Entry):
-            if wanted(item.name):
-                fmt.refuse(item.name)
-                yield item.name, _put(item.name, read(item), target(item.name, item.shape))
-            continue
-        yield from _linear(item, wanted, target)
+        if isinstance(item, Linear):
+            yield from _of_layer(item)
+        elif fp8 and item.name in narrow:
+            read_fp8 = functools.partial(_read_fp8, folder, *narrow[item.name], fp8)
+            yield Output(item.name, False, read_fp8)
+        elif item.name not in consumed:
+            yield Output(item.name, False, functools.partial(_read_one, item))
 
 
-def _linear(
-    layer: Linear,
-    wanted: Callable[[str], bool],
-    target: Callable[[str, tuple[int, ...]], Placement],
-) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
-    key = layer.key("weight")
-    if wanted(key):
-        data, block_scale, global_scale = layer.read_weight()
-        where = target(key, (*data.shape[:-1], data.shape[-1] * 2))
-        tensor = Nvfp4Tensor(
-            _put(key, data, where),
-            _put(key, block_scale, where),
-            _put(key, global_scale, _leading_axes(where, global_scale.ndim)),
+def _read_one(entry: Entry) -> tuple[np.ndarray]:
+    return (read(entry),)
+
+
+def _of_layer(layer: Linear) -> Iterator[Output]:
+    yield Output(layer.key("weight"), True, layer.read_weight)
+    for stored, suffix, reader in (
+        (layer.format.input_scale, "input_scale", layer.read_input_scale),
+        ("pre_quant_scale", "pre_quant_scale", layer.read_pre_quant_scale),
+        ("bias", "bias", layer.read_bias),
+    ):
+        if stored in layer.parts and (suffix != "bias" or layer.is_one_parameter):
+            yield Output(layer.key(suffix), False, functools.partial(_alone, reader))
+
+
+def _alone(reader: Callable[[], np.ndarray]) -> tuple[np.ndarray]:
+    return (reader(),)
+
+
+def _fp8_layers(folder: Folder) -> dict[str, tuple[Entry, Entry]]:
+    """The weight and the scale of each 8-bit float layer, by the name of the weight."""
+    found = {}
+    for parts in by_layer(folder.entries).values():
+        suffix = float8.scale_of(parts)
+        if suffix is not None and jnp.issubdtype(parts["weight"].dtype, jnp.floating):
+            found[parts["weight"].name] = (parts["weight"], parts[suffix])
+    return found
+
+
+def _read_fp8(
+    folder: Folder, weight: Entry, scale: Entry, dtype: np.dtype[Any]
+) -> tuple[np.ndarray]:
+    name = float8.algorithm(weight, scale)
+    layer = weight.name.removesuffix(".weight")
+    if name is None or (name == float8.MXFP8 and f"{layer}.{layouts.MARKER}" in folder.entries):
+        raise CheckpointError(
+            f"{scale.file}: tensor {scale.name!r} is {scale}; how it scales {weight.name!r}, "
+            f"{weight}, is not known"
         )
-        del data, block_scale
-        yield key, tensor
-        del tensor
-    key = layer.key("input_scale")
-    if layer.format.input_scale in layer.parts and wanted(key):
-        yield key, _put(key, layer.read_input_scale(), target(key, ()))
-    key = layer.key("pre_quant_scale")
-    if "pre_quant_scale" in layer.parts and wanted(key):
-        value = layer.read_pre_quant_scale()
-        yield key, _put(key, value, target(key, value.shape))
+    value = read(scale)
+    if name == float8.MXFP8:
+        good = value.view(np.uint8) != 255
+    else:
+        good = np.isfinite(value.astype(np.float32)) & (value.astype(np.float32) >= 0)
+    if not good.all():
+        raise CheckpointError(f"{scale.file}: tensor {scale.name!r} has NaN or negative scales")
+    return (float8.dequantize(read(weight), value, name, dtype),)
+
+
+def _tensors(
+    outputs: Iterable[Output], wanted: Callable[[str], bool], placement: Any
+) -> Iterator[tuple[str, jax.Array | Nvfp4Tensor]]:
+    for output in outputs:
+        _release_dropped_buffers()
+        if wanted(output.key):
+            yield output.key, _place(output, placement)
+
+
+def _place(output: Output, placement: Any) -> jax.Array | Nvfp4Tensor:
+    """Reads a tensor and moves it to its place."""
+    key, arrays = output.key, output.read()
+    shape = arrays[0].shape
+    if output.quantized:
+        shape = (*shape[:-1], shape[-1] * 2)
+    where = placement(key, shape) if callable(placement) else placement
+    if not output.quantized:
+        (array,) = arrays
+        return _put(key, array, where)
+    data, block_scale, global_scale = arrays
+    del arrays
+    return Nvfp4Tensor(
+        _put(key, data, where),
+        _put(key, block_scale, where),
+        _put(key, global_scale, _leading_axes(where, global_scale.ndim)),
+    )
 
 
 def _leading_axes(placement: Placement, ndim: int) -> Placement:

@@ -33,7 +33,6 @@ CONFIG_FILE = "hf_quant_config.json"
 _LAYER_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "NVFP4_SVD")
 _MIXED = "MIXED_PRECISION"
 _ALGORITHMS = (*_LAYER_ALGORITHMS, _MIXED)
-_STACKED = "_weight_scale_2"
 
 
 def _is_quantized(parts: Mapping[str, Entry]) -> bool:
@@ -155,23 +154,9 @@ def kv_cache_algorithm(details: Mapping[str, Any]) -> str | None:
 
 
 def _refusal(folder: Folder, layers: Mapping[str, Mapping[str, Any]]) -> Callable[[str], None]:
-    """What to refuse of a checkpoint whose layers have these algorithms.
-
-    Experts stacked in one parameter `P` have no layer of their own and are stored transposed, as
-    `P`, `P_weight_scale`, `P_weight_scale_2` and `P_input_scale`.
-    """
-    stacked = {
-        base + part: base
-        for base in (n.removesuffix(_STACKED) for n in folder.entries if n.endswith(_STACKED))
-        for part in ("", "_weight_scale", _STACKED, "_input_scale")
-    }
+    """What to refuse of a checkpoint whose layers have these algorithms."""
 
     def refuse(name: str) -> None:
-        if name in stacked:
-            raise CheckpointError(
-                f"{folder.path}: tensor {stacked[name]!r} holds experts stacked in one parameter, "
-                "stored transposed, which is not supported; export each expert as a linear layer"
-            )
         algorithm = layers.get(name, {}).get("quant_algo", "NVFP4")
         if algorithm not in _LAYER_ALGORITHMS:
             raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_nvfp4.checkpoint import float8
 from jax_nvfp4.checkpoint.float8 import Stored
-from jax_nvfp4.checkpoint.formats import split_name
+from jax_nvfp4.checkpoint.formats import by_layer, split_name
 from jax_nvfp4.numerics import BLOCK
 
 _W4A16, _NVFP4, _AWQ, _SVD = "W4A16_NVFP4", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD"
@@ -41,9 +41,8 @@ def describe(
     if kv_cache is None and any(_is_kv_cache_scale(*item) for item in tensors.items()):
         kv_cache = "FP8"
     layers: dict[str, dict[str, Stored]] = {}
-    for name, tensor in tensors.items():
-        layer, suffix = split_name(name)
-        layers.setdefault(layer.removesuffix(".weight_quantizer"), {})[suffix] = tensor
+    for layer, parts in by_layer(tensors).items():
+        layers.setdefault(layer.removesuffix(".weight_quantizer"), {}).update(parts)
     if not any("weight_scale_2" in parts for parts in layers.values()):
         return _kv_cache_alone(kv_cache, version) if kv_cache else None
     found = {layer: _algorithm(layer, parts) for layer, parts in sorted(layers.items())}

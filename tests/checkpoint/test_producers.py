@@ -12,7 +12,7 @@ from checkpoint_helpers import COMPRESSED, DATA, MODELOPT, assert_same_bits, raw
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_nvfp4 import Nvfp4Tensor, linear
-from jax_nvfp4.checkpoint import CheckpointError, iter_checkpoint, load_checkpoint
+from jax_nvfp4.checkpoint import iter_checkpoint, load_checkpoint
 
 EVERY = (*MODELOPT, "modelopt_mixed_precision", *COMPRESSED)
 
@@ -141,14 +141,23 @@ def test_mixed_precision_keeps_8_bit_layers_as_stored():
     assert isinstance(tensors["model.layers.0.mlp.up_proj.weight"], Nvfp4Tensor)
 
 
-def test_stacked_transposed_experts_are_refused_by_name():
-    folder = DATA / "modelopt_stacked_experts"
-    with pytest.raises(
-        CheckpointError, match=r"experts\.(down|gate_up)_proj' holds experts stacked"
-    ):
-        load_checkpoint(folder)
-    tensors = load_checkpoint(folder, where=lambda key: "experts" not in key)
-    assert isinstance(tensors["model.layers.0.self_attn.q_proj.weight"], Nvfp4Tensor)
+def test_experts_of_modelopts_gpt_oss():
+    """Stored [G, K/2, N] with gate and up in turn; they load as [G, N, K], gate first."""
+    raw = raw_tensors(DATA / "modelopt_stacked_experts")
+    tensors = load_checkpoint(DATA / "modelopt_stacked_experts")
+    prefix = "model.layers.0.mlp.experts."
+    for name, order in (("gate_up_proj", np.r_[0:32:2, 1:32:2]), ("down_proj", np.r_[0:16])):
+        stored = prefix + name
+        weight = tensors[f"{stored}.weight"]
+        assert weight.shape == (2, len(order), 16)
+        for g in range(2):
+            np.testing.assert_array_equal(weight.data[g], raw[stored][g].T[order])
+            scale = raw[f"{stored}_weight_scale"][g].T[order]
+            assert_same_bits(weight.block_scale[g], np.ascontiguousarray(scale))
+        assert_same_bits(weight.global_scale, np.repeat(raw[f"{stored}_weight_scale_2"], 2))
+        assert_same_bits(tensors[f"{stored}.bias"], raw[f"{stored}_bias"][:, order])
+        assert_same_bits(tensors[f"{stored}.input_scale"], raw[f"{stored}_input_scale"])
+    assert not [key for key in tensors if key.startswith(prefix) and "_proj_" in key]
 
 
 def test_linear_runs_on_a_loaded_layer():
