@@ -12,9 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_nvfp4._version import __version__ as __version__
+from jax_nvfp4.activations import GeGLU, SwiGLU
+from jax_nvfp4.ops.concatenate import concatenate, gate_up
+from jax_nvfp4.ops.expert_mlp.api import expert_mlp
 from jax_nvfp4.ops.linear.api import linear
 from jax_nvfp4.ops.linear.explain import explain
 from jax_nvfp4.ops.quantize.api import global_scale, quantize
+from jax_nvfp4.ops.ragged_linear.api import ragged_linear
 from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.params import quantize_params  # imports Flax: its serialization learns our types
 from jax_nvfp4.products.api import dot_general, einsum
@@ -31,15 +35,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "GeGLU",
     "Nvfp4Dense",
     "Nvfp4Kernel",
     "Nvfp4Tensor",
     "RepackedWeight",
+    "SwiGLU",
     "calibrate",
+    "concatenate",
     "convert",
     "dot_general",
     "einsum",
+    "expert_mlp",
     "explain",
+    "gate_up",
     "global_scale",
     "iter_checkpoint",
     "linear",
@@ -48,6 +57,7 @@ __all__ = [
     "quantize",
     "quantize_kernel",
     "quantize_params",
+    "ragged_linear",
     "repack",
     "save_checkpoint",
 ]

@@ -66,11 +66,15 @@ Gated = SwiGLU | GeGLU
 Activation = Plain | Gated
 
 
-def check(activation: Any) -> None:
-    """Refuses what is no activation.
+def check(activation: Any, *, gated: bool) -> None:
+    """Refuses what is no activation, or none for a weight.
+
+    Args:
+        activation: what the user gave.
+        gated: whether the weight is gated.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a weight of the other kind.
         TypeError: a value of another type.
     """
     names = ", ".join(f'"{name}"' for name in PLAIN)
@@ -80,34 +84,49 @@ def check(activation: Any) -> None:
             raise ValueError(f"{expected}; got {activation!r}")
     elif activation is not None and not isinstance(activation, Gated):
         raise TypeError(f"{expected}; got {activation!r}")
+    if isinstance(activation, Gated) and not gated:
+        raise ValueError(
+            f"activation={activation} takes a gated weight, made by gate_up(gate, up); got a plain "
+            f"one (its rows would be taken for gates and ups that they are not)"
+        )
+    if isinstance(activation, str) and gated:
+        raise ValueError(
+            f'activation="{activation}" is for plain weights; of a gated one, SwiGLU(...) or '
+            f"GeGLU() make one output of each gate and its up"
+        )
 
 
 @jax.custom_jvp
-def _rounded(x: jax.Array) -> jax.Array:
-    """x rounded to float32 before it is added to anything: no fma here and none there."""
+def fenced(x: jax.Array) -> jax.Array:
+    """Computes x once, before it is added to anything (`numerics.computed_once`)."""
     return numerics.computed_once(x)
 
 
-_rounded.defjvps(lambda tangent, _, __: tangent)
+fenced.defjvps(lambda tangent, _, __: tangent)
 
 
 def _gelu(x: jax.Array) -> jax.Array:
     """The tanh form of gelu (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016)."""
-    inner = x + _rounded(jnp.float32(0.044715) * (x * x * x))
-    return x * (0.5 + _rounded(0.5 * jnp.tanh(jnp.float32(math.sqrt(2 / math.pi)) * inner)))
+    inner = x + fenced(jnp.float32(0.044715) * (x * x * x))
+    return x * (0.5 + fenced(0.5 * jnp.tanh(jnp.float32(math.sqrt(2 / math.pi)) * inner)))
 
 
-def apply_plain(activation: str, z: jax.Array) -> jax.Array:
-    """A plain activation.
+def activate(activation: Activation, z: jax.Array) -> jax.Array:
+    """Applies an activation to the sums of a product.
 
     Args:
-        activation: a name of `PLAIN`.
-        z: float32, any shape.
+        activation: one of `PLAIN`, or a gated one.
+        z: float32; of any shape or, for a gated activation, (..., 2, I): the gate, then up.
 
     Returns:
-        float32, z's shape.
+        float32, of z's shape or (..., I).
     """
-    z = _rounded(z)
+    if isinstance(activation, str):
+        return _plain(activation, fenced(z))
+    return _gated(activation, fenced(z[..., 0, :]), fenced(z[..., 1, :]))
+
+
+def _plain(activation: str, z: jax.Array) -> jax.Array:
     if activation == "relu2":
         return jnp.square(jnp.maximum(z, 0))
     if activation == "silu":
@@ -115,18 +134,7 @@ def apply_plain(activation: str, z: jax.Array) -> jax.Array:
     return _gelu(z)
 
 
-def apply_gated(activation: Gated, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """A gated activation.
-
-    Args:
-        activation: SwiGLU or GeGLU.
-        gate: float32, any shape.
-        up: float32, gate's shape.
-
-    Returns:
-        float32, gate's shape.
-    """
-    gate, up = _rounded(gate), _rounded(up)
+def _gated(activation: Gated, gate: jax.Array, up: jax.Array) -> jax.Array:
     if isinstance(activation, GeGLU):
         return _gelu(gate) * up
     if activation.limit is not None:

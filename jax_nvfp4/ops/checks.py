@@ -38,6 +38,17 @@ def as_float_array(name: str, value: ArrayLike, min_ndim: int) -> jax.Array:
     return value
 
 
+def as_integers(name: str, value: ArrayLike) -> jax.Array:
+    """Converts integers to int32; those beyond its range become its ends."""
+    array = as_array(name, value, "integers")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers; got {array.dtype.name}")
+    own, wanted = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
+    low = wanted.min if own.min < wanted.min else None
+    high = wanted.max if own.max > wanted.max else None
+    return (array if low is high is None else jnp.clip(array, low, high)).astype(jnp.int32)
+
+
 def as_scale(name: str, value: ArrayLike) -> jax.Array:
     """Accepts float32 arrays, Python numbers and weakly typed floats."""
     if isinstance(value, bool):

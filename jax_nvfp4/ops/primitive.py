@@ -122,6 +122,12 @@ def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]
     return primitive.bind(*operands, **params)
 
 
+def varying_as(value: jax.Array, like: jax.Array) -> jax.Array:
+    """A value that varies over the manual axes of `shard_map` that another varies over."""
+    axes = _varying(jax.typeof(like)) - _varying(jax.typeof(value))
+    return lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
 def out_aval(shape: Sequence[int], dtype: Any, like: Any) -> core.ShapedArray:
     """The type of a result that varies over the manual axes that the operand `like` varies over."""
     if not _varying(like):

@@ -49,43 +49,69 @@ def repack(weight: Any, arch: str | None = None) -> Any:
             node = node.canonical()
         n, k = node.shape[-2:]
         on_host = isinstance(node.data, np.ndarray) and node.ndim == 2
+        pack = order(arch).pack if on_host else functools.partial(_pack, arch)
         data, block_scale = typed.call(
-            order(arch).pack if on_host else functools.partial(_pack, arch),
+            functools.partial(pack, gated=node.gated),
             (node.data, node.block_scale),
-            lambda: _placement(node.data, node.block_scale, order(arch)),
+            lambda: _placement(node, order(arch)),
         )
-        return RepackedWeight(data, block_scale, node.global_scale, arch, n, k, node.dtype)
+        scale = _interleaved(node, order(arch)) if node.gated else node.global_scale
+        return RepackedWeight(
+            data, block_scale, scale, arch, n, k, node.dtype, node.parts, node.gated
+        )
 
     return jax.tree.map(one, weight, is_leaf=_is_weight)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pack(arch: str, data: jax.Array, block_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="gated")
+def _pack(
+    arch: str, data: jax.Array, block_scale: jax.Array, *, gated: bool
+) -> tuple[jax.Array, jax.Array]:
     """One program for a shape; operation by operation, XLA would compile dozens."""
-    return order(arch).pack(data, block_scale)
+    return order(arch).pack(data, block_scale, gated=gated)
 
 
 def _is_weight(node: Any) -> bool:
     return isinstance(node, Nvfp4Tensor | RepackedWeight)
 
 
-def _placement(data: jax.Array, block_scale: jax.Array, to: Order) -> Placement:
+def _row_parts(n: int, to: Order, *, gated: bool) -> int:
+    """Into how many parts the rows of a repacked weight may be divided."""
+    if to.canonical:
+        return n // 2 if gated else n
+    return n // to.row_tile if to.whole_tiles(n) else 1
+
+
+def _interleaved(node: Nvfp4Tensor, to: Order) -> jax.Array:
+    """The global scale of a gated weight, in the order of its rows if it has one for each."""
+    scale = node.global_scale
+    if scale.ndim < node.ndim - 1:
+        return scale
+    parts = (*scale.shape[:-1], _row_parts(scale.shape[-1], to, gated=True))
+    (result,) = typed.call(
+        lambda scale: (to.gated.interleave(scale, -1),),
+        (scale,),
+        lambda: ((typed.entries(scale), parts),),
+    )
+    return result
+
+
+def _placement(node: Nvfp4Tensor, to: Order) -> Placement:
     """Places the parts of a repacked weight: with its rows, if whole tiles of them are.
 
     Args:
-        data: of the canonical weight, (..., N, packed K).
-        block_scale: likewise, (..., N, blocks).
+        node: the canonical weight.
         to: the order.
     """
+    data, block_scale = node.data, node.block_scale
     *lead, n, _ = data.shape
-    rows, columns = n, block_scale.shape[-1]
-    if not to.canonical:
-        rows, columns = n // to.row_tile if to.whole_tiles(n) else 1, 1
+    rows = _row_parts(n, to, gated=node.gated)
+    columns = block_scale.shape[-1] if to.canonical else 1
 
     def placed(array: jax.Array, shape: tuple[int, ...]) -> Any:
         rest = len(shape) - 2
         wished = typed.entries(array) if to.canonical else (*typed.entries(array)[:-1], None)
         return (*wished, *[None] * rest), (*lead, rows, columns, *[1] * rest)
 
-    codes, scales = to.shapes(n, 1)
+    codes, scales = to.shapes(n, 1, gated=node.gated)
     return placed(data, codes), placed(block_scale, scales)

@@ -113,6 +113,45 @@ def linear(x_values, w_values, bias=None):
     return y, np.abs(x_values) @ np.abs(w_values).T
 
 
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x, alpha=1.0):
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-alpha * x))
+
+
+ACTIVATIONS = {"relu2": lambda x: np.maximum(x, 0) ** 2, "silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def gated(gate, up, *, limit=None, alpha=1.0, beta=0.0, gelu=False):
+    """SwiGLU or, by the tanh form of gelu, GeGLU of float64 arrays; NaN passes the clamps."""
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return (gelu_tanh(gate) if gelu else silu(gate, alpha)) * (up + beta)
+
+
+def assert_activated_close(y, function, z, spread, *, scale):
+    """Holds y to half an ulp of its dtype plus what sums off by `spread` make of the activation.
+
+    Args:
+        y: the result.
+        function: the activation, of float64 arrays.
+        z: its exact arguments.
+        spread: how far each argument may be off.
+        scale: magnitude of the terms that the activation multiplies, for its float32 rounding.
+    """
+    exact = function(*z)
+    bound = ulp(exact, y.dtype) / 2 + 2.0**-20 * scale
+    for signs in np.ndindex(*(2,) * len(z)):
+        moved = [a + (2 * s - 1) * b for a, b, s in zip(z, spread, signs, strict=True)]
+        bound = bound + np.abs(function(*moved) - exact)
+    error = np.abs(np.asarray(y).astype(np.float64) - exact)
+    assert (np.isnan(exact) == np.isnan(error)).all()
+    assert not (error > bound).any(), (error - bound)[error > bound].max()
+
+
 def ulp(y, dtype):
     """The spacing of a dtype at float64 values, as float64."""
     info = ml_dtypes.finfo(dtype)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `linear`: checks what the user gave, once, and runs the operation."""
 
+import math
+
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_nvfp4 import activations
+from jax_nvfp4.activations import Activation
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import checks
 from jax_nvfp4.ops.checks import ActivationScale
@@ -19,21 +23,25 @@ def linear(
     weight: Nvfp4Tensor | RepackedWeight,
     bias: ArrayLike | None = None,
     *,
+    activation: Activation | None = None,
     activation_scale: ActivationScale = "token",
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> jax.Array:
-    """A linear layer with an NVFP4 weight: `y = x @ weight.T + bias`.
+    """A linear layer with an NVFP4 weight: `y = activation(x @ weight.T + bias)`.
 
-    Products are exact, sums are float32, and the result is rounded once. The gradient is
-    straight-through for x (`dx = dy @ dequantize(weight)`) and the sum for the bias; the weight and
-    the scale are not differentiated.
+    Products are exact, sums and the activation are float32, and the result is rounded once. The
+    gradient is straight-through for x (`dx = dz @ dequantize(weight)`, with dz that of the
+    activation's argument) and the sum for the bias; the weight and the scale are not
+    differentiated.
 
     Args:
         x: (..., K); bfloat16, float16 or float32. Any leading axes, any sizes.
         weight: logical shape (N, K). A canonical tensor gives the same bits as a repacked one,
             but is repacked at every call.
-        bias: (N,), bfloat16, float16 or float32.
+        bias: (N,), bfloat16, float16 or float32; added before the activation.
+        activation: for a weight made by `gate_up`, `SwiGLU(...)` or `GeGLU()`; for another "relu2",
+            "silu" or "gelu_tanh".
         activation_scale: how x is quantized: "token" with a global scale for each row, "tensor"
             with one for all of x, a float32 scalar (traced or not) with that global scale, as
             from calibration or a checkpoint. None leaves x at 16 bits (weight-only): a float32
@@ -44,18 +52,24 @@ def linear(
             another through their common scale.
 
     Returns:
-        (..., N) of `out_dtype`.
+        (..., N) of `out_dtype`; (..., N/2) with a gated activation.
 
     Raises:
         TypeError: an argument has a type or dtype that is not taken.
-        ValueError: shapes do not go together, or activation_scale has an unknown value.
+        ValueError: shapes do not go together, the weight is of another kind than the activation,
+            or activation or activation_scale has an unknown value.
     """
-    operands, spec = checked(x, weight, bias, activation_scale, out_dtype, batch_invariant)
-    (y,) = typed.call(
-        lambda operands: (primitive.linear(operands, spec),),
-        (operands,),
-        lambda: placement(operands.x, operands.data, spec.n),
+    operands, spec = checked(
+        x, weight, bias, activation, activation_scale, out_dtype, batch_invariant
     )
+
+    def product(operands: Operands) -> tuple[jax.Array]:
+        if spec.gated and operands.bias is not None:
+            operands = operands._replace(bias=operands.bias.reshape(2, spec.n // 2))
+        y = primitive.linear(operands, spec)
+        return (y.reshape(*operands.x.shape[:-1], math.prod(spec.columns)),)
+
+    (y,) = typed.call(product, (operands,), lambda: placement(operands.x, operands.data, spec))
     return y
 
 
@@ -63,6 +77,7 @@ def checked(
     x: ArrayLike,
     weight: Nvfp4Tensor | RepackedWeight,
     bias: ArrayLike | None,
+    activation: Activation | None,
     activation_scale: ActivationScale,
     out_dtype: DTypeLike | None,
     batch_invariant: bool,
@@ -70,6 +85,7 @@ def checked(
     """Checks the arguments of `linear`, raising as it says; returns what the primitive takes."""
     x = checks.as_float_array("x", x, min_ndim=1)
     n, arch = _check_weight(weight, x.shape[-1])
+    activations.check(activation, gated=weight.gated)
     if bias is not None:
         bias = checks.as_float_array("bias", bias, min_ndim=0)
         if bias.shape != (n,):
@@ -87,6 +103,8 @@ def checked(
         has_bias=bias is not None,
         out_dtype=out_dtype.name,
         batch_invariant=bool(batch_invariant),
+        gated=weight.gated,
+        activation=activation,
     )
     parts = (weight.data, weight.block_scale, weight.global_scale)
     return Operands(x, *parts, bias, static_scale), spec
@@ -110,7 +128,8 @@ def _check_weight(weight: Nvfp4Tensor | RepackedWeight, k: int) -> tuple[int, st
             f"x has K = {k} along its last axis, the weight of shape {weight.shape} "
             f"has K = {weight_k}"
         )
-    if weight.global_scale.shape not in ((), (n,)):
+    rows = weight.data.shape[0] if weight.gated else n
+    if weight.global_scale.shape not in ((), (rows,)):
         raise ValueError(
             f"the weight's global_scale must be a scalar or one per row, ({n},); "
             f"got shape {weight.global_scale.shape}"

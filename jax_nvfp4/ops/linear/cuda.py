@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_nvfp4 import custom_calls, numerics
+from jax_nvfp4.activations import activate
 from jax_nvfp4.config import REFERENCE, Scaling
-from jax_nvfp4.layout.orders import order
+from jax_nvfp4.layout.orders import Order, order
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.plan import LinearPlan, plan
 from jax_nvfp4.ops.linear.reference import reference
@@ -29,10 +30,31 @@ def cuda(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     )
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
+    operands = _in_order(operands, spec, order(arch))
+    y = (_one_call if chosen.one_call else _gemm_call)(operands, chosen)
+    return [_after(y, spec, order(arch))]
+
+
+def _in_order(operands: Operands, spec: LinearSpec, to: Order) -> Operands:
+    """The weight, and what goes with each of its rows, in the order of the kernel."""
     if spec.arch is None:
-        data, block_scale = order(arch).pack(operands.data, operands.block_scale)
+        data, block_scale = to.pack(operands.data, operands.block_scale, gated=spec.gated)
         operands = operands._replace(data=data, block_scale=block_scale)
-    return [(_one_call if chosen.one_call else _gemm_call)(operands, chosen)]
+        if spec.gated and operands.w_scale.ndim:
+            operands = operands._replace(w_scale=to.gated.interleave(operands.w_scale, -1))
+    if spec.gated and operands.bias is not None:
+        bias = to.gated.interleave(operands.bias.reshape(spec.n), -1)
+        operands = operands._replace(bias=bias)
+    return operands
+
+
+def _after(y: jax.Array, spec: LinearSpec, of: Order) -> jax.Array:
+    """What XLA does to the kernel's result: columns [gate; up] again, and the activation."""
+    if spec.gated:
+        y = of.gated.deinterleave(y, -1, spec.n).reshape(y.shape[0], 2, spec.n // 2)
+    if spec.activation is not None:
+        y = activate(spec.activation, y).astype(spec.out_dtype)
+    return y
 
 
 def _one_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
@@ -49,8 +71,8 @@ def _one_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
         scaling=chosen.quantize.scaling,
         gemm_config=chosen.gemm,
         split_k=chosen.split_k,
-        n=chosen.spec.n,
-        out_dtype=jnp.dtype(chosen.spec.out_dtype),
+        n=chosen.gemm_n,
+        out_dtype=jnp.dtype(chosen.gemm_out_dtype),
         num_sms=chosen.num_sms,
     )
 
@@ -69,8 +91,8 @@ def _gemm_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
         operands.bias,
         config=chosen.gemm,
         split_k=chosen.split_k,
-        n=chosen.spec.n,
-        out_dtype=jnp.dtype(chosen.spec.out_dtype),
+        n=chosen.gemm_n,
+        out_dtype=jnp.dtype(chosen.gemm_out_dtype),
         num_sms=chosen.num_sms,
     )
 

@@ -9,6 +9,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_nvfp4 import custom_calls
+from jax_nvfp4.activations import Activation
 from jax_nvfp4.config import ARCHES, REFERENCE, runnable_arches
 from jax_nvfp4.ops import checks, device
 from jax_nvfp4.ops.checks import ActivationScale
@@ -23,6 +24,7 @@ def explain(
     weight: Nvfp4Tensor | RepackedWeight,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
     *,
+    activation: Activation | None = None,
     activation_scale: ActivationScale | jax.ShapeDtypeStruct = "token",
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
@@ -38,6 +40,7 @@ def explain(
         x: as for `linear`, or its shape and dtype.
         weight: as for `linear`; its parts may be shapes and dtypes.
         bias: as for `linear`, or its shape and dtype.
+        activation: as for `linear`.
         activation_scale: as for `linear`, or the shape and dtype of a static scale.
         out_dtype: as for `linear`.
         batch_invariant: as for `linear`.
@@ -52,7 +55,8 @@ def explain(
         TypeError: as `linear`.
         ValueError: as `linear`; or the arch is unknown, or does not read the weight's order.
     """
-    spec, rows, x_dtype = _spec(x, weight, bias, activation_scale, out_dtype, batch_invariant)
+    how = (out_dtype, batch_invariant)
+    spec, rows, x_dtype = _spec(x, weight, bias, activation, activation_scale, *how)
     arch, note = _here(spec) if arch is None else _named(spec, arch)
     chosen = plan(spec, rows, x_dtype, arch=arch, limits=device.limits(arch))
     if arch == REFERENCE and note:
@@ -63,14 +67,20 @@ def explain(
 
 
 def _spec(
-    x: Any, weight: Any, bias: Any, activation_scale: Any, out_dtype: Any, batch_invariant: bool
+    x: Any,
+    weight: Any,
+    bias: Any,
+    activation: Any,
+    activation_scale: Any,
+    out_dtype: Any,
+    batch_invariant: bool,
 ) -> tuple[LinearSpec, int, str]:
     """The spec of a call, the rows of x and its dtype; raises as `linear` does."""
     found = []
 
     def call(x: Any, weight: Any, bias: Any, scale: Any) -> None:
         scale = activation_scale if scale is None else scale
-        found.append(checked(x, weight, bias, scale, out_dtype, batch_invariant))
+        found.append(checked(x, weight, bias, activation, scale, out_dtype, batch_invariant))
 
     def arrays(name: str, value: Any) -> Any:
         abstract = isinstance(value, jax.ShapeDtypeStruct)

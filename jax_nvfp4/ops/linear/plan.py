@@ -76,6 +76,21 @@ class LinearPlan:
         return quantize if self.gemm is None else (*quantize, self.gemm.name)
 
     @property
+    def gemm_n(self) -> int:
+        """The rows of the weight as the GEMM counts them: to it, a gated weight is a plain one."""
+        return _rows(self.spec, self.arch)
+
+    @property
+    def gemm_out_dtype(self) -> str:
+        """The dtype in which the GEMM leaves its result: float32 for the activation."""
+        return "float32" if self.activation_by_xla else self.spec.out_dtype
+
+    @property
+    def activation_by_xla(self) -> bool:
+        """XLA applies the activation, if there is one, to the GEMM's float32 result."""
+        return self.spec.activation is not None
+
+    @property
     def gemm_x_dtype(self) -> str:
         """The element type of the x that the GEMM kernel reads."""
         return operand_dtype(self.spec, self.x_dtype, self.arch)
@@ -86,6 +101,8 @@ class LinearPlan:
             f"linear of x ({self.m}, {spec.k}) {self.x_dtype} and a weight ({spec.n}, {spec.k}), "
             f"{_SCALINGS[spec.scaling]}{', batch-invariant' if spec.batch_invariant else ''}"
         ]
+        if spec.activation is not None:
+            lines[0] += f", {spec.activation}"
         if self.gemm is None:
             lines.append("runs as XLA's own operations, without custom calls")
         else:
@@ -93,6 +110,10 @@ class LinearPlan:
             lines.append(f"runs on {self.arch} in {count}: {' and '.join(self.kernels)}")
             lines.append(f"K is split in {self.split_k}" if self.split_k > 1 else "K is not split")
         return "\n".join((*lines, f"why: {self.reason}"))
+
+
+def _rows(spec: LinearSpec, arch: str) -> int:
+    return order(arch).gated.rows(spec.n) if spec.gated else spec.n
 
 
 def operand_dtype(spec: LinearSpec, x_dtype: str, arch: str) -> str:
@@ -128,7 +149,8 @@ def plan(
         return by_xla("There is nothing to multiply.")
     gemm_dtype = operand_dtype(spec, x_dtype, arch)
     padded_k = order(arch).padded_k(spec.k)
-    problem = GemmProblem(m, spec.n, padded_k, arch, gemm_dtype, spec.batch_invariant)
+    n = _rows(spec, arch)
+    problem = GemmProblem(m, n, padded_k, arch, gemm_dtype, spec.batch_invariant)
     rule = rule_for(problem, limits.num_sms)
     if rule is None:
         return by_xla(
@@ -136,6 +158,11 @@ def plan(
             f"weight on {arch}, whose tensor cores multiply 4-bit by 4-bit operands."
         )
     why_gemm = _sentence(rule.reason)
+    if spec.activation is not None:
+        why_gemm += (
+            " The kernel leaves its sums in float32 and XLA applies the activation: no kernel has "
+            "it in its epilogue."
+        )
     chosen = LinearPlan(
         spec,
         m,

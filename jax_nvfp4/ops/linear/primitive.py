@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.activations import activate
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import primitive
 from jax_nvfp4.ops.linear import sharding
@@ -26,19 +27,19 @@ from jax_nvfp4.ops.sharding import partition
 
 
 def linear(operands: Operands, spec: LinearSpec) -> jax.Array:
-    """Computes `y = alpha * (x_q @ w_q.T) + bias`.
+    """Computes `y = activation(alpha * (x_q @ w_q.T) + bias)`.
 
     The axes of x stay apart, for each may be divided over devices.
 
     Returns:
-        (..., N) of `spec.out_dtype`.
+        (..., *spec.columns) of `spec.out_dtype`.
     """
     (y,) = primitive.bind(linear_p, *operands.flat(), spec=spec)
     return y
 
 
 def _abstract(*operands: Any, spec: LinearSpec) -> list[Any]:
-    shape = (*operands[0].shape[:-1], spec.n)
+    shape = (*operands[0].shape[:-1], *spec.columns)
     return [primitive.out_aval(shape, spec.out_dtype, operands[0])]
 
 
@@ -61,17 +62,37 @@ def _batch(
 def _jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...], *, spec: LinearSpec
 ) -> tuple[Any, Any]:
+    if spec.activation is not None:
+        return _through_activation(primals, tangents, spec)
     (y,) = linear_p.bind(*primals, spec=spec)
     weight, dots = spec.operands(primals).weight, spec.operands(tangents)
     terms = []
     if not isinstance(dots.x, ad.Zero):
-        terms.append(straight_through(dots.x, weight, transposed=False, dtype="float32", spec=spec))
+        y_dot = straight_through(dots.x, weight, transposed=False, dtype="float32", spec=spec)
+        terms.append(y_dot.reshape(y.shape))
     if dots.bias is not None and not isinstance(dots.bias, ad.Zero):
         terms.append(numerics.with_ndim(dots.bias.astype(jnp.float32), y.ndim))
     if not terms:
         return [y], [primitive.zero_tangent(y)]
     tangent = jnp.broadcast_to(functools.reduce(jnp.add, terms), y.shape)
     return [y], [tangent.astype(y.dtype)]
+
+
+def _through_activation(primals: Any, tangents: Any, spec: LinearSpec) -> tuple[Any, Any]:
+    """Differentiates the activation at the float32 sums, which become a result of their own."""
+    activation = spec.activation
+    assert activation is not None
+    product = dataclasses.replace(spec, activation=None, out_dtype="float32")
+    (z,), (z_dot,) = _jvp(primals, tangents, spec=product)
+
+    def finish(z: jax.Array) -> jax.Array:
+        return activate(activation, z).astype(spec.out_dtype)
+
+    if isinstance(z_dot, ad.Zero):
+        y = finish(z)
+        return [y], [primitive.zero_tangent(y)]
+    y, y_dot = jax.jvp(finish, (z,), (z_dot,))
+    return [y], [y_dot]
 
 
 linear_p = primitive.define(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.activations import activate
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops.linear.spec import LinearSpec
@@ -20,7 +21,10 @@ def canonical(
     """The parts of the weight in canonical order."""
     data, block_scale, global_scale = weight
     if spec.arch is not None:
-        data, block_scale = order(spec.arch).unpack(data, block_scale, spec.n, spec.k)
+        of = order(spec.arch)
+        data, block_scale = of.unpack(data, block_scale, spec.n, spec.k, gated=spec.gated)
+        if spec.gated and global_scale.ndim:
+            global_scale = of.gated.deinterleave(global_scale, -1, spec.n)
     return data, block_scale, global_scale
 
 
@@ -41,7 +45,7 @@ def _dot(x: jax.Array, w: jax.Array, values: Any) -> jax.Array:
 
 
 def reference(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
-    """Computes `alpha * (x_q @ w_q.T) + bias` of a matrix x, in float32, rounded once."""
+    """Computes `activation(alpha * (x_q @ w_q.T) + bias)` of a matrix x, rounded once."""
     operands = spec.operands(flat)
     x = operands.x
     data, block_scale, w_scale = canonical(operands.weight, spec)
@@ -59,18 +63,40 @@ def reference(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
             w_scale, 2
         )
 
+    y = alpha * accumulate(x, w, values, spec)
+    return [finish(halves(y, spec), operands.bias, spec)]
+
+
+def accumulate(x: jax.Array, w: jax.Array, values: Any, spec: LinearSpec) -> jax.Array:
+    """The float32 sums of x (M, K) times w (N, K); `values` is a dtype that holds both."""
     if spec.batch_invariant:
         # Each row by itself: the order of its reduction cannot depend on the other rows.
-        acc = lax.map(lambda row: _dot(row[None], w, values)[0], x)
-    else:
-        acc = _dot(x, w, values)
-    y = alpha * acc
-    return [with_bias(y, operands.bias, spec)]
+        return lax.map(lambda row: _dot(row[None], w, values)[0], x)
+    return _dot(x, w, values)
 
 
-def with_bias(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Array:
-    """The float32 product plus the bias, rounded once to the dtype of the result."""
+def halves(y: jax.Array, spec: LinearSpec) -> jax.Array:
+    """Columns (M, N); those of a gated weight as (M, 2, N/2)."""
+    return y.reshape(y.shape[0], 2, spec.n // 2) if spec.gated else y
+
+
+def finish(y: jax.Array, bias: jax.Array | None, spec: LinearSpec) -> jax.Array:
+    """What comes after the sums: the bias and the activation.
+
+    Args:
+        y: float32 (..., N), of a gated weight (..., 2, N/2): the product times its scales.
+        bias: of y's last axes, or None.
+        spec: the rest.
+
+    Returns:
+        (..., *spec.columns), rounded once to the dtype of the result.
+    """
+    if bias is not None:
+        bias = numerics.with_ndim(bias.astype(jnp.float32), y.ndim)
+    if spec.activation is not None:
+        if bias is not None:
+            y = numerics.computed_once(y) + bias
+        return activate(spec.activation, y).astype(spec.out_dtype)
     if bias is None:
         return y.astype(spec.out_dtype)
-    bias = numerics.with_ndim(bias.astype(jnp.float32), y.ndim)
     return numerics.add_rounding_once(numerics.computed_once(y), bias, spec.out_dtype)

@@ -11,39 +11,89 @@ from jax import lax
 from jax_nvfp4 import numerics
 from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.layout.orders import order
-from jax_nvfp4.ops.linear.reference import with_bias
+from jax_nvfp4.ops.linear.reference import finish
 from jax_nvfp4.ops.linear.spec import LinearSpec
 from jax_nvfp4.ops.quantize import scale
 from jax_nvfp4.ops.sharding import partition
 from jax_nvfp4.ops.sharding.typed import Placement, entries
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The factors that the rows of a weight, and what goes with them, are made of.
+
+    Attributes:
+        of_data: of the rows of the codes.
+        of_scales: of the first axis of the block scales.
+        of_global_scale: of a global scale for each row.
+        of_bias: of the axes of the bias.
+        of_result: of the last axes of the result.
+        sizes: of each factor.
+        divisible: "n", if the rows may be divided.
+    """
+
+    of_data: Any
+    of_scales: Any
+    of_global_scale: Any
+    of_bias: tuple[Any, ...]
+    of_result: tuple[Any, ...]
+    sizes: dict[str, int]
+    divisible: tuple[str, ...]
+
+
+def rows_of(spec: LinearSpec, data: Any, block_scale: Any) -> Rows:
+    """How the rows of a weight may be divided.
+
+    Args:
+        spec: of the call.
+        data: aval of one matrix of codes as it is stored.
+        block_scale: likewise, of its block scales.
+    """
+    of_weight = order(spec.arch or REFERENCE)
+    columns = spec.n // 2 if spec.gated else spec.n
+    stored: tuple[Any, Any, Any]
+    column: Any = "n"
+    if of_weight.canonical and not (spec.gated and spec.arch is None):
+        sizes = {"n": columns, "pair": 2}
+        stored = (("n", "pair") if spec.gated else "n",) * 3
+    elif not of_weight.canonical and of_weight.whole_tiles(spec.n):
+        tiles = spec.n // of_weight.row_tile
+        sizes = {
+            "n": tiles,
+            "rows_of_tile": of_weight.row_tile,
+            "columns_of_tile": columns // max(tiles, 1),
+        }
+        rows = ("n", "rows_of_tile")
+        stored = (rows, "n" if of_weight.scale_tiled else rows, rows)
+        column = ("n", "columns_of_tile") if spec.gated else rows
+    else:  # the last tile holds rows that the result does not have; or gates are far from their ups
+        sizes = {"n": columns, "stored_n": data.shape[0], "scale_n": block_scale.shape[0]}
+        stored = ("stored_n", "scale_n", "stored_n" if spec.gated else "n")
+    of_bias: tuple[Any, ...] = ("halves", column) if spec.gated else (column,)
+    return Rows(
+        *stored,
+        of_bias=of_bias,
+        of_result=of_bias if spec.activation is None else (column,),
+        sizes=sizes | {"halves": 2},
+        divisible=() if "stored_n" in sizes else ("n",),
+    )
+
+
 def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     """Rows of x and of the weight may be divided; K where each device's part is whole blocks.
 
     The order of a repacked weight mixes the rows of a tile and the columns: it is divided by whole
-    tiles along the rows, and not along K. Sums over devices would come in an order that may depend
-    on the number of rows, and are not for `batch_invariant`.
+    tiles along the rows, and not along K. A canonical gated weight is not divided along its rows,
+    for a part would hold gates without their ups. Sums over devices would come in an order that may
+    depend on the number of rows, and are not for `batch_invariant`.
     """
     x, data, block_scale, w_scale, bias, scale_or_amax = spec.operands(flat)
     of_weight = order(spec.arch or REFERENCE)
     of_x = partition.leading(x)
-    sizes = dict(zip(of_x, x.shape, strict=False))
-    divisible = [*of_x]
-    rows: Any = "n"
-    if of_weight.canonical:
-        sizes["n"] = spec.n
-        divisible.append("n")
-        of_data, of_scales = [rows], [rows]
-    elif of_weight.whole_tiles(spec.n):
-        tile = of_weight.row_tile
-        sizes |= {"n": spec.n // tile, "rows_of_tile": tile}
-        divisible.append("n")
-        rows = ("n", "rows_of_tile")
-        of_data, of_scales = [rows], ["n" if of_weight.scale_tiled else rows]
-    else:  # the last tile holds rows that the result does not have
-        sizes |= {"n": spec.n, "padded_n": data.shape[0], "scale_n": block_scale.shape[0]}
-        of_data, of_scales = ["padded_n"], ["scale_n"]
+    rows = rows_of(spec, data, block_scale)
+    of_data, of_scales = [rows.of_data], [rows.of_scales]
+    sizes = dict(zip(of_x, x.shape, strict=False)) | rows.sizes
+    divisible = [*of_x, *rows.divisible]
 
     columns: Any = "k"
     if of_weight.canonical and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
@@ -63,11 +113,11 @@ def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
             (*of_x, columns),
             tuple(of_data),
             tuple(of_scales),
-            (rows,) if w_scale.ndim else (),
-            *([(rows,)] if bias is not None else []),
+            (rows.of_global_scale,) if w_scale.ndim else (),
+            *([rows.of_bias] if bias is not None else []),
             *([tuple(of_x) if scale_or_amax.ndim else ()] if scale_or_amax is not None else []),
         ),
-        results=((*of_x, rows),),
+        results=((*of_x, *rows.of_result),),
         sizes=sizes,
         divisible=tuple(divisible),
     )
@@ -81,7 +131,7 @@ def part(
     parts: Mapping[str, int],
     spec: LinearSpec,
 ) -> list[jax.Array]:
-    """A device's part of y. Partial sums along K are float32; the bias is added to their sum."""
+    """A device's part of y. Partial sums along K are float32; all else comes after their sum."""
     operands = spec.operands(flat)
     over_k = axes.get("blocks", ())
     scale_or_amax, scaling = scale.of_part(operands.x, operands.scale_or_amax, spec.scaling, axes)
@@ -94,18 +144,21 @@ def part(
     )
     if not over_k:
         return bind(*operands.flat(), spec=part)
-    part = dataclasses.replace(part, has_bias=False, out_dtype="float32")
+    part = dataclasses.replace(part, has_bias=False, activation=None, out_dtype="float32")
     (partial,) = bind(*operands._replace(bias=None).flat(), spec=part)
     y = lax.psum(partial, over_k)
-    return [with_bias(y, operands.bias, spec)]
+    return [finish(y, operands.bias, spec)]
 
 
-def placement(x: jax.Array, data: jax.Array, n: int) -> Placement:
+def placement(x: jax.Array, data: jax.Array, spec: LinearSpec) -> Placement:
     """Places y with the rows of x and those of the weight.
 
     Args:
         x: (..., K).
         data: of the weight, canonical or repacked.
-        n: logical rows of the weight.
+        spec: of the call.
     """
-    return (((*entries(x)[:-1], entries(data)[0]), (*x.shape[:-1], n)),)
+    columns = spec.columns
+    # Of gates and ups side by side, a part would hold the ones without the others.
+    count = columns[0] if len(columns) == 1 else 1
+    return (((*entries(x)[:-1], entries(data)[0]), (*x.shape[:-1], count)),)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jax_nvfp4.activations import Activation
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops.quantize import scale
 
@@ -19,8 +20,8 @@ class Operands(NamedTuple):
         x: (..., K).
         data: codes of the weight, in the order of `LinearSpec.arch`.
         block_scale: block scales of the weight, likewise.
-        w_scale: global scale of the weight, () or (N,).
-        bias: (N,), or None.
+        w_scale: global scale of the weight, () or one for each row, in the order of the codes.
+        bias: (N,), of a gated weight (2, N/2), or None.
         scale_or_amax: the global scale (STATIC) or the amax (AMAX) of x, () or (...); else None.
     """
 
@@ -53,6 +54,8 @@ class LinearSpec:
         has_bias: there is a bias operand.
         out_dtype: name of the result's dtype.
         batch_invariant: a row of the result has the same bits whatever the other rows.
+        gated: the weight is a gate and an up projection.
+        activation: what the sums go through; a gated one leaves n/2 columns.
     """
 
     arch: str | None
@@ -62,6 +65,15 @@ class LinearSpec:
     has_bias: bool
     out_dtype: str
     batch_invariant: bool
+    gated: bool = False
+    activation: Activation | None = None
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The axes of the result after those of the rows of x: of a gated weight, (2, n/2)."""
+        if not self.gated:
+            return (self.n,)
+        return (self.n // 2,) if self.activation is not None else (2, self.n // 2)
 
     def operands(self, flat: tuple[Any, ...]) -> Operands:
         """The operands by name, of those that the primitive is bound to; undoes `flat`."""
@@ -82,6 +94,6 @@ def of_matrix(function: Callable[..., list[jax.Array]]) -> Callable[..., list[ja
             scale_or_amax=scale.flat(operands.scale_or_amax),
         )
         (y,) = function(*matrix.flat(), spec=spec)
-        return [y.reshape(*rows, spec.n)]
+        return [y.reshape(*rows, *spec.columns)]
 
     return implementation
