@@ -71,20 +71,31 @@ class Report:
         return tuple(sorted(rest, key=lambda leaf: -leaf.bytes_before))
 
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "bytes", "in NVFP4", "what became of it")]
+        """A table; leaves that differ in the numbers of their path alone share a row."""
+        groups: dict[tuple[str, ...], list[LeafReport]] = {}
         for leaf in (*self.quantized, *self.left):
+            name = ".".join("*" if part.isdigit() else part for part in leaf.path)
             shape = "x".join(map(str, leaf.shape)) or "scalar"
-            after = f"{leaf.bytes_after:,}" if leaf.quantized else "-"
-            rows.append((leaf.name, shape, f"{leaf.bytes_before:,}", after, leaf.why))
-        total = f"{len(self.quantized)} of {len(self.leaves)} leaves, {self.share:.1%} of the bytes"
-        rows.append(("total", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", total))
+            groups.setdefault((name, shape, str(leaf.quantized), leaf.why), []).append(leaf)
+        rows = [("leaf", "leaves", "shape", "bytes", "in NVFP4", "what became of it")]
+        for (name, shape, _, why), leaves in groups.items():
+            name = leaves[0].name if len(leaves) == 1 else name
+            before, after = (
+                sum(getattr(leaf, field) for leaf in leaves)
+                for field in ("bytes_before", "bytes_after")
+            )
+            quantized = f"{after:,}" if leaves[0].quantized else "-"
+            rows.append((name, str(len(leaves)), shape, f"{before:,}", quantized, why))
+        total = f"{self.share:.1%} of the bytes are in NVFP4"
+        counts = (f"{self.bytes_before:,}", f"{self.bytes_after:,}", total)
+        rows.append(("total", str(len(self.leaves)), "", *counts))
         return _table(rows)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     """Columns as wide as their widest entry, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numbers = (2, 3)
+    numbers = (1, 3, 4)
     lines = []
     for row in rows:
         cells = (
