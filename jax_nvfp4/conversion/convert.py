@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`convert`: any JAX function of params, with its weights in NVFP4."""
 
-import fnmatch
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -13,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nvfp4.calibration import Calibration, InputStatistics
-from jax_nvfp4.checkpoint.convert import DEFAULT_SKIP
-from jax_nvfp4.conversion.analysis import Analyzer, Layout, Record, Use, layout
+from jax_nvfp4.conversion.analysis import Analyzer, Layout, Record
 from jax_nvfp4.conversion.program import (
     Converted,
     ConvertedLeaf,
@@ -24,16 +21,14 @@ from jax_nvfp4.conversion.program import (
     nbytes,
 )
 from jax_nvfp4.conversion.report import LeafReport, Report
+from jax_nvfp4.conversion.selection import Path, Where, decide
 from jax_nvfp4.conversion.view import Leaf, View, whole
-from jax_nvfp4.numerics import BLOCK, dynamic_scales
+from jax_nvfp4.numerics import dynamic_scales
 from jax_nvfp4.ops.checks import ActivationScale
 from jax_nvfp4.ops.device import local_arch
 from jax_nvfp4.ops.repack import repack as repack_weight
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.tensor import FLOATS
-
-Path = tuple[str, ...]
-Where = Callable[[Path, Use], bool]
 
 
 def convert(
@@ -68,8 +63,8 @@ def convert(
             whose kernels are then abstract too. They are quantized one by one.
         *example_args: arguments, or their `ShapeDtypeStruct`s.
         where: given the path of a leaf as strings and its `Use` (shape, dtype, contracting,
-            primitives), whether to quantize it. None leaves alone embeddings, norms, output heads
-            and routers by name, and sums over lengths that 16 does not divide.
+            primitives), whether to quantize it. None leaves alone what the command `quantize`
+            does: embeddings, norms, output heads and routers, and K that 16 does not divide.
         activation_scale: as of `linear`, for all products; or "static": each weight has the scale
             of its largest input in the calibration, or, where params are abstract, the one that
             `load_params` finds in a checkpoint.
@@ -106,10 +101,7 @@ def convert(
             raise TypeError(f"{'.'.join(path)} is converted already; got {leaf}")
     shapes = [abstract(leaf) for leaf in leaves]
     records = analyze(Traced(fn, tree, shapes), shapes, example_args)
-    plans = [
-        _plan(path, leaf, records.get(i), where or default_where, tied)
-        for i, (path, leaf) in enumerate(zip(paths, shapes, strict=True))
-    ]
+    plans = decide(paths, shapes, records, where, tied)
     target = (local_arch() if arch is None else arch) if repack else None
     make = functools.partial(_converted, search=search, static=static, arch=target)
     converted, reports = [], []
@@ -181,54 +173,6 @@ def analyze(
 
     jax.eval_shape(run, *(v.aval for v in closed.jaxpr.invars))
     return analyzer.records
-
-
-def default_where(path: Path, use: Use) -> bool:
-    """Whether a leaf is quantized by default; a name that says why not is in `left_by_default`."""
-    return left_by_default(path, use) is None
-
-
-def left_by_default(path: Path, use: Use) -> str | None:
-    """What the default leaves alone, as the command line does: the reason, or None."""
-    name = ".".join(path).lower()
-    for pattern in DEFAULT_SKIP:
-        if fnmatch.fnmatchcase(name, pattern.lower()):
-            return f"matches {pattern!r}"
-    k = math.prod(use.shape[a] for a in use.contracting)
-    if k % BLOCK:
-        return f"K = {k} is not a multiple of {BLOCK}"
-    return None
-
-
-def _plan(path: Path, leaf: Any, record: Record | None, where: Where, tied: str | None) -> LeafPlan:
-    """Decides what becomes of a leaf."""
-    left = functools.partial(LeafPlan, ".".join(path), path, leaf, None)
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return left("not an array")
-    if leaf.dtype not in FLOATS:
-        return left(f"dtype {leaf.dtype.name}")
-    if len(leaf.shape) < 2:
-        return left(f"{len(leaf.shape)} axes" if len(leaf.shape) != 1 else "1 axis")
-    if record is None:
-        return left("not used")
-    if not record.products:
-        return left(record.obstacle or "meets no product")
-    if record.obstacle is not None and tied is None:
-        return left(f"{record.obstacle}, beside products")
-    found = layout(leaf.shape, record)
-    if isinstance(found, str):
-        return left(found)
-    use = Use(leaf.shape, leaf.dtype, found.contracting_axes, tuple(record.primitives))
-    if not where(path, use):
-        reason = left_by_default(path, use) if where is default_where else None
-        return left(reason or "left by where")
-    what = f"{found.n} x {found.k}"
-    if found.batch:
-        what = f"{math.prod(atom.size for atom in found.batch)} matrices of {what}"
-    if record.obstacle is not None:
-        what += f", and a dense copy: {record.obstacle}"
-    keeps_dense = record.obstacle is not None
-    return LeafPlan(".".join(path), path, leaf, found, what, keeps_dense)
 
 
 def _converted(
