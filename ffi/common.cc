@@ -44,14 +44,12 @@ ffi::Error Kernel::Load(int32_t device) {
   const uint64_t bit = uint64_t{1} << device;
   if (loaded_.load(std::memory_order_acquire) & bit) return ffi::Error::Success();
 
-  ffi::ErrorOr<Device> properties = GetDevice(device);
-  if (properties.has_error()) return properties.error();
-  if (!Runs(*properties, arch_)) {
+  FFI_ASSIGN_OR_RETURN(const Device properties, GetDevice(device));
+  if (!Runs(properties, arch_)) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                      std::string("jax_nvfp4 ") + OpName(op_) + ": kernel " + name_ +
-                          " is for " + arch_ + ", and device " + std::to_string(device) +
-                          " has compute capability " + std::to_string(properties->major) + "." +
-                          std::to_string(properties->minor));
+                      std::string("jax_nvfp4: kernel ") + name_ + " is for " + arch_ + ", and device " + std::to_string(device) +
+                          " has compute capability " + std::to_string(properties.major) + "." +
+                          std::to_string(properties.minor));
   }
   std::lock_guard<std::mutex> lock(mutex_);
   cudaError_t error = kCudaSuccess;
@@ -81,9 +79,9 @@ ffi::ErrorOr<Device> GetDevice(int32_t ordinal) {
   static std::mutex mutex;
   static std::array<Device, kMaxDevices> devices{};
   if (ordinal < 0 || ordinal >= kMaxDevices) {
-    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kUnimplemented,
-                                      "jax_nvfp4: device ordinal " + std::to_string(ordinal) +
-                                          " is not below " + std::to_string(kMaxDevices)));
+    return Failure{ffi::Error(ffi::ErrorCode::kUnimplemented,
+                              "jax_nvfp4: device ordinal " + std::to_string(ordinal) +
+                                  " is not below " + std::to_string(kMaxDevices))};
   }
   std::lock_guard<std::mutex> lock(mutex);
   Device& device = devices[ordinal];
@@ -97,8 +95,8 @@ ffi::ErrorOr<Device> GetDevice(int32_t ordinal) {
       error = cudaDeviceGetAttribute(&read.minor, kComputeCapabilityMinor, ordinal);
     }
     if (error != kCudaSuccess) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal,
-                                        CudaMessage("reading the device's properties", error)));
+      return Failure{ffi::Error(ffi::ErrorCode::kInternal,
+                                CudaMessage("reading the device's properties", error))};
     }
     device = read;
   }
@@ -109,19 +107,23 @@ int32_t UsableSms(int32_t planned, const Device& device) {
   return planned > 0 ? std::min(planned, device.num_sms) : device.num_sms;
 }
 
-const char* OpName(Op op) { return op == Op::kQuantize ? "quantize" : "gemm"; }
+std::string CallName(Op caller, Op op) {
+  constexpr const char* kNames[] = {"quantize", "gemm", "linear"};
+  const std::string name = kNames[static_cast<int>(op)];
+  return caller == op ? name : kNames[static_cast<int>(caller)] + (" (" + name + ")");
+}
 
-ffi::Error Mismatch(Op op, std::string_view operand, std::string_view expected,
+ffi::Error Mismatch(std::string_view call, std::string_view operand, std::string_view expected,
                     std::string_view got) {
   std::ostringstream message;
-  message << "jax_nvfp4 " << OpName(op) << ": operand " << operand << ": expected " << expected
+  message << "jax_nvfp4 " << call << ": operand " << operand << ": expected " << expected
           << ", got " << got;
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, message.str());
 }
 
-ffi::Error CudaOnly(const Kernel& kernel) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string("jax_nvfp4 ") +
-                                                        OpName(kernel.op()) + ": kernel " +
+ffi::Error CudaOnly(Op op, const Kernel& kernel) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_nvfp4 " + CallName(op, op) +
+                                                        ": kernel " +
                                                         kernel.name() +
                                                         " runs on CUDA devices only");
 }
@@ -144,12 +146,12 @@ void Checker::Add(ffi::Error error) {
 
 void Checker::That(bool holds, std::string_view operand, std::string_view expected,
                    const ffi::AnyBuffer& buffer) {
-  if (!holds && ok()) error_ = Mismatch(op_, operand, expected, Describe(buffer));
+  if (!holds && ok()) error_ = Mismatch(call_, operand, expected, Describe(buffer));
 }
 
 void Checker::Attribute(std::string_view name, int32_t value, int32_t low, int32_t high) {
   if (value >= low && value <= high) return;
-  Add(Mismatch(op_, name, std::to_string(low) + " to " + std::to_string(high),
+  Add(Mismatch(call_, name, std::to_string(low) + " to " + std::to_string(high),
                std::to_string(value)));
 }
 
@@ -200,7 +202,7 @@ void Checker::Aligned(std::string_view operand, const ffi::AnyBuffer& buffer, ui
   if (address % bytes == 0) return;
   std::ostringstream got;
   got << "address 0x" << std::hex << address;
-  error_ = Mismatch(op_, operand, "alignment to " + std::to_string(bytes) + " bytes", got.str());
+  error_ = Mismatch(call_, operand, "alignment to " + std::to_string(bytes) + " bytes", got.str());
 }
 
 }  // namespace jax_nvfp4

@@ -11,16 +11,41 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "cudart.h"
 #include "enums.h"
 #include "xla/ffi/api/ffi.h"
 
+// The error macros of XLA's and JAX's own handlers, whose header is not among the public ones. They
+// return from functions of ffi::Error and of ffi::ErrorOr.
+#define FFI_RETURN_IF_ERROR(expression) \
+  if (ffi::Error error_ = (expression); error_.failure()) return jax_nvfp4::Failure{error_}
+#define FFI_ASSIGN_OR_RETURN(variable, expression) \
+  FFI_ASSIGN_OR_RETURN_(FFI_CONCATENATE(result_, __LINE__), variable, expression)
+#define FFI_ASSIGN_OR_RETURN_(result, variable, ...)                      \
+  auto result = __VA_ARGS__;                                               \
+  if (result.has_error()) return jax_nvfp4::Failure{result.error()}; \
+  variable = *std::move(result)
+#define FFI_CONCATENATE(a, b) FFI_CONCATENATE_(a, b)
+#define FFI_CONCATENATE_(a, b) a##b
+
 namespace jax_nvfp4 {
 
 namespace ffi = ::xla::ffi;
 
-enum class Op { kQuantize, kGemm };
+// An error, as a function returns it whether or not it returns a value else.
+struct Failure {
+  ffi::Error error;
+  operator ffi::Error() const { return error; }  // NOLINT
+  template <typename T>
+  operator ffi::ErrorOr<T>() const {  // NOLINT
+    return ffi::Unexpected(error);
+  }
+};
+
+// The custom calls. Kernels are of the first two; errors name the call that was made.
+enum class Op { kQuantize, kGemm, kLinear };
 
 // Element types as the kernels number them.
 enum DType : int32_t { kNone = -1, kF32 = 0, kBF16 = 1, kF16 = 2 };
@@ -42,7 +67,7 @@ class Kernel {
   Op op() const { return op_; }
   const char* name() const { return name_; }
   const char* arch() const { return arch_; }
-  // The element type of x it was compiled for, or "any".
+  // The element type of x it was compiled for.
   std::string_view x_dtype() const { return x_dtype_; }
 
   // Makes the kernel ready on a device; returns at once where it is. From any thread.
@@ -89,14 +114,15 @@ ffi::ErrorOr<Device> GetDevice(int32_t ordinal);
 // never more than the device has, since kernels with grid-wide barriers need all CTAs resident.
 int32_t UsableSms(int32_t planned, const Device& device);
 
-const char* OpName(Op op);
+// What errors call an op: "gemm" or, as a part of the call that was made, "linear (gemm)".
+std::string CallName(Op caller, Op op);
 
-// InvalidArgument naming the op, the operand, and both sides.
-ffi::Error Mismatch(Op op, std::string_view operand, std::string_view expected,
+// InvalidArgument naming the call, the operand, and both sides.
+ffi::Error Mismatch(std::string_view call, std::string_view operand, std::string_view expected,
                     std::string_view got);
 
 // The error of a call that ended up on the host.
-ffi::Error CudaOnly(const Kernel& kernel);
+ffi::Error CudaOnly(Op op, const Kernel& kernel);
 
 // "BF16[16,4096]"
 std::string Describe(const ffi::AnyBuffer& buffer);
@@ -104,7 +130,7 @@ std::string Describe(const ffi::AnyBuffer& buffer);
 // Checks that collect: the first that fails is the error, later ones do nothing.
 class Checker {
  public:
-  explicit Checker(Op op) : op_(op) {}
+  Checker(Op caller, Op op) : call_(CallName(caller, op)) {}
 
   // One of the element types the kernels number; kNone and an error if it is another.
   DType Float(std::string_view operand, const ffi::AnyBuffer& buffer);
@@ -131,7 +157,7 @@ class Checker {
   const ffi::Error& error() const { return error_; }
 
  private:
-  Op op_;
+  std::string call_;
   ffi::Error error_ = ffi::Error::Success();
 };
 
@@ -143,25 +169,22 @@ struct CallState {
   inline static ffi::TypeId id = {};
   Attributes attributes;
   Kernel* kernel;
+
+  const Kernel& MainKernel() const { return *kernel; }
+  ffi::Error Load(int32_t device) { return kernel->Load(device); }
 };
 
+// The state of a call whose kernel is of `op`; errors name the call that was made, `caller`.
 template <typename Attributes>
-ffi::ErrorOr<CallState<Attributes>> Resolve(Op op, Attributes attributes) {
+ffi::ErrorOr<CallState<Attributes>> Resolve(Op op, Op caller, Attributes attributes) {
   Kernel* kernel = FindKernel(op, attributes.kernel);
   if (kernel == nullptr) {
-    return ffi::Unexpected(ffi::Error(
-        ffi::ErrorCode::kNotFound, std::string("jax_nvfp4 ") + OpName(op) + ": no kernel named '" +
-                                       std::string(attributes.kernel) + "' is built in"));
+    return Failure{ffi::Error(ffi::ErrorCode::kNotFound,
+                              "jax_nvfp4 " + CallName(caller, op) + ": no kernel named '" +
+                                  std::string(attributes.kernel) + "' is built in")};
   }
   attributes.kernel = kernel->name();  // the name in the call frame does not outlive this stage
   return CallState<Attributes>{attributes, kernel};
-}
-
-// Initialize, the same for each op: the one stage that may load, since Execute may run under graph
-// capture.
-template <typename State>
-ffi::Error LoadKernel(int32_t device, State* state) {
-  return state->kernel->Load(device);
 }
 
 // A custom call target on one platform, as module.cc hands it to JAX. On the host it only checks: its

@@ -28,11 +28,11 @@ struct GemmSizes {
   DType bias_dtype, out_dtype;
 };
 
-// Checks the attributes and finds the kernel.
-ffi::ErrorOr<GemmState> DecodeGemm(GemmAttributes attributes);
+// Checks the attributes and finds the kernel. Errors name the call that was made, `caller`.
+ffi::ErrorOr<GemmState> DecodeGemm(Op caller, GemmAttributes attributes);
 
 // Checks all buffers against one another and against the kernel; reads no memory.
-ffi::ErrorOr<GemmSizes> CheckGemm(const GemmState& state, const GemmBuffers& buffers);
+ffi::ErrorOr<GemmSizes> CheckGemm(Op caller, const GemmState& state, const GemmBuffers& buffers);
 
 // Enqueues the work on buffers that were checked.
 ffi::Error LaunchGemm(cudaStream_t stream, int32_t ordinal, const GemmState& state,

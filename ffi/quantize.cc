@@ -2,6 +2,8 @@
 // quantize: x (m, k) and, where given, a global scale or amax -> data, block_scale, global_scale.
 #include "quantize.h"
 
+#include "handlers.h"
+
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_nvfp4::QuantizeAttributes, ::xla::ffi::StructMember<std::string_view>("kernel"),
     ::xla::ffi::StructMember<int32_t>("num_sms"), ::xla::ffi::StructMember<int32_t>("out_format"),
@@ -37,25 +39,25 @@ ffi::Error WriteScaleOfNothing(const QuantizeAttributes& attributes, const ffi::
 
 }  // namespace
 
-ffi::ErrorOr<QuantizeState> DecodeQuantize(QuantizeAttributes attributes) {
-  Checker check(Op::kQuantize);
+ffi::ErrorOr<QuantizeState> DecodeQuantize(Op caller, QuantizeAttributes attributes) {
+  Checker check(caller, Op::kQuantize);
   check.Attribute("scaling", attributes.scaling, Scaling::kStatic, Scaling::kAmaxRows);
   check.Attribute("out_format", attributes.out_format, OutFormat::kLinear, OutFormat::kValues);
-  if (!check.ok()) return ffi::Unexpected(check.error());
-  return Resolve(Op::kQuantize, attributes);
+  FFI_RETURN_IF_ERROR(check.error());
+  return Resolve(Op::kQuantize, caller, attributes);
 }
 
-ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
+ffi::ErrorOr<QuantizeSizes> CheckQuantize(Op caller, const QuantizeState& state,
                                           const QuantizeBuffers& buffers) {
   const Kernel& kernel = *state.kernel;
   const QuantizeAttributes& attributes = state.attributes;
   const auto& [x, scale_or_amax, data, block_scale, global_scale, scratch] = buffers;
-  Checker check(Op::kQuantize);
+  Checker check(caller, Op::kQuantize);
   const DType dtype = check.Float("x", x);
   check.Matrix("x", x);
-  if (!check.ok()) return ffi::Unexpected(check.error());
+  FFI_RETURN_IF_ERROR(check.error());
   constexpr std::string_view kNames[] = {"float32", "bfloat16", "float16"};
-  check.That(kernel.x_dtype() == "any" || kernel.x_dtype() == kNames[dtype], "x",
+  check.That(kernel.x_dtype() == kNames[dtype], "x",
              std::string(kernel.x_dtype()) + " for kernel " + kernel.name(), x);
 
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
@@ -93,7 +95,7 @@ ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
   check.Aligned("data", data);
   check.Aligned("block_scale", block_scale);
   check.Aligned("scratch", scratch);
-  if (!check.ok()) return ffi::Unexpected(check.error());
+  FFI_RETURN_IF_ERROR(check.error());
   return QuantizeSizes{static_cast<int32_t>(m), static_cast<int32_t>(k), dtype};
 }
 
@@ -105,87 +107,35 @@ ffi::Error LaunchQuantize(cudaStream_t stream, int32_t ordinal, const QuantizeSt
     return WriteScaleOfNothing(attributes, scale_or_amax, global_scale, stream);
   }
   // Loaded by Initialize: this only makes sure.
-  if (ffi::Error error = state.kernel->Load(ordinal); error.failure()) return error;
-  ffi::ErrorOr<Device> device = GetDevice(ordinal);
-  if (device.has_error()) return device.error();
+  FFI_RETURN_IF_ERROR(state.kernel->Load(ordinal));
+  FFI_ASSIGN_OR_RETURN(const Device device, GetDevice(ordinal));
   return state.kernel->Launch(stream, x.untyped_data(), scale_or_amax.untyped_data(), data.untyped_data(),
                               block_scale.untyped_data(), global_scale.untyped_data(),
                               scratch.untyped_data(), sizes.m, sizes.k,
                               static_cast<int32_t>(sizes.x_dtype), attributes.scaling,
-                              attributes.out_format, UsableSms(attributes.num_sms, *device));
+                              attributes.out_format, UsableSms(attributes.num_sms, device));
 }
 
 namespace {
 
-ffi::ErrorOr<std::unique_ptr<QuantizeState>> Instantiate(QuantizeAttributes attributes) {
-  ffi::ErrorOr<QuantizeState> state = DecodeQuantize(attributes);
-  if (state.has_error()) return ffi::Unexpected(state.error());
-  return std::make_unique<QuantizeState>(*state);
-}
+struct QuantizeCall {
+  using Attributes = QuantizeAttributes;
+  using State = QuantizeState;
+  using Buffers = QuantizeBuffers;
+  static constexpr int kOperands = 2, kResults = 4;
+  static constexpr Op kOp = Op::kQuantize;
+  static constexpr char kTarget[] = "jax_nvfp4_quantize";
+  static constexpr char kStateName[] = "jax_nvfp4_quantize_state";
 
-ffi::Error Execute(cudaStream_t stream, int32_t ordinal, QuantizeState* state, ffi::AnyBuffer x,
-                   ffi::AnyBuffer scale_or_amax, ffi::Result<ffi::AnyBuffer> data,
-                   ffi::Result<ffi::AnyBuffer> block_scale,
-                   ffi::Result<ffi::AnyBuffer> global_scale, ffi::Result<ffi::AnyBuffer> scratch) {
-  const QuantizeBuffers buffers{x, scale_or_amax, *data, *block_scale, *global_scale, *scratch};
-  ffi::ErrorOr<QuantizeSizes> sizes = CheckQuantize(*state, buffers);
-  if (sizes.has_error()) return sizes.error();
-  return LaunchQuantize(stream, ordinal, *state, buffers, *sizes);
-}
-
-// On the host the same checks run, and then an error: there is no kernel to launch.
-ffi::Error HostExecute(QuantizeAttributes attributes, ffi::AnyBuffer x, ffi::AnyBuffer scale_or_amax,
-                       ffi::Result<ffi::AnyBuffer> data, ffi::Result<ffi::AnyBuffer> block_scale,
-                       ffi::Result<ffi::AnyBuffer> global_scale,
-                       ffi::Result<ffi::AnyBuffer> scratch) {
-  ffi::ErrorOr<QuantizeState> state = DecodeQuantize(attributes);
-  if (state.has_error()) return state.error();
-  ffi::ErrorOr<QuantizeSizes> sizes =
-      CheckQuantize(*state, {x, scale_or_amax, *data, *block_scale, *global_scale, *scratch});
-  if (sizes.has_error()) return sizes.error();
-  return CudaOnly(*state->kernel);
-}
-
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       ffi::Ffi::BindInstantiate().Attrs<QuantizeAttributes>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, LoadKernel<QuantizeState>,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<QuantizeState>>());
+  static auto Decode(const Attributes& attributes) { return DecodeQuantize(kOp, attributes); }
+  static auto Check(const State& state, const Buffers& buffers) {
+    return CheckQuantize(kOp, state, buffers);
+  }
+  static constexpr auto Launch = LaunchQuantize;
+};
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4Quantize, Execute,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<QuantizeState>>()
-                                  .Arg<ffi::AnyBuffer>()   // x
-                                  .Arg<ffi::AnyBuffer>()   // global_scale or amax (given)
-                                  .Ret<ffi::AnyBuffer>()   // data
-                                  .Ret<ffi::AnyBuffer>()   // block_scale
-                                  .Ret<ffi::AnyBuffer>()   // global_scale
-                                  .Ret<ffi::AnyBuffer>(),  // scratch
-                              {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNvfp4QuantizeHost, HostExecute,
-                              ffi::Ffi::Bind()
-                                  .Attrs<QuantizeAttributes>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-
-std::array<Target, 2> QuantizeTargets() {
-  static ffi::TypeInfo info = ffi::MakeTypeInfo<QuantizeState>();
-  return {
-      Target{"jax_nvfp4_quantize", "CUDA", kInstantiate, kInitialize, JaxNvfp4Quantize,
-             "jax_nvfp4_quantize_state", &QuantizeState::id, &info},
-      Target{"jax_nvfp4_quantize", "cpu", nullptr, nullptr, JaxNvfp4QuantizeHost, nullptr, nullptr,
-             nullptr},
-  };
-}
+std::array<Target, 2> QuantizeTargets() { return TargetsOf<QuantizeCall>(); }
 
 }  // namespace jax_nvfp4

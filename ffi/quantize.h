@@ -30,11 +30,11 @@ struct QuantizeSizes {
   DType x_dtype;
 };
 
-// Checks the attributes and finds the kernel.
-ffi::ErrorOr<QuantizeState> DecodeQuantize(QuantizeAttributes attributes);
+// Checks the attributes and finds the kernel. Errors name the call that was made, `caller`.
+ffi::ErrorOr<QuantizeState> DecodeQuantize(Op caller, QuantizeAttributes attributes);
 
 // Checks all buffers against one another and against the kernel; reads no memory.
-ffi::ErrorOr<QuantizeSizes> CheckQuantize(const QuantizeState& state,
+ffi::ErrorOr<QuantizeSizes> CheckQuantize(Op caller, const QuantizeState& state,
                                           const QuantizeBuffers& buffers);
 
 // Enqueues the work on buffers that were checked.

@@ -160,7 +160,7 @@ def _quantize_results(
         data,
         block_scale,
         jax.ShapeDtypeStruct((m,) if per_row else (), jnp.float32),
-        jax.ShapeDtypeStruct((quantize_scratch_bytes(config, m, k, num_sms),), jnp.uint8),
+        jax.ShapeDtypeStruct((quantize_scratch_bytes(config, num_sms),), jnp.uint8),
     )
 
 

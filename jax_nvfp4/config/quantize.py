@@ -82,19 +82,16 @@ def select_quantize(arch: str, x_dtype: str, scaling: Scaling | int) -> Quantize
     raise ValueError(f"no quantize kernel for arch {arch!r} and x dtype {x_dtype!r}")
 
 
-def quantize_scratch_bytes(config: QuantizeConfig, m: int, k: int, num_sms: int) -> int:
+def quantize_scratch_bytes(config: QuantizeConfig, num_sms: int) -> int:
     """Bytes of scratch memory that the kernel of `config` needs.
 
     Args:
         config: the kernel's config.
-        m: rows of x.
-        k: columns of x.
         num_sms: multiprocessors that the kernel may use, the `num_sms` it is called with.
 
     Raises:
         ValueError: no multiprocessor.
     """
-    del m, k
     if num_sms < 1:
         raise ValueError(f"num_sms is {num_sms}, expected at least 1")
     return GRID_MESSAGE_BYTES * min(num_sms, MAX_CTAS) ** 2 if config.kind == "grid" else 0

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 import kernel_objects
 from jax_nvfp4 import config
 from jax_nvfp4.config.enums import Scaling
-from jax_nvfp4.config.quantize import KIND_OF_SCALING
-from jax_nvfp4.config.quantize import quantize_configs, select_quantize
+from jax_nvfp4.config.quantize import KIND_OF_SCALING, quantize_configs, select_quantize
 from jax_nvfp4.layout.orders import order
 
 ARCHES = ("sm_90a", "sm_100f", "sm_120f")
@@ -53,7 +52,8 @@ def quantize_operands(
 
 def gemm_operands(arch: str, x_dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
     """Operands of a valid call, k a multiple of 64."""
-    w, sfw = order(arch).pack(jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // 16), jnp.float8_e4m3fn)
+    w, sfw = order(arch).pack(
+        jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // 16), jnp.float8_e4m3fn)
     )
     if x_dtype == "e2m1":
         x = jnp.zeros((m, k // 2), jnp.uint8)
@@ -131,7 +131,7 @@ def linear_operands(
     c = select_quantize(arch, dtype, scaling)
     x, given = quantize_operands(c, m, k, scaling)
     gemm = gemm_operands(arch, x_dtype, m, n, -(-k // 64) * 64)
-    operands = {"x": x, "given": given} | {
+    operands = {"x": x, "scale_or_amax": given} | {
         name: gemm[name] for name in ("w", "sfw", "w_scale", "bias")
     }
     options = {
@@ -169,27 +169,42 @@ def test_linear_buffers_have_the_sizes_the_handler_checks(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": jnp.ones((5, 64), jnp.int32)}, "quantize: operand x: expected F32, BF16 or F16"),
-        ({"given": jnp.ones((4,))}, "quantize: operand global_scale (given): expected 5 elements"),
-        ({"scaling": 6}, "quantize: operand scaling: expected 0 to 5, got 6"),
-        ({"w": jnp.ones((7, 32), jnp.uint8)}, "gemm: operand w: expected 8192 elements"),
-        ({"bias": jnp.ones((5,))}, "gemm: operand bias: expected 7 elements (n), got F32[5]"),
-        ({"split_k": 0}, "gemm: operand split_k: expected 1 to 65536, got 0"),
-        ({"data": ((64, 5), jnp.bfloat16)}, "gemm: operand y: expected 64 rows, as many as x"),
+        (
+            {"x": jnp.ones((5, 64), jnp.int32)},
+            "linear (quantize): operand x: expected F32, BF16 or F16",
+        ),
+        (
+            {"scale_or_amax": jnp.ones((4,))},
+            "linear (quantize): operand global_scale (given): expected 5 elements",
+        ),
+        ({"scaling": 6}, "linear (quantize): operand scaling: expected 0 to 5, got 6"),
+        ({"w": jnp.ones((7, 32), jnp.uint8)}, "linear (gemm): operand w: expected 8192 elements"),
+        (
+            {"bias": jnp.ones((5,))},
+            "linear (gemm): operand bias: expected 7 elements (n), got F32[5]",
+        ),
+        ({"split_k": 0}, "linear (gemm): operand split_k: expected 1 to 65536, got 0"),
+        (
+            {"data": ((64, 5), jnp.bfloat16)},
+            "linear (gemm): operand y: expected 64 rows, as many as x",
+        ),
         (
             {
                 "scaling": 0,
-                "given": jnp.ones(()),
+                "scale_or_amax": jnp.ones(()),
                 "global_scale": ((), jnp.float32),
                 "data": ((1, 320), jnp.bfloat16),
                 "y": ((1, 7), jnp.bfloat16),
                 "w": jnp.ones((128 * 384 // 2,), jnp.uint8),
                 "sfw": jnp.ones((128 * 384 // 16,), jnp.uint8),
             },
-            "gemm: operand x: expected 5 rows, as many as quantize's x, got BF16[1,320]",
+            "linear (gemm): operand x: expected 5 rows, as many as quantize's x, got BF16[1,320]",
         ),
-        ({"quantize_kernel": "no_such"}, "quantize: no kernel named 'no_such' is built in"),
-        ({"gemm_kernel": "no_such"}, "gemm: no kernel named 'no_such' is built in"),
+        (
+            {"quantize_kernel": "no_such"},
+            "linear (quantize): no kernel named 'no_such' is built in",
+        ),
+        ({"gemm_kernel": "no_such"}, "linear (gemm): no kernel named 'no_such' is built in"),
     ],
 )
 def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: str) -> None:
@@ -213,7 +228,7 @@ def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: 
         numbers = {"scaling": c["scaling"], "num_sms": 0, "out_format": 2, "split_k": c["split_k"]}
         return error_of(
             jax.ffi.ffi_call("jax_nvfp4_linear", [jax.ShapeDtypeStruct(*c[r]) for r in results]),
-            *(c[name] for name in ("x", "given", "w", "sfw", "w_scale", "bias")),
+            *(c[name] for name in ("x", "scale_or_amax", "w", "sfw", "w_scale", "bias")),
             quantize_kernel=c["quantize_kernel"],
             gemm_kernel=c["gemm_kernel"],
             **{name: np.int32(value) for name, value in numbers.items()},

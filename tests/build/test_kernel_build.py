@@ -42,7 +42,7 @@ def variants(arch):
     found = []
     for name in NAMES:
         name = f"{name}_{arch}"
-        c = QuantizeConfig(name, arch, "tiny", "any", 32, 16)
+        c = QuantizeConfig(name, arch, "tiny", "float32", 32, 16)
         found.append(KernelVariant(name, "quantize", arch, c, host, args))
     return found
 """

@@ -120,7 +120,7 @@ def check(config, x, scaling, out_format, g=None, offset=0, seed=0, sms=132, cov
     elements = np.concatenate([np.zeros(offset, x.dtype), x.reshape(-1)])
     given = np.asarray([np.nan] if g is None else g, np.float32)
     outputs = [np.full(w.nbytes + GUARD, POISON, np.uint8) for w in want]
-    scratch_bytes = quantize_scratch_bytes(config, m, k, sms)
+    scratch_bytes = quantize_scratch_bytes(config, sms)
     scratch = np.random.default_rng(seed).integers(0, 256, scratch_bytes + 8, dtype=np.uint8)
     if seed % 2:
         scratch[:] = seed >> 1  # the tags that the CTAs find are all alike
@@ -323,10 +323,10 @@ def test_selection():
 
 def test_scratch():
     for config in QUANTIZE_CONFIGS:
-        size = quantize_scratch_bytes(config, 16, 64, 132)
+        size = quantize_scratch_bytes(config, 132)
         assert size == (132 * 132 * 8 if config.kind == "grid" else 0)
         with pytest.raises(ValueError, match="num_sms is 0"):
-            quantize_scratch_bytes(config, 16, 64, 0)
+            quantize_scratch_bytes(config, 0)
 
 
 @pytest.mark.parametrize(

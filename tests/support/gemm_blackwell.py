@@ -225,7 +225,7 @@ def quantize_by_kernel(arch, values, scaling, out_format):
         scales = np.full((m, blocks), 0xCD, np.uint8)
     data = np.full((m, blocks * 8), 0xCD, np.uint8)
     g = np.full(m if of_kernel == Scaling.TOKEN else 1, np.nan, np.float32)
-    scratch = np.full(quantize_scratch_bytes(config, m, k, QUANTIZE_SMS) or 16, 0xCD, np.uint8)
+    scratch = np.full(quantize_scratch_bytes(config, QUANTIZE_SMS) or 16, 0xCD, np.uint8)
     run_object(
         kernel_objects.folder() / f"{config.name}.o",
         ptx_of(config.name),

@@ -111,7 +111,7 @@ class QuantizeConfig:
         name: the kernel's C identifier, unique over all archs.
         arch: a name of `ARCHES`.
         kind: the design, e.g. "rows" or "grid".
-        x_dtype: "float32", "bfloat16", "float16", or "any" where the kernel switches at run time.
+        x_dtype: "float32", "bfloat16" or "float16".
         threads: threads of a CTA.
         elements_per_thread: elements a thread quantizes at a time.
     """

@@ -2,15 +2,15 @@
 """The GEMMs of sm_120 and sm_121 by an NVFP4 weight: what is built of them.
 
 y (m, n) = alpha * (x @ w.T) + bias, rounded once; alpha = x_scale * w_scale, each a scalar or one
-per row. The kernels are in `gemm_sm120_pingpong`, `gemm_sm120_stream` and
-`gemm_sm120_weight_only`, the choice between them in `config.sm120`, the performance model in
+per row. The kernels are in `pingpong`, `small_m` and
+`weight_only`, the choice between them in `config.gemm.sm120`, the performance model in
 NOTES.md.
 """
 
 from cutlass import cute
 
 from jax_nvfp4.config import GemmConfig
-from jax_nvfp4.config.gemm import sm120 as configs
+from jax_nvfp4.config.gemm.sm120 import CONFIGS
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
 from jax_nvfp4.kernels.gemm.sm120.pingpong import Pingpong
 from jax_nvfp4.kernels.gemm.sm120.small_m import Stream
@@ -45,4 +45,4 @@ def variant(config: GemmConfig) -> KernelVariant:
 
 def variants(arch: str) -> list[KernelVariant]:
     """The kernels to build for `arch`: one for each config of it."""
-    return [variant(c) for c in configs.CONFIGS if c.arch == arch]
+    return [variant(c) for c in CONFIGS if c.arch == arch]
