@@ -42,7 +42,7 @@ def _jit(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any]
 
     def make() -> Any:
         def inner(*operands: Any) -> list[Any]:
-            return interpreter.run(closed.jaxpr, closed.consts, operands)
+            return interpreter.held(closed, operands)
 
         inner.__name__ = inner.__qualname__ = params["name"]
         return jax.jit(
@@ -80,14 +80,13 @@ def _with_places(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> l
         return lax.with_sharding_constraint(value, place)
 
     operands = list(map(put, operands, eqn.params["in_shardings"]))
-    results = interpreter.run(closed.jaxpr, closed.consts, operands)
+    results = interpreter.held(closed, operands)
     return list(map(put, results, eqn.params["out_shardings"]))
 
 
 @rule("closed_call", "core_call")
 def _call(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any]:
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    return interpreter.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands)
+    return interpreter.held(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")), operands)
 
 
 @rule("checkpoint", "remat", "remat2")
@@ -95,7 +94,7 @@ def _remat(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[An
     inner = eqn.params["jaxpr"]
 
     def function(*operands: Any) -> list[Any]:
-        return interpreter.run(getattr(inner, "jaxpr", inner), (), operands)
+        return interpreter.held(inner, operands)
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)(*operands)
@@ -105,7 +104,7 @@ def _remat(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[An
 def _scan(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any]:
     """Views among the stacked arguments are taken apart along their first axis."""
     params = eqn.params
-    body, nconsts, ncarry = params["jaxpr"], params["num_consts"], params["num_carry"]
+    body, (nconsts, ncarry) = params["jaxpr"], _scan_counts(params)
     invars, outvars = body.jaxpr.invars, body.jaxpr.outvars
     fixed = {  # a view that goes round unchanged is a constant
         i
@@ -126,7 +125,7 @@ def _scan(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any
         left = iter(moving)
         now = [carry[i] if i in fixed else next(left) for i in range(ncarry)]
         taken = [x if s is None else s.matrix(x) for s, x in zip(slices, xs, strict=True)]
-        results = interpreter.run(body.jaxpr, body.consts, [*consts, *now, *taken])
+        results = interpreter.held(body, [*consts, *now, *taken])
         after = [v for i, v in enumerate(results[:ncarry]) if i not in fixed]
         return (
             _arrays(interpreter, after, "a scan's carry"),
@@ -144,6 +143,14 @@ def _scan(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any
     )
     left = iter(moving)
     return [carry[i] if i in fixed else next(left) for i in range(ncarry)] + list(ys)
+
+
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """How many constants and carried values there are; newer versions of JAX keep a tree."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 class _Stack:
@@ -185,11 +192,11 @@ def _while(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[An
         return _arrays(interpreter, moving, "a while loop's carry")
 
     def go_on(moving: list[Any]) -> Any:
-        (result,) = interpreter.run(test.jaxpr, test.consts, [*of_test, *full(moving)])
+        (result,) = interpreter.held(test, [*of_test, *full(moving)])
         return result
 
     def step(moving: list[Any]) -> list[Any]:
-        return moving_of(interpreter.run(body.jaxpr, body.consts, [*of_body, *full(moving)]))
+        return moving_of(interpreter.held(body, [*of_body, *full(moving)]))
 
     return full(lax.while_loop(go_on, step, moving_of(carry)))
 
@@ -200,7 +207,7 @@ def _cond(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any
     (which,) = _arrays(interpreter, [which], "a condition")
 
     def branch(closed: Any, *operands: Any) -> list[Any]:
-        results = interpreter.run(closed.jaxpr, closed.consts, operands)
+        results = interpreter.held(closed, operands)
         return _arrays(interpreter, results, "a branch's result")
 
     branches = [functools.partial(branch, closed) for closed in eqn.params["branches"]]
@@ -216,7 +223,7 @@ def _custom_jvp(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> li
 
     @jax.custom_jvp
     def function(*operands: Any) -> list[Any]:
-        results = interpreter.run(closed.jaxpr, closed.consts, operands)
+        results = interpreter.held(closed, operands)
         return _arrays(interpreter, results, "a result of custom_jvp")
 
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -244,7 +251,7 @@ def _custom_vjp(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> li
 
     @jax.custom_vjp
     def function(*operands: Any) -> list[Any]:
-        results = interpreter.run(closed.jaxpr, closed.consts, operands)
+        results = interpreter.held(closed, operands)
         return _arrays(interpreter, results, "a result of custom_vjp")
 
     def forward(*operands: Any) -> Any:
@@ -253,7 +260,7 @@ def _custom_vjp(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> li
             return forward_of.call_wrapped(*(v for pair in pairs for v in pair))
 
         traced = jax.make_jaxpr(flat)(*(v.aval for v in closed.jaxpr.invars))
-        results = interpreter.run(traced.jaxpr, traced.consts, operands)
+        results = interpreter.held(traced, operands)
         _, tree, forwarded = out_trees()
         count = tree.num_leaves - sum(source is not None for source in forwarded)
         own, results = iter(results[:count]), results[count:]
@@ -287,7 +294,7 @@ def _shard_map(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> lis
 
     def function(*arrays: Any) -> tuple[Any, ...]:
         values = [a if d is None else d.part(a) for d, a in zip(divided, arrays, strict=True)]
-        results = interpreter.run(inner, (), values)
+        results = interpreter.held(inner, values)
         return tuple(_arrays(interpreter, results, "a result of shard_map"))
 
     manual = params.get("newly_manual_axes", params.get("manual_axes"))

@@ -65,6 +65,11 @@ class Interpreter:
                     del env[v]  # memory, where this runs outside of jit
         return [read(v) for v in jaxpr.outvars]
 
+    def held(self, program: Any, operands: Sequence[Any]) -> list[Any]:
+        """The same for a program that an equation holds, with its constants or without any."""
+        consts = getattr(program, "consts", ())
+        return self.run(getattr(program, "jaxpr", program), consts, operands)
+
     def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """The results of one equation, by its rule where it has one."""
         if not any(isinstance(operand, View) for operand in operands):
