@@ -77,7 +77,7 @@ class Analyzer(Interpreter):
         every = frozenset(atom for axis in view.axes for atom in axis)
         contracting = frozenset(product.contracting)
         record.products.append((contracting, every - contracting))
-        record.batch.update(product.batch)
+        record.batch.update((*product.batch, *product.groups))
         return self.bind(eqn, [o.dense if isinstance(o, View) else o for o in operands])
 
     def dense(self, view: View, why: str) -> jax.Array:

@@ -3,7 +3,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nvfp4.calibration import Calibration, InputStatistics
+from jax_nvfp4.conversion import view as views
 from jax_nvfp4.conversion.analysis import Layout, layout
 from jax_nvfp4.conversion.convert import abstract, analyze, path_of
 from jax_nvfp4.conversion.interpret import Interpreter
 from jax_nvfp4.conversion.program import Traced
-from jax_nvfp4.conversion.rules import Product
+from jax_nvfp4.conversion.rules import Product, batch_first
 from jax_nvfp4.conversion.view import Leaf, View
 
 
-class _Sums:
+class _Totals:
     """The sums over all rows that a weight (batch..., N, K) was multiplied with."""
 
     def __init__(self, name: str, layout: Layout) -> None:
@@ -30,14 +32,13 @@ class _Sums:
         self.amax = np.zeros(matrices, np.float32)
         self.rows = np.zeros(matrices, np.int64)
 
-    def add(self, ids: np.ndarray, squares: np.ndarray, amax: np.ndarray, rows: int) -> None:
+    def add(self, ids: np.ndarray, squares: np.ndarray, amax: np.ndarray, rows: np.ndarray) -> None:
         """Adds what some matrices, by their numbers, were multiplied with."""
-        ids, amax = np.asarray(ids), np.asarray(amax)
-        squares = np.broadcast_to(squares, (*ids.shape, squares.shape[-1]))
         flat = ids.reshape(-1)
+        squares = np.broadcast_to(squares, (*ids.shape, squares.shape[-1]))
         np.add.at(self.squares, flat, squares.reshape(flat.size, -1))
         np.maximum.at(self.amax, flat, np.broadcast_to(amax, ids.shape).reshape(-1))
-        np.add.at(self.rows, flat, rows)
+        np.add.at(self.rows, flat, np.broadcast_to(rows, ids.shape).reshape(-1))
 
     def statistics(self) -> InputStatistics | None:
         """What was seen, None if nothing was.
@@ -62,7 +63,7 @@ class _Observer(Interpreter):
     those of the matrices that they take.
     """
 
-    def __init__(self, sums: dict[int, _Sums]) -> None:
+    def __init__(self, sums: dict[int, _Totals]) -> None:
         super().__init__()
         self._sums = sums
 
@@ -71,25 +72,12 @@ class _Observer(Interpreter):
     ) -> list[jax.Array]:
         """The dense product; the sums of x go to the host."""
         assert view.leaf.key is not None
-        shared = [atom for atom in view.batch if atom in product.of_x]
-        columns = view.leaf.contracting
-        others = [a for a in product.of_x if a not in (*shared, *columns)]
-        order = [product.of_x.index(a) for a in (*shared, *others, *columns)]
-        x = product.x.astype(jnp.float32).transpose(order)
-        sizes = [atom.size if atom in shared else 1 for atom in view.batch]
-        rows = int(np.prod([x.shape[len(shared) + i] for i in range(len(others))], dtype=np.int64))
-        k = int(np.prod([atom.size for atom in columns], dtype=np.int64))
-        x = x.reshape(*sizes, rows, k)
-        jax.debug.callback(
-            functools.partial(self._add, view.leaf.key, rows),
-            view.value,
-            jnp.sum(x * x, -2),
-            jnp.max(jnp.abs(x), (-2, -1), initial=0.0),
-        )
+        sums = _sums_of_groups if product.groups else _sums
+        jax.debug.callback(functools.partial(self._add, view.leaf.key), *sums(self, view, product))
         return self.bind(eqn, self.values(operands))
 
-    def _add(self, key: int, rows: int, ids: Any, squares: Any, amax: Any) -> None:
-        self._sums[key].add(np.asarray(ids), np.asarray(squares), np.asarray(amax), rows)
+    def _add(self, key: int, *sums: Any) -> None:
+        self._sums[key].add(*map(np.asarray, sums))
 
     def value(self, view: View) -> jax.Array:
         """The array that the program has here."""
@@ -99,6 +87,40 @@ class _Observer(Interpreter):
     def dense(self, view: View, why: str) -> jax.Array:
         """The same."""
         return self.value(view)
+
+
+def _rows(view: View, product: Product, shared: Sequence[Any]) -> jax.Array:
+    """x as float32, its axes the shared atoms..., all rows, K in the order of the weight."""
+    columns = view.leaf.contracting
+    others = [a for a in product.of_x if a not in (*shared, *columns)]
+    x = product.x.astype(jnp.float32)
+    x = x.transpose([product.of_x.index(a) for a in (*shared, *others, *columns)])
+    sizes = [atom.size for atom in shared]
+    return x.reshape(*sizes, math.prod(x.shape[len(shared) : len(shared) + len(others)]), -1)
+
+
+def _sums(
+    observer: Interpreter, view: View, product: Product
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """The numbers of the matrices, and for each the sums of x^2, the largest |x|, and the rows."""
+    shared = [atom for atom in view.batch if atom in product.of_x]
+    x = _rows(view, product, shared)
+    x = x.reshape(*(a.size if a in shared else 1 for a in view.batch), *x.shape[len(shared) :])
+    amax = jnp.max(jnp.abs(x), (-2, -1), initial=0.0)
+    return view.value, jnp.sum(x * x, -2), amax, x.shape[-2]
+
+
+def _sums_of_groups(
+    observer: Interpreter, view: View, product: Product
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The same of a ragged product, whose groups have rows of their own."""
+    ids, _ = batch_first(observer, view, product.groups)
+    x, count = _rows(view, product, ()), views.size(product.groups)
+    sizes = jnp.maximum(product.group_sizes, 0)
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    add = functools.partial(jax.ops.segment_sum, segment_ids=group, num_segments=count)
+    largest = jax.ops.segment_max(jnp.max(jnp.abs(x), -1), group, count)
+    return ids, add(x * x), jnp.maximum(largest, 0), add(jnp.ones(x.shape[0], jnp.int32))
 
 
 def calibrate(fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Calibration:
@@ -125,7 +147,7 @@ def calibrate(fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Ca
     arrays = [a for a, s in zip(leaves, shapes, strict=True) if isinstance(s, jax.ShapeDtypeStruct)]
     traced = Traced(fn, tree, shapes)
     layouts: dict[int, Layout] | None = None
-    sums: dict[int, _Sums] = {}
+    sums: dict[int, _Totals] = {}
 
     @jax.jit
     def run(arrays: list[Any], *args: Any) -> list[Any]:
@@ -143,7 +165,7 @@ def calibrate(fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Ca
         args = batch if isinstance(batch, tuple) else (batch,)
         if layouts is None:
             layouts = _layouts(analyze(traced, shapes, args), shapes)
-            sums.update({i: _Sums(names[i], found) for i, found in layouts.items()})
+            sums.update({i: _Totals(names[i], found) for i, found in layouts.items()})
         jax.block_until_ready(run(arrays, *args))
         jax.effects_barrier()
     if layouts is None:

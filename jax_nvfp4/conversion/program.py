@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax_nvfp4.conversion import control as control  # registers its rules
 from jax_nvfp4.conversion.analysis import Layout
 from jax_nvfp4.conversion.interpret import Interpreter
-from jax_nvfp4.conversion.rules import Product
+from jax_nvfp4.conversion.rules import Product, batch_first
 from jax_nvfp4.conversion.view import NotAView, View, ViewAxis
 from jax_nvfp4.ops.checks import ActivationScale
+from jax_nvfp4.ops.ragged_linear.api import ragged_linear
 from jax_nvfp4.products.axes import KernelAxes
 from jax_nvfp4.products.contraction import How, contract
 from jax_nvfp4.products.kernel import Nvfp4Kernel
@@ -104,6 +105,8 @@ class Runner(Interpreter):
         leaf = view.leaf
         if set(product.contracting) != set(leaf.contracting):
             raise NotAView("a product over other axes")
+        if product.groups:
+            return [self._ragged(view, product)]
         weight, input_scale = view.value
         how = dataclasses.replace(self._how, out_dtype=product.dtype)
         if input_scale is not None:
@@ -118,6 +121,26 @@ class Runner(Interpreter):
             how,
         )
         return [result.reshape(product.shape)]
+
+    def _ragged(self, view: View, product: Product) -> jax.Array:
+        """The product of rows sorted by group."""
+        (weight, input_scale), others = batch_first(self, view, product.groups)
+        if others:
+            raise NotAView("a ragged product of several weights")
+        leaf = view.leaf
+        order = [product.of_x.index(atom) for atom in ("rows", *leaf.contracting)]
+        x = product.x.transpose(order)
+        y = ragged_linear(
+            x.reshape(x.shape[0], -1),
+            weight,
+            product.group_sizes,
+            activation_scale=self._how.activation_scale if input_scale is None else input_scale,
+            out_dtype=product.dtype,
+            batch_invariant=self._how.batch_invariant,
+        )
+        y = y.reshape(x.shape[0], *(atom.size for atom in leaf.free))
+        found = ("rows", *leaf.free)
+        return y.transpose([found.index(a) for a in product.of_result]).reshape(product.shape)
 
     def value(self, view: View) -> jax.Array:
         """The values of the weight, or the dense leaf where there is one."""

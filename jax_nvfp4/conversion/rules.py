@@ -252,6 +252,8 @@ class Product:
         batch: the atoms that x has too and that stay.
         shape: of the result.
         dtype: of the result.
+        groups: of a ragged product, the atoms that count the groups of x's rows.
+        group_sizes: of a ragged product, integers (groups,).
     """
 
     x: jax.Array
@@ -261,9 +263,17 @@ class Product:
     batch: ViewAxis
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    groups: ViewAxis = ()
+    group_sizes: Any = None
 
 
 COMPUTED = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def _check_dtypes(*arrays: Any) -> None:
+    for array in arrays:
+        if array.dtype not in COMPUTED:
+            raise NotAView(f"a product in {array.dtype.name}")
 
 
 @rule("dot_general")
@@ -273,9 +283,7 @@ def _dot_general(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> l
     if isinstance(x, View):
         raise NotAView("a product of two weights")
     out = eqn.outvars[0].aval
-    for dtype in (x.dtype, out.dtype):
-        if dtype not in COMPUTED:
-            raise NotAView(f"a product in {dtype.name}")
+    _check_dtypes(x, out)
     contracted, batched = eqn.params["dimension_numbers"]
     pairs = dict(zip(contracted[1 - side], contracted[side], strict=True))
     kept = dict(zip(batched[1 - side], batched[side], strict=True))
@@ -299,5 +307,35 @@ def _dot_general(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> l
         batch=tuple(a for w in batched[side] for a in view.axes[w]),
         shape=out.shape,
         dtype=out.dtype,
+    )
+    return interpreter.product(eqn, operands, view, product)
+
+
+@rule("ragged_dot_general", "ragged_dot")
+def _ragged_dot(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[Any]:
+    """Rows (M, K), sorted by group, times a weight for each group."""
+    x, view, group_sizes = operands[:3]
+    if not isinstance(view, View) or isinstance(x, View) or len(operands) > 3:
+        raise NotAView(eqn.primitive.name)
+    out, numbers = eqn.outvars[0].aval, eqn.params["ragged_dot_dimension_numbers"]
+    (of_x, of_w), batched = numbers.dot_dimension_numbers
+    (ragged,), groups = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
+    plain = x.ndim == 2 and len(of_x) == len(groups) == 1 and ragged not in of_x
+    if not plain or any(map(len, batched)) or eqn.params.get("group_offset") is not None:
+        raise NotAView("a ragged product of another form")
+    _check_dtypes(x, out)
+    contracting, counted = view.axes[of_w[0]], view.axes[groups[0]]
+    rows = x if of_x[0] == 1 else x.T
+    free = (a for w, axis in enumerate(view.axes) if w not in (*of_w, *groups) for a in axis)
+    product = Product(
+        x=rows.reshape(rows.shape[0], *(atom.size for atom in contracting)),
+        of_x=("rows", *contracting),
+        of_result=("rows", *free),
+        contracting=contracting,
+        batch=(),
+        shape=out.shape,
+        dtype=out.dtype,
+        groups=counted,
+        group_sizes=group_sizes,
     )
     return interpreter.product(eqn, operands, view, product)

@@ -189,3 +189,20 @@ def test_effects_happen_once_and_in_order():
     jax.jit(run)(params, X)
     jax.effects_barrier()
     assert seen == ["a", "b"]
+
+
+def test_ragged_products_of_sorted_rows():
+    def fn(p, x, sizes):
+        y = jnp.tanh(lax.ragged_dot(x, p["up"], sizes))
+        y, _ = lax.scan(lambda y, w: (lax.ragged_dot(y, w, sizes), None), y, p["layers"])
+        return y
+
+    params = weights(up=(3, D, D), layers=(2, 3, D, D))
+    sizes = jnp.asarray([2, 0, 1], jnp.int32)
+    check(fn, params, X, sizes)
+    seen = nvfp4.calibrate(fn, params, [(X, sizes)])
+    rows = np.asarray(X, np.float64)
+    expected = [(rows[:2] ** 2).mean(0), np.zeros(D), (rows[2:3] ** 2).mean(0)]
+    np.testing.assert_allclose(seen["up"].mean_square, expected, rtol=1e-5)
+    np.testing.assert_allclose(seen["up"].amax, [abs(rows[:2]).max(), 0, abs(rows[2]).max()])
+    assert seen["layers"].mean_square.shape == (2, 3, D)
