@@ -36,8 +36,14 @@ from jax_nvfp4.kernels.variant import KernelVariant, Op
 
 DEFAULT_ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
 MODULES = tuple(
-    f"jax_nvfp4.kernels.{room}.kernel"
-    for room in ("quantize", "gemm.sm90", "gemm.sm100", "gemm.sm120")
+    f"jax_nvfp4.kernels.{module}"
+    for module in (
+        "quantize.kernel",
+        "gemm.sm90.kernel",
+        "gemm.sm100.kernel",
+        "gemm.sm120.kernel",
+        "gemm.weight_only",
+    )
 )
 MANIFEST = "manifest.json"
 # What linking the objects needs, and the packages that carry it.

@@ -89,3 +89,22 @@ def load_shared_x4(address, *, loc=None, ip=None):
     """The four Uint32 at a shared-memory address that is a multiple of 16."""
     text = "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"
     return asm([Uint32] * 4, [address], text, "=r,=r,=r,=r,r", True, loc, ip)
+
+
+@dsl_user_op
+def permute(a, b, selector, *, loc=None, ip=None):
+    """PRMT: four bytes chosen from those of a (0-3) and b (4-7); +8 replicates the sign."""
+    operands = [Int32(a), Int32(b), Int32(selector)]
+    return asm([Int32], operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def select(condition, yes, no, *, loc=None, ip=None):
+    """`yes` where the Boolean `condition` holds, else `no`, without a branch."""
+    values = (v.ir_value(loc=loc, ip=ip) for v in (condition, yes, no))
+    return type(yes)(llvm.select(*values, loc=loc, ip=ip))
+
+
+def shared_address(pointer):
+    """The 32-bit shared-memory address of a pointer."""
+    return Int32(pointer.toint())

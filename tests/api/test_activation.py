@@ -5,11 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import machine
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import this_machine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +24,7 @@ GATED = {
     ),
     "geglu": (nvfp4.GeGLU(), {"gelu": True}),
 }
-ARCHES = ("canonical", *machine.arches())
+ARCHES = ("canonical", *this_machine.arches())
 M, I, K = 5, 72, 80  # noqa: E741
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
@@ -189,10 +189,10 @@ def test_vmap_and_scan_over_stacked_gated_weights():
 # ---- Sharding -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", machine.mesh_sizes()[:1] or (None,), ids=str)
-@pytest.mark.parametrize("arch", ["canonical", "reference", *machine.arches()[1:2]])
+@pytest.mark.parametrize("sizes", this_machine.mesh_sizes()[:1] or (None,), ids=str)
+@pytest.mark.parametrize("arch", ["canonical", "reference", *this_machine.arches()[1:2]])
 def test_rows_of_a_gated_weight_are_divided(arch, sizes):
-    mesh = machine.mesh(sizes)
+    mesh = this_machine.mesh(sizes)
     half = 64 * 4
     w = gated_weight(arch, weight(half, 5), weight(half, 6, 1000.0))
     bias = jnp.resize(BIAS, 2 * half)
@@ -214,9 +214,9 @@ def test_rows_of_a_gated_weight_are_divided(arch, sizes):
         np.testing.assert_array_equal(jax.jit(local)(X, w), f(X, w))
 
 
-@pytest.mark.parametrize("sizes", machine.mesh_sizes()[:1] or (None,), ids=str)
+@pytest.mark.parametrize("sizes", this_machine.mesh_sizes()[:1] or (None,), ids=str)
 def test_a_canonical_gated_weight_is_not_divided_in_shard_map(sizes):
-    mesh = machine.mesh(sizes)
+    mesh = this_machine.mesh(sizes)
     w = jax.tree.map(jnp.asarray, gated_weight("canonical", weight(64, 5), weight(64, 6)))
     f = jax.shard_map(nvfp4.linear, mesh=mesh, in_specs=(P(), P("y")), out_specs=P(None, "y"))
     with pytest.raises(ValueError, match=r"gated weight of parts \(64, 64\).*once it is repacked"):

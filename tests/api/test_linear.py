@@ -7,11 +7,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import machine
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import this_machine
 
 import jax_nvfp4 as nvfp4
 
@@ -136,7 +136,7 @@ def test_a_bias_that_outweighs_the_product_is_rounded_once(out_dtype, activation
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("arch", [None, *machine.arches()])
+@pytest.mark.parametrize("arch", [None, *this_machine.arches()])
 def test_canonical_and_repacked_weights_give_the_same_bits(activation, arch):
     x, w, b = problem(5, 130, 100)
     y = nvfp4.linear(x, w, b, activation_scale=activation)

@@ -7,9 +7,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,14 +21,14 @@ X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
 KERNEL = jnp.asarray(RNG.standard_normal((N, K)) * 0.1, jnp.float32)
 BIAS = jnp.asarray(RNG.standard_normal(N), jnp.float32)
 ACTIVATIONS = ("token", "tensor", 0.002, None)
-ARCHES = ("canonical", *machine.arches())
-PACKED = tuple(arch for arch in machine.arches() if arch != "reference")
+ARCHES = ("canonical", *this_machine.arches())
+PACKED = tuple(arch for arch in this_machine.arches() if arch != "reference")
 """Orders that mix the rows of a tile and the columns."""
 
 
-@pytest.fixture(params=machine.mesh_sizes() or (None,), ids=str)
+@pytest.fixture(params=this_machine.mesh_sizes() or (None,), ids=str)
 def mesh(request):
-    return machine.mesh(request.param)
+    return this_machine.mesh(request.param)
 
 
 def parts(mesh, *entries):
@@ -256,7 +256,7 @@ def test_parts_that_are_none_of_an_axis(mesh, function, scaling):
 def test_meshes_of_other_sizes(sizes):
     if jax.device_count() < 6:
         pytest.skip("needs 6 devices")
-    devices = machine.mesh(sizes)
+    devices = this_machine.mesh(sizes)
     w = weight("canonical", KERNEL[:960])
     x = X[:12]
     f = functools.partial(nvfp4.linear, batch_invariant=True)
@@ -301,9 +301,9 @@ def test_who_divides(mesh):
 def test_export_for_several_devices(mesh):
     w = put(mesh, weight("canonical"), P("y"))
     x = put(mesh, X, P("x"))
-    exported = jax.export.export(jax.jit(nvfp4.linear), disabled_checks=machine.export_checks())(
-        x, w
-    )
+    exported = jax.export.export(
+        jax.jit(nvfp4.linear), disabled_checks=this_machine.export_checks()
+    )(x, w)
     y = jax.jit(jax.export.deserialize(exported.serialize()).call)(x, w)
     np.testing.assert_allclose(y, nvfp4.linear(X, weight("canonical")), rtol=1e-5, atol=1e-4)
 
@@ -363,7 +363,7 @@ def test_shard_map_of_two_layers_of_which_one_is_divided_along_k(mesh, repacked,
     def part(x, up, down):
         assert (up.shape, down.shape) == ((N // mesh.shape[name], K), (K, N // mesh.shape[name]))
         if repacked:
-            up, down = (nvfp4.repack(w, machine.arches()[-1]) for w in (up, down))
+            up, down = (nvfp4.repack(w, this_machine.arches()[-1]) for w in (up, down))
         hidden = nvfp4.linear(x, up, activation_scale=activation)
         return jax.lax.psum(nvfp4.linear(hidden, down, activation_scale=activation), name)
 
@@ -469,7 +469,7 @@ def test_repack(mesh, arch):
 
 @pytest.fixture
 def explicit(mesh):
-    return machine.mesh(mesh.devices.shape, AxisType.Explicit)
+    return this_machine.mesh(mesh.devices.shape, AxisType.Explicit)
 
 
 def specs(tree):

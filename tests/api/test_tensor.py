@@ -7,11 +7,11 @@ import pickle
 
 import jax
 import jax.numpy as jnp
-import machine
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import this_machine
 
 import jax_nvfp4 as nvfp4
 
@@ -182,7 +182,11 @@ def test_orbax_saves_and_restores(tmp_path, scaling):
     t = nvfp4.quantize(
         np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32), scaling=scaling
     )
-    state = {"canonical": t, "repacked": nvfp4.repack(t, machine.arches()[-1]), "bias": jnp.ones(3)}
+    state = {
+        "canonical": t,
+        "repacked": nvfp4.repack(t, this_machine.arches()[-1]),
+        "bias": jnp.ones(3),
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()

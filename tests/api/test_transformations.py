@@ -5,9 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
 KERNEL = jnp.asarray(RNG.standard_normal((N, K)) * 0.1, jnp.float32)
 BIAS = jnp.asarray(RNG.standard_normal(N), jnp.float32)
-ARCHES = machine.arches()
+ARCHES = this_machine.arches()
 
 
 def weight(arch=None):
@@ -263,7 +263,7 @@ def test_donation():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_export_round_trip(activation):
     f = jax.jit(linear(activation))
-    exported = jax.export.export(f, disabled_checks=machine.export_checks())
+    exported = jax.export.export(f, disabled_checks=this_machine.export_checks())
     blob = exported(X, weight()).serialize()
     again = jax.export.deserialize(blob)
     assert_same(again.call(X, weight()), f(X, weight()))
@@ -271,7 +271,7 @@ def test_export_round_trip(activation):
 
 def test_export_round_trip_of_quantize():
     f = jax.jit(lambda x: jax.tree.leaves(nvfp4.quantize(x)))
-    exported = jax.export.export(f, disabled_checks=machine.export_checks())
+    exported = jax.export.export(f, disabled_checks=this_machine.export_checks())
     again = jax.export.deserialize(exported(X).serialize())
     assert_same(bits(again.call(X)), bits(f(X)))
 
@@ -312,9 +312,9 @@ SHARDED = [
 
 @pytest.mark.parametrize("x_spec,w_spec,y_spec", SHARDED)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@machine.each_mesh()
+@this_machine.each_mesh()
 def test_sharded(sizes, x_spec, w_spec, y_spec, activation):
-    devices = machine.mesh(sizes)
+    devices = this_machine.mesh(sizes)
     x = jnp.asarray(RNG.standard_normal((16, 128)), jnp.float32)
     w = nvfp4.quantize(jnp.asarray(RNG.standard_normal((64, 128)), jnp.float32))
     expected = linear(activation)(x, w, jnp.ones(64))
@@ -328,9 +328,9 @@ def test_sharded(sizes, x_spec, w_spec, y_spec, activation):
 
 @pytest.mark.parametrize("activation", ["token", 0.002, None])
 @pytest.mark.parametrize("check_vma", [True, False])
-@machine.each_mesh()
+@this_machine.each_mesh()
 def test_shard_map(sizes, activation, check_vma):
-    devices = machine.mesh(sizes)
+    devices = this_machine.mesh(sizes)
     x = jnp.asarray(RNG.standard_normal((16, 128)), jnp.float32)
     w = nvfp4.quantize(jnp.asarray(RNG.standard_normal((64, 128)), jnp.float32))
     f = linear(activation, batch_invariant=True)

@@ -5,10 +5,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import this_machine
 from flax import linen as nn
 from flax import nnx, serialization
 from jax.sharding import NamedSharding
@@ -52,7 +52,7 @@ def test_init_gives_a_usable_layer(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("repacked", [None, *machine.arches()])
+@pytest.mark.parametrize("repacked", [None, *this_machine.arches()])
 def test_quantize_params_of_a_dense_model(activation, repacked):
     params = Mlp().init(KEY, X)
     expected = Mlp().apply(params, X)

@@ -5,10 +5,10 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import this_machine
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -104,7 +104,7 @@ def test_swap_in_containers():
     assert len(layers) == 4 and model.again is model.held[0] and model.held[1][1] == 3
     assert not any(isinstance(node, nnx.Linear) for _, node in nnx.iter_graph(model))
     y = model(X)
-    for arch in machine.arches():
+    for arch in this_machine.arches():
         repack_model(model, arch)
         assert model.again.kernel.arch == arch
     np.testing.assert_array_equal(nnx.merge(*nnx.split(model))(X), y)
@@ -143,7 +143,7 @@ def test_gradient_skips_the_codes():
 def test_split_merge_and_orbax(tmp_path):
     model = Model(nnx.Rngs(0))
     quantize_model(model, activation_scale="static")
-    repack_model(model, machine.arches()[-1])
+    repack_model(model, this_machine.arches()[-1])
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(graph, state)(X), model(X))
     pure = nnx.to_pure_dict(state)

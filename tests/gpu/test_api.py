@@ -11,12 +11,12 @@ import pytest
 if jax.default_backend() != "gpu":
     pytest.skip("the default device is no GPU", allow_module_level=True)
 
-import machine
 import test_linear
 import test_linen
 import test_nnx
 import test_numerics
 import test_transformations
+import this_machine
 
 for module in (test_linear, test_linen, test_nnx, test_numerics, test_transformations):
-    globals().update(machine.tests_of(module))
+    globals().update(this_machine.tests_of(module))

@@ -6,9 +6,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,7 +22,7 @@ if jax.device_count() < 2:
 import test_sharding
 from test_sharding import explicit, mesh  # noqa: F401 - its tests' fixtures
 
-globals().update(machine.tests_of(test_sharding))
+globals().update(this_machine.tests_of(test_sharding))
 
 COUNT = 2
 M, N, K = 64, 1024, 2048
@@ -187,7 +187,7 @@ def test_linear_on_every_device_at_once():
 
 
 def exported(function, *args):
-    made = jax.export.export(jax.jit(function), disabled_checks=machine.export_checks())(*args)
+    made = jax.export.export(jax.jit(function), disabled_checks=this_machine.export_checks())(*args)
     call = jax.jit(jax.export.deserialize(made.serialize()).call)
     compiled = call.lower(*args).compile()
     return compiled(*args), compiled.as_text()

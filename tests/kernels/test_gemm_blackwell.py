@@ -50,7 +50,7 @@ SPLITS = [(config, split) for config in DISTINCT for split in sorted({1, config.
 EXECUTED = [
     config
     for config in (*sm100.CONFIGS, *sm120.CONFIGS[:3])
-    if config not in (sm100.PAIR_256, sm100.PAIR_256_K96)
+    if config not in (sm100.TWO_CTA_256, sm100.TWO_CTA_256_K96)
 ]
 EPILOGUES = [(c, split) for c, split in SPLITS if c.arch != "sm_103a"]  # its are those of sm_100f
 
@@ -304,7 +304,7 @@ def test_static_evidence(config, monkeypatch):
         int(re.search(rf"mov\.b32 \s*{register}, (\d+);", ptx_of(config.name))[1])
         for register in expected
     ]
-    stage = max(sizes) // (2 if config.kind == "pair" else 1)
+    stage = max(sizes) // (2 if config.kind == "2cta" else 1)
     shared = launch.dynamic_smem
     limit = SHARED_BYTES[config.arch] // config.ctas_per_sm
     assert config.stages * stage <= shared <= limit

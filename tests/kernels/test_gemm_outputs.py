@@ -169,7 +169,7 @@ def test_each_way_to_end(config, split):
         Call(config, m, columns, k * split, split, out, F32, 1, 1).check()
 
 
-SM100 = [c for c in CONFIGS if c.kind in ("swap", "pair")]
+SM100 = [c for c in CONFIGS if c.kind in ("swap", "2cta")]
 
 
 @pytest.mark.parametrize("config", SM100, ids=[c.name for c in SM100])

@@ -81,7 +81,7 @@ def test_selection_for_sm_103(num_sms):
             if serves(problem, num_sms):
                 (config, split), expected = select(problem, num_sms), select(family, num_sms)
                 chosen.add(config)
-                if expected[0] in (sm100.PAIR_256, sm100.PAIR_256_C4):
+                if expected[0] in (sm100.TWO_CTA_256, sm100.TWO_CTA_256_C4):
                     assert config in configs("sm_103a") and split == 1
                     assert config.cluster_n == 1 or (m > 256 and n > 256)
                 else:
@@ -93,7 +93,9 @@ def test_selection_for_sm_103(num_sms):
 @pytest.mark.parametrize("tiles", range(1, 14))
 def test_each_end_of_k_of_sm_103(tiles):
     """Eight MMAs of 96 read three stages, twelve scale tiles of 64: K ends behind each of these."""
-    problem = Problem(sm100.PAIR_256_K96, Case(5, 24, 64 * tiles - 10, x_scaling="token", out=F32))
+    problem = Problem(
+        sm100.TWO_CTA_256_K96, Case(5, 24, 64 * tiles - 10, x_scaling="token", out=F32)
+    )
     problem.poison = True
     problem.check(problem.run(tiles))
 
@@ -112,7 +114,7 @@ def test_batch_invariant_selection_depends_on_the_weight_alone():
 def test_machine_code(config):
     """Block-scaled MMAs, copies of scales to tensor memory, and TMA in the machine code."""
     code = kernel_objects.sass(config.name)
-    pair = config.kind == "pair"
+    pair = config.kind == "2cta"
     if config.arch == "sm_103a":  # three stages; each scale tile of x goes with two of the weight
         assert len(re.findall(r"UTCOMMA\.2CTA\.BLOCK16 ", code)) == 8
         assert len(re.findall(r"UTCCP\.T\.S\.2CTA\.4x32dp128bit", code)) == 3 * 4 * (1 + 2)

@@ -12,7 +12,7 @@ from jax_nvfp4.config import GemmProblem, scratch_bytes, serves
 from jax_nvfp4.config.gemm import select, sm120
 
 CONFIGS = sm120.CONFIGS
-PINGPONG, STREAM_16, STREAM_64 = W4A4 = CONFIGS[:3]
+PINGPONG, SMALL_M_16, SMALL_M_64 = W4A4 = CONFIGS[:3]
 WEIGHT_ONLY_BF16, WEIGHT_ONLY_F16 = CONFIGS[3:]
 
 
@@ -97,8 +97,8 @@ def test_machine_code(config):
     scaled, bf16 = r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3\.4X", r"HMMA\.16816\.F32\.BF16"
     mma, count, loads = {
         PINGPONG: (scaled, 2 * 4 * 8, 4),
-        STREAM_16: (scaled, 4 * 2, 4),
-        STREAM_64: (scaled, 4 * 8, 4),
+        SMALL_M_16: (scaled, 4 * 2, 4),
+        SMALL_M_64: (scaled, 4 * 8, 4),
         WEIGHT_ONLY_BF16: (bf16, 4 * 4 * 2, 3),
         WEIGHT_ONLY_F16: (r"HMMA\.16816\.F32 ", 4 * 4 * 2, 3),
     }[config]

@@ -38,9 +38,9 @@ CONFIGS = {c.name: c for c in (*QUANTIZE_CONFIGS, *(c for a in ARCHES for c in c
 GEMMS = {
     "gemm_sm90a_turns_bf16_8x64": ((3, 67, 49, 2, 1, 0, 1, 1),),
     "gemm_sm100f_swap_t32": ((90, 250, 3, 1, 1, 0, 1, 1), (29, 100, 19, 2, 2, 1, -1, 0)),
-    "gemm_sm100f_pair_t256x128": ((300, 264, 3, 1, 1, 0, 1, 1), (40, 75, 9, 1, 2, 1, -1, 0)),
-    "gemm_sm103a_pair_t256x256": ((260, 75, 1, 1, 1, 0, 1, 1), (5, 200, 9, 1, 2, 1, -1, 0)),
-    "gemm_sm120f_stream_t16x64": ((17, 129, 11, 1, 1, 0, 1, 1), (5, 67, 22, 2, 0, 1, -1, 0)),
+    "gemm_sm100f_2cta_t256x128": ((300, 264, 3, 1, 1, 0, 1, 1), (40, 75, 9, 1, 2, 1, -1, 0)),
+    "gemm_sm103a_2cta_t256x256": ((260, 75, 1, 1, 1, 0, 1, 1), (5, 200, 9, 1, 2, 1, -1, 0)),
+    "gemm_sm120f_small_m_t16x64": ((17, 129, 11, 1, 1, 0, 1, 1), (5, 67, 22, 2, 0, 1, -1, 0)),
     "gemm_sm120f_pingpong_t128x128": ((130, 200, 7, 1, 2, 0, 1, 1), (40, 67, 12, 2, 1, 1, -1, 0)),
 }
 # Kernel and its (m, k, multiprocessors): one for each shape of its threads.

@@ -5,9 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ragged_cases import random_weights
@@ -24,7 +24,7 @@ B2 = jnp.asarray(RNG.standard_normal((E, K)), jnp.float32)
 INDICES = jnp.asarray([[1, 4], [4, 1], [7, 7], [0, -1], [8, 3], [2**31 - 1, -(2**31)]], jnp.int32)
 WEIGHTS = jnp.asarray(RNG.random((T, TOP_K)), jnp.float32)
 SWIGLU = nvfp4.SwiGLU(limit=3.0)
-PACKED = machine.arches()[min(1, len(machine.arches()) - 1)]
+PACKED = this_machine.arches()[min(1, len(this_machine.arches()) - 1)]
 mlp = functools.partial(nvfp4.expert_mlp, activation=SWIGLU, batch_invariant=True)
 
 
@@ -108,9 +108,9 @@ def test_gradient():
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("sizes", machine.mesh_sizes()[:1] or (None,), ids=str)
+@pytest.mark.parametrize("sizes", this_machine.mesh_sizes()[:1] or (None,), ids=str)
 def test_experts_are_divided_over_devices(sizes):
-    mesh = machine.mesh(sizes)
+    mesh = this_machine.mesh(sizes)
     expected = jax.jit(mlp)(X, W13, W2, INDICES, WEIGHTS, B13, B2)
     placed = jax.tree.map(
         lambda a: jax.device_put(a, NamedSharding(mesh, P(("x", "y")))), (W13, W2, B13, B2)

@@ -6,9 +6,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from ragged_cases import random_weights
 
 import jax_nvfp4 as nvfp4
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
 BIAS = jnp.asarray(RNG.standard_normal((G, N)), jnp.float32)
 STATIC = jnp.asarray([0.001, 0.002, 0.004, 0.0015, 0.003], jnp.float32)
-PACKED = machine.arches()[min(1, len(machine.arches()) - 1)]
+PACKED = this_machine.arches()[min(1, len(this_machine.arches()) - 1)]
 
 
 def weights(groups=G, rows=N, seed=1):

@@ -11,17 +11,17 @@ import os
 
 import jax
 import jax.numpy as jnp
-import machine
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import this_machine
 from ragged_cases import random_weights
 
 import jax_nvfp4 as nvfp4
 
 PROBLEMS = int(os.environ.get("JAX_NVFP4_RAGGED_PROBLEMS", "24"))
-PACKED = machine.arches()[min(1, len(machine.arches()) - 1)]
+PACKED = this_machine.arches()[min(1, len(this_machine.arches()) - 1)]
 NAN = np.float32(np.nan)
 
 # Rows, groups, N, K, activation, scaling, out dtype, offset, arch: N and K are those of experts

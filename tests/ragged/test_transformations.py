@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.export
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ragged_cases import random_weights
@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((M, K)), jnp.float32)
 BIAS = jnp.asarray(RNG.standard_normal((G, N)), jnp.float32)
 SIZES = jnp.asarray([6, 0, 9, 4], jnp.int32)
-ARCHES = machine.arches()
+ARCHES = this_machine.arches()
 PACKED = ARCHES[min(1, len(ARCHES) - 1)]
 W = random_weights(G, N, K)
 GATED = nvfp4.gate_up(random_weights(G, N // 2, K, seed=2), random_weights(G, N // 2, K, seed=3))
@@ -135,7 +135,7 @@ def test_scan_over_layers():
 def test_export():
     w = nvfp4.repack(GATED, PACKED)
     f = jax.jit(functools.partial(INVARIANT, activation=nvfp4.SwiGLU()))
-    checks = machine.export_checks() if jax.default_backend() != "cpu" else []
+    checks = this_machine.export_checks() if jax.default_backend() != "cpu" else []
     exported = jax.export.export(f, disabled_checks=checks)(X, w, SIZES, BIAS)
     again = jax.export.deserialize(exported.serialize())
     assert_same(again.call(X, w, SIZES, BIAS), f(X, w, SIZES, BIAS))
@@ -148,9 +148,9 @@ MANY, WIDE = 8, 512
 MANY_SIZES = jnp.asarray([4, 0, 5, 1, 0, 7, 2, 1], jnp.int32)
 
 
-@pytest.fixture(params=machine.mesh_sizes() or (None,), ids=str)
+@pytest.fixture(params=this_machine.mesh_sizes() or (None,), ids=str)
 def mesh(request):
-    return machine.mesh(request.param)
+    return this_machine.mesh(request.param)
 
 
 def put(mesh, tree, spec):
@@ -241,9 +241,9 @@ def test_groups_of_a_device_in_shard_map(mesh):
     assert_same(jax.jit(f)(X, padded, sizes), jax.jit(INVARIANT)(X, w, sizes))
 
 
-@pytest.mark.parametrize("sizes", machine.mesh_sizes()[:1] or (None,), ids=str)
+@pytest.mark.parametrize("sizes", this_machine.mesh_sizes()[:1] or (None,), ids=str)
 def test_explicit_mesh(sizes):
-    mesh = machine.mesh(sizes, AxisType.Explicit)
+    mesh = this_machine.mesh(sizes, AxisType.Explicit)
     w = random_weights(MANY, WIDE, K)
     expected = jax.jit(INVARIANT)(X, nvfp4.repack(w, PACKED), MANY_SIZES)
     with jax.set_mesh(mesh):

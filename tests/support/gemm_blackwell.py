@@ -88,7 +88,7 @@ def resident(config, case):
 
 def tiles(config, case):
     """Tiles along m and along n; a cluster's, where it has one together."""
-    columns = case.n if config.kind in ("pair", "swap") else (
+    columns = case.n if config.kind in ("2cta", "swap") else (
         -(-case.n // 128) * 128  # a stream kernel walks over the padded weight
     )  # fmt: skip
     per_n = config.tile_n * config.cluster_n
@@ -113,7 +113,7 @@ def cases(config):
         "odd-rows": Case(tm - 3, 67, tk + 46, out=F16, bias=F32, x_scaling="unit"),
         "aligned-rows": Case(tm - 5, 56, 200, out=F32, bias=BF16, x_scaling="token"),
     }  # fmt: skip
-    if config.kind in ("pair", "swap") and config.cluster_n == 1:
+    if config.kind in ("2cta", "swap") and config.cluster_n == 1:
         # Eight tiles of the MMA's N side make a band of the raster.
         beyond = 1 if tn == 256 else tm + 9
         m, n = (8 * tm + 5, 210) if config.swap_ab else (beyond, 8 * tn + 40)
@@ -178,7 +178,7 @@ def has_no(config):
     out = set()
     if config.split_k == 1:
         out |= {name for name in PROPERTIES if "split" in name or "parts" in name}
-    if config.kind not in ("pair", "swap"):
+    if config.kind not in ("2cta", "swap"):
         out.add("clusters")
     return out
 
@@ -327,7 +327,7 @@ class Problem:
             sfx = None if sfx is None else poisoned(sfx, c.m)
         pointers = (self.x, sfx, w, sfw, self.x_scale, self.w_scale, self.bias, y, scratch)
         # What the kernel before may have written, where launches overlap; y's memory was its, too.
-        previous = [self.x, sfx, self.x_scale, y] if config.kind in ("pair", "swap") else []
+        previous = [self.x, sfx, self.x_scale, y] if config.kind in ("2cta", "swap") else []
         previous = [a for a in previous if a is not None and a.size]
         run_object(
             kernel_objects.folder() / f"{config.name}.o",

@@ -3,7 +3,7 @@
 
 Two designs of one kernel for e2m1 activations (`kind`). "swap": the weight is the MMA's M side
 (128 rows for each CTA) and the tokens a narrow N side; a cluster of up to eight CTAs may split K.
-"pair": tcgen05.mma over two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many
+"2cta": tcgen05.mma over two CTAs, 256 tokens by 128 or 256 rows of the weight. Stages are as many
 as shared memory holds. sm_103 runs these kernels too; where its longer MMAs pay, it has its own.
 The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
 
@@ -45,17 +45,26 @@ def _config(
 SWAP_32 = _config("swap_t32", "swap", 32, 128, 8)
 SWAP_64 = _config("swap_t64", "swap", 64, 128, 6)
 SWAP_128 = _config("swap_t128", "swap", 128, 128, 5)
-PAIR_128 = _config("pair_t256x128", "pair", 256, 128, 6, cluster_m=2)
-PAIR_256 = _config("pair_t256x256", "pair", 256, 256, 5, cluster_m=2)
-PAIR_256_C4 = _config("pair_t256x256_c2x2", "pair", 256, 256, 5, cluster_m=2, cluster_n=2)
+TWO_CTA_128 = _config("2cta_t256x128", "2cta", 256, 128, 6, cluster_m=2)
+TWO_CTA_256 = _config("2cta_t256x256", "2cta", 256, 256, 5, cluster_m=2)
+TWO_CTA_256_C4 = _config("2cta_t256x256_c2x2", "2cta", 256, 256, 5, cluster_m=2, cluster_n=2)
 
-PAIR_256_K96, PAIR_256_C4_K96 = (
+TWO_CTA_256_K96, TWO_CTA_256_C4_K96 = (
     dataclasses.replace(c, name=c.name.replace("sm100f", "sm103a"), arch="sm_103a")
-    for c in (PAIR_256, PAIR_256_C4)
+    for c in (TWO_CTA_256, TWO_CTA_256_C4)
 )
 """The same with MMAs of 96 along K, which compute capability 10.3 has: 1.5 times the rate."""
 
-W4A4 = (SWAP_32, SWAP_64, SWAP_128, PAIR_128, PAIR_256, PAIR_256_C4, PAIR_256_K96, PAIR_256_C4_K96)
+W4A4 = (
+    SWAP_32,
+    SWAP_64,
+    SWAP_128,
+    TWO_CTA_128,
+    TWO_CTA_256,
+    TWO_CTA_256_C4,
+    TWO_CTA_256_K96,
+    TWO_CTA_256_C4_K96,
+)
 
 WEIGHT_ONLY = tuple(
     dataclasses.replace(
@@ -108,7 +117,7 @@ def _one(problem: GemmProblem, num_sms: int) -> int:
 
 def _clusters_pay_k96(problem: GemmProblem, num_sms: int) -> bool:
     """Whether clusters of two pairs are ahead, with 4 cycles for every 5 and 7/8 of the chip."""
-    tiles, pairs = _tiles(PAIR_256, problem), max(num_sms // 2, 1)
+    tiles, pairs = _tiles(TWO_CTA_256, problem), max(num_sms // 2, 1)
     waves, waves_of_clusters = -(-tiles // pairs), -(-tiles // max(pairs * 7 // 16 * 2, 1))
     return problem.m > 256 and problem.n > 256 and 4 * waves_of_clusters <= 5 * waves
 
@@ -136,30 +145,30 @@ RULES: tuple[Rule, ...] = (
         "Still bound by the weight's bytes; 64 tokens in one tile read the weight once.",
     ),
     Rule(
-        lambda p, sms: p.m <= 128 or (p.m <= 256 and 4 * _tiles(PAIR_128, p) <= sms),
+        lambda p, sms: p.m <= 128 or (p.m <= 256 and 4 * _tiles(TWO_CTA_128, p) <= sms),
         SWAP_128,
         _split_swap(SWAP_128),
         "128 tokens in one tile read the weight once; up to 256 tokens also where pairs would "
         "leave half of the chip idle, because only the swap configs split K.",
     ),
     Rule(
-        lambda p, sms: 2 * _tiles(PAIR_128, p) <= sms,
-        PAIR_128,
+        lambda p, sms: 2 * _tiles(TWO_CTA_128, p) <= sms,
+        TWO_CTA_128,
         _one,
         "Tiles of half the size are done in one wave: more of the chip works, although each tile "
         "loads more bytes for an MMA. Two waves of them take longer than one of the larger tiles.",
     ),
     Rule(
         _clusters_pay_k96,
-        PAIR_256_C4_K96,
+        TWO_CTA_256_C4_K96,
         _one,
         "MMAs of 96 along K have 1.5 times the rate, and L2 is the limit: a pair would ask it for "
         "108 bytes a cycle, clusters that share x for 81. So they pay as soon as those that fit, "
         "on 7/8 of the chip, need no more than 5 waves for 4 of pairs.",
     ),
     Rule(
-        lambda p, sms: p.m > 256 and _tiles(PAIR_256, p) >= 4 * (sms // 2) and p.n > 256,
-        PAIR_256_C4,
+        lambda p, sms: p.m > 256 and _tiles(TWO_CTA_256, p) >= 4 * (sms // 2) and p.n > 256,
+        TWO_CTA_256_C4,
         _one,
         "Bound by the MMA rate: clusters of two pairs share x, 54 bytes a cycle for each CTA "
         "rather than 72, which no longer nears what L2 delivers. Four waves or more, so that the "
@@ -167,13 +176,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda p, sms: True,
-        PAIR_256_K96,
+        TWO_CTA_256_K96,
         _one,
         "As the next row; with MMAs of 96 along K not bound by their rate, but by L2.",
     ),
     Rule(
         lambda p, sms: True,
-        PAIR_256,
+        TWO_CTA_256,
         _one,
         "The largest tile with the smallest cluster: the tail of a few waves wastes least.",
     ),

@@ -6,10 +6,10 @@ Three designs, `kernels/NOTES.md` has the arithmetic behind the choice:
 `pingpong`: 128x128 output tiles, two groups of four warps that take turns, one multiplying while
 the other writes its tile out. Bound by the tensor cores.
 
-`stream`: 64 rows of the weight against up to 16 or 64 rows of x, operands swapped, nearly all of
+`small_m`: 64 rows of the weight against up to 16 or 64 rows of x, operands swapped, nearly all of
 the shared memory a queue of weight tiles in flight. Bound by memory.
 
-`weight_only`: stream for 16-bit x; the weight's codes are expanded in registers.
+`weight_only`: small_m for 16-bit x; the weight's codes are expanded in registers.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ PINGPONG = GemmConfig(
     split_k=8,
 )
 
-STREAM_16 = GemmConfig(
-    name="gemm_sm120f_stream_t16x64",
+SMALL_M_16 = GemmConfig(
+    name="gemm_sm120f_small_m_t16x64",
     arch="sm_120f",
-    kind="stream",
+    kind="small_m",
     x_dtype="e2m1",
     tile_m=16,
     tile_n=64,
@@ -44,10 +44,10 @@ STREAM_16 = GemmConfig(
     split_k=8,
 )
 
-STREAM_64 = GemmConfig(
-    name="gemm_sm120f_stream_t64x64",
+SMALL_M_64 = GemmConfig(
+    name="gemm_sm120f_small_m_t64x64",
     arch="sm_120f",
-    kind="stream",
+    kind="small_m",
     x_dtype="e2m1",
     tile_m=64,
     tile_n=64,
@@ -73,7 +73,7 @@ WEIGHT_ONLY = tuple(
     for short, x_dtype in (("bf16", "bfloat16"), ("f16", "float16"))
 )
 
-CONFIGS = (PINGPONG, STREAM_16, STREAM_64, *WEIGHT_ONLY)
+CONFIGS = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -111,18 +111,18 @@ RULES: tuple[Rule, ...] = (
         "weights at the rate of their MMAs, about 40% of the memory's.",
     ),
     Rule(
-        when=lambda p, num_sms: p.m <= STREAM_16.tile_m,
-        config=STREAM_16,
-        split_k=_fill(STREAM_16, want=64, min_k_tiles=8),
+        when=lambda p, num_sms: p.m <= SMALL_M_16.tile_m,
+        config=SMALL_M_16,
+        split_k=_fill(SMALL_M_16, want=64, min_k_tiles=8),
         reason="Bound by reading the weight. 64 CTAs with 88 KB each in flight saturate 1.8 TB/s "
         "with a latency of a microsecond twice over, and n >= 4096 gives them without a split; "
         "only below that is K split, and only where each part still fills the pipeline once, "
         "because the second launch of a split costs as much as reading 3 MB.",
     ),
     Rule(
-        when=lambda p, num_sms: p.m <= STREAM_64.tile_m,
-        config=STREAM_64,
-        split_k=_fill(STREAM_64, want=64, min_k_tiles=8),
+        when=lambda p, num_sms: p.m <= SMALL_M_64.tile_m,
+        config=SMALL_M_64,
+        split_k=_fill(SMALL_M_64, want=64, min_k_tiles=8),
         reason="Still bound by reading the weight: a 128-row tile would spend half of its MMAs on "
         "padding. x is read again from L2 by each CTA, as many bytes as the weight's.",
     ),

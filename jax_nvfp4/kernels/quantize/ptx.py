@@ -14,7 +14,7 @@ import struct
 from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.cutlass_dsl import dsl_user_op
 
-from jax_nvfp4.kernels.ptx import asm
+from jax_nvfp4.kernels.ptx import asm, permute
 
 BLOCK = 16
 INF_BITS = 0x7F800000
@@ -249,13 +249,6 @@ def multiply_high(a, b, *, loc=None, ip=None):
 def shift_right(a, b, *, loc=None, ip=None):
     """A number without sign, shifted right."""
     return asm([Int32], [Int32(a), Int32(b)], "shr.u32 $0, $1, $2;", "=r,r,r", False, loc, ip)
-
-
-@dsl_user_op
-def permute(a, b, selector, *, loc=None, ip=None):
-    """PRMT: four bytes chosen from those of a (0-3) and b (4-7); +8 replicates the sign."""
-    operands = [Int32(a), Int32(b), Int32(selector)]
-    return asm([Int32], operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip)
 
 
 @dsl_user_op

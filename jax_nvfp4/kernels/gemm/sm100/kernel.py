@@ -12,7 +12,7 @@ One persistent kernel, specialized by warp:
                 queries for the next tile (`gemm_sm100_ops.Tiles`)
 
 In the MMA's terms A is the operand of its M side (128 rows for each CTA) and B that of its N side.
-"pair" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
+"2cta" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
 configs make the weight A and the tokens a narrow B, so that few tokens waste no tensor-core rows;
 a cluster of CTAs may then split K, the partial sums meeting in distributed shared memory in a
 fixed order. An MMA multiplies 64 elements along K or, in sm_103a's configs, 96
@@ -58,7 +58,6 @@ from jax_nvfp4.kernels.gemm.sm100.ptx import (
     tcgen05_fence_before,
     wait_cluster,
 )
-from jax_nvfp4.kernels.gemm.sm120 import kernel as sm120
 from jax_nvfp4.kernels.variant import KernelVariant, Launch
 
 
@@ -623,7 +622,7 @@ class GemmSm100:
 
 
 def variants(arch: str) -> list[KernelVariant]:
-    """The GEMM kernels to compile for `arch`.
+    """The GEMM kernels of this room to compile for `arch`.
 
     Args:
         arch: a name of `jax_nvfp4.config.ARCHES`.
@@ -635,8 +634,7 @@ def variants(arch: str) -> list[KernelVariant]:
         return []
     found = []
     for config in configs(arch):
-        if config.kind == "weight_only":
-            found.append(sm120.variant(config))
+        if config.kind not in ("swap", "2cta"):  # another room's, as `gemm.weight_only` says
             continue
         gemm = GemmSm100(config)
         launch = Launch(

@@ -13,12 +13,12 @@ from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config.gemm.sm120 import CONFIGS
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
 from jax_nvfp4.kernels.gemm.sm120.pingpong import Pingpong
-from jax_nvfp4.kernels.gemm.sm120.small_m import Stream
+from jax_nvfp4.kernels.gemm.sm120.small_m import SmallM
 from jax_nvfp4.kernels.gemm.sm120.split_k import Reduce
 from jax_nvfp4.kernels.gemm.sm120.weight_only import WeightOnly
 from jax_nvfp4.kernels.variant import KernelVariant, Launch
 
-_KINDS = {"pingpong": Pingpong, "stream": Stream, "weight_only": WeightOnly}
+_KINDS = {"pingpong": Pingpong, "small_m": SmallM, "weight_only": WeightOnly}
 
 
 def variant(config: GemmConfig) -> KernelVariant:
@@ -44,5 +44,5 @@ def variant(config: GemmConfig) -> KernelVariant:
 
 
 def variants(arch: str) -> list[KernelVariant]:
-    """The kernels to build for `arch`: one for each config of it."""
-    return [variant(c) for c in CONFIGS if c.arch == arch]
+    """The kernels to build for `arch`: one for each config of it, but for 16-bit x."""
+    return [variant(c) for c in CONFIGS if c.arch == arch and c.kind != "weight_only"]

@@ -23,7 +23,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
-from jax_nvfp4.kernels.ptx import fma_to
+from jax_nvfp4.kernels.ptx import fma_to, select, shared_address
 
 _GROUP = 128  # threads of a group
 _RASTER = 16  # row tiles that are swept together along n, so that both operands stay in L2
@@ -142,7 +142,7 @@ class Pingpong(Persistent):
         # chunk c is at c ^ (row // 2 % 4): TMA's 64-byte swizzle.
         warp_m, warp_n = warp % 2, warp // 2
         swizzle = lane // 2 % 4
-        base = ops.shared_address(shared)
+        base = shared_address(shared)
         a_address = base + (64 * warp_m + lane % 16) * 64 + ((lane // 16) ^ swizzle) * 16
         base += self.stages * self.data_bytes
         b_row = 64 * warp_n + lane % 8 + lane // 16 * 8
@@ -362,7 +362,7 @@ class Pingpong(Persistent):
             words = []
             for j in cutlass.range_constexpr(8):
                 pair = [accumulators[i // 2, j, 2 * (i % 2) + e] for e in range(2)]
-                words.append(ops.select(bf16, ops.pack_bf16x2(*pair), ops.pack_f16x2(*pair)))
+                words.append(select(bf16, ops.pack_bf16x2(*pair), ops.pack_f16x2(*pair)))
             start = address + (Int64(row) * n + first_column) * 2
             if n % 8 == 0:
                 # Lane t gets the 8 columns of block 4*g + t, 16 bytes of its row.

@@ -22,10 +22,9 @@ and what all four of B need for columns 32*j..+31: a whole tile is one load with
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
-from jax_nvfp4.kernels.ptx import asm
+from jax_nvfp4.kernels.ptx import asm, select
 
 
 @dsl_user_op
@@ -90,22 +89,6 @@ def pack_bf16x2(low, high, *, loc=None, ip=None):
 def pack_f16x2(low, high, *, loc=None, ip=None):
     """Two Float32 rounded to f16, `low` in the low half."""
     return asm([Int32], [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", False, loc, ip)
-
-
-@dsl_user_op
-def select(condition, yes, no, *, loc=None, ip=None):
-    """`yes` where the Boolean `condition` holds, else `no`, without a branch."""
-    value = llvm.select(
-        condition.ir_value(loc=loc, ip=ip),
-        yes.ir_value(loc=loc, ip=ip),
-        no.ir_value(loc=loc, ip=ip),
-    )
-    return type(yes)(value)
-
-
-def shared_address(pointer):
-    """The 32-bit shared-memory address of a pointer."""
-    return Int32(pointer.toint())
 
 
 def global_address(address, dtype, alignment):
@@ -184,14 +167,6 @@ def mma_16bit(d, a, b, kind, *, loc=None, ip=None):
         True,
         loc,
         ip,
-    )
-
-
-@dsl_user_op
-def permute(low, high, selector, *, loc=None, ip=None):
-    """Four of the eight bytes of two Int32, picked by the nibbles of `selector`."""
-    return asm(
-        [Int32], [low, high, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", False, loc, ip
     )
 
 

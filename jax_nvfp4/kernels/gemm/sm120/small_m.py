@@ -19,7 +19,7 @@ from cutlass import Float32, Int32, Int64, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
-from jax_nvfp4.kernels.ptx import fma_to
+from jax_nvfp4.kernels.ptx import fma_to, shared_address
 
 _CONSUMERS = 4  # warps
 ROW_BYTES = 128  # of packed codes in a stage: 256 elements
@@ -35,8 +35,8 @@ def weight_tma(w, row_tiles, row_bytes):
     return WEIGHT.tma(w, (32, row_tiles * 4, row_bytes), stride)
 
 
-class Stream(Persistent):
-    """The kernel of a stream config; see the module."""
+class SmallM(Persistent):
+    """The kernel of a small_m config; see the module."""
 
     threads = 32 * (_CONSUMERS + 1)
 
@@ -148,7 +148,7 @@ class Stream(Persistent):
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         lane = thread % 32
-        bases = [ops.shared_address(shared)]
+        bases = [shared_address(shared)]
         for load in self.loads:
             bases.append(bases[-1] + self.stages * load.bytes)
         stage_0 = self.addresses(bases, warp, lane)

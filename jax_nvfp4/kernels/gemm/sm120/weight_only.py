@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sm_120 GEMM of 16-bit x by an NVFP4 weight (W4A16), for few rows.
 
-The stream kernel with another inner loop: x comes as bf16 or f16, and a warp expands its 16 rows of
+The small-M kernel with another inner loop: x comes as bf16 or f16; a warp expands its 16 rows of
 codes, times their block scales, to the operands of the 16-bit MMA. A code times a scale is exact in
 either type, so that the result is that of the dequantized weight.
 
@@ -25,15 +25,15 @@ from jax_nvfp4.kernels.gemm.sm120.small_m import (
     ROW_BYTES,
     WEIGHT,
     WEIGHT_SCALES,
-    Stream,
+    SmallM,
     weight_tma,
 )
-from jax_nvfp4.kernels.ptx import load_shared_x4
+from jax_nvfp4.kernels.ptx import load_shared_x4, permute
 
 _KINDS = {"bfloat16": "bf16", "float16": "f16"}
 
 
-class WeightOnly(Stream):
+class WeightOnly(SmallM):
     """The kernel of a weight-only config; see the module."""
 
     def __init__(self, config: GemmConfig) -> None:
@@ -110,8 +110,7 @@ class WeightOnly(Stream):
         selector = t // 2 * 0x11 + 0x20
         for i in range(4):
             pairs = [
-                ops.expand_scales(ops.permute(word, word, selector), self.kind)
-                for word in scales[i]
+                ops.expand_scales(permute(word, word, selector), self.kind) for word in scales[i]
             ]
             for g in range(2):
                 a = [ops.expand_pairs(codes[i][2 * g + r], pairs[r][g], self.kind) for r in (0, 1)]
@@ -121,7 +120,7 @@ class WeightOnly(Stream):
     def x_pairs(self, words):
         """Pairs (c, c + 4), c = 0..3, of eight elements of x."""
         low, high = Int32(0x5410), Int32(0x7632)
-        return [ops.permute(words[h], words[h + 2], half) for h in range(2) for half in (low, high)]
+        return [permute(words[h], words[h + 2], half) for h in range(2) for half in (low, high)]
 
     @cute.jit
     def multiply_32(self, accumulators, a, b, both: Boolean):
