@@ -23,6 +23,7 @@ from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.params import quantize_params  # imports Flax: its serialization learns our types
 from jax_nvfp4.products.api import dot_general, einsum
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
+from jax_nvfp4.products.placement import shardings
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ __all__ = [
     "ragged_linear",
     "repack",
     "save_checkpoint",
+    "shardings",
 ]
 
 # The layers and safetensors are imported when they are first needed.
