@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_nvfp4 import numerics
+from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import checks
-from jax_nvfp4.ops.linear.api import linear
-from jax_nvfp4.ops.quantize.api import global_scale
+from jax_nvfp4.ops.linear.api import checked, run
+from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.products.axes import KernelAxes
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -69,12 +71,44 @@ def contract(
         ValueError: sizes differ, or the sum runs over other axes of the kernel than those that it
             was quantized for.
     """
+    shape = axes.shape(weight.shape)
+    _check_sizes(x, of_x, shape, of_kernel)
+    _check_sum(axes, weight, of_kernel, [a for a in of_kernel if a in of_x and a not in of_result])
+    scale = how.activation_scale
+    arrays = (x, weight, bias and bias[0], None if isinstance(scale, str) else scale)
+
+    def product(x: jax.Array, weight: Weight, added: Any, scale: Any) -> tuple[jax.Array]:
+        used = how if scale is None else dataclasses.replace(how, activation_scale=scale)
+        of_bias = bias and (added, bias[1])
+        return (_product(x, of_x, weight, axes, of_kernel, of_result, used, of_bias),)
+
+    def placement() -> typed.Placement:
+        """Each axis of the result lies as that of x or of the weight."""
+        sizes = dict(zip(of_kernel, shape, strict=True)) | dict(zip(of_x, x.shape, strict=True))
+        batch, free, _ = axes.places(weight.ndim - 2)
+        of_data = [of_kernel[p] for p in (*batch, *free[:1])]
+        entries = dict(zip(of_data, typed.entries(weight.data), strict=False))
+        entries |= {a: e for a, e in zip(of_x, typed.entries(x), strict=True) if e is not None}
+        return ((tuple(map(entries.get, of_result)), tuple(sizes[a] for a in of_result)),)
+
+    (y,) = typed.call(product, arrays, placement)
+    return y
+
+
+def _product(
+    x: jax.Array,
+    of_x: Labels,
+    weight: Weight,
+    axes: KernelAxes,
+    of_kernel: Labels,
+    of_result: Labels,
+    how: How,
+    bias: tuple[jax.Array, Labels] | None,
+) -> jax.Array:
+    """`contract`, once its operands are known to go together and axes are the compiler's."""
     alone = [i for i, label in enumerate(of_x) if label not in (*of_kernel, *of_result)]
     if alone:
         x, of_x = x.sum(alone), tuple(a for i, a in enumerate(of_x) if i not in alone)
-    _check_sizes(x, of_x, axes.shape(weight.shape), of_kernel)
-    _check_sum(axes, weight, of_kernel, [a for a in of_kernel if a in of_x and a not in of_result])
-
     _, free, _ = axes.places(weight.ndim - 2)
     rows_apart = [p for p in free if of_kernel[p] in of_x]
     if rows_apart:
@@ -128,20 +162,24 @@ def _each(
     Returns:
         (batch..., ..., N).
     """
-    scale = how.activation_scale
-    if isinstance(scale, str) and scale == "tensor" and any(mapped):
-        scale = global_scale(x, "tensor")
+    tensor = isinstance(how.activation_scale, str) and how.activation_scale == "tensor"
+    amax = numerics.amax(x) if tensor and any(mapped) else None
     leaves, structure = jax.tree.flatten(weight)
 
     def matrix(x: jax.Array, bias: jax.Array | None, *leaves: jax.Array) -> jax.Array:
-        return linear(
+        operands, spec = checked(
             x,
             jax.tree.unflatten(structure, leaves),
             bias,
-            activation_scale=scale,
-            out_dtype=how.out_dtype,
-            batch_invariant=how.batch_invariant,
+            None,
+            how.activation_scale,
+            how.out_dtype,
+            how.batch_invariant,
         )
+        if amax is not None:  # that of all of x, of which this is a part
+            operands = operands._replace(scale_or_amax=amax)
+            spec = dataclasses.replace(spec, scaling=Scaling.AMAX)
+        return run(operands, spec)
 
     function: Callable[..., jax.Array] = matrix
     for depth in reversed(range(len(mapped))):

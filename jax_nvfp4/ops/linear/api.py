@@ -59,9 +59,11 @@ def linear(
         ValueError: shapes do not go together, the weight is of another kind than the activation,
             or activation or activation_scale has an unknown value.
     """
-    operands, spec = checked(
-        x, weight, bias, activation, activation_scale, out_dtype, batch_invariant
-    )
+    return run(*checked(x, weight, bias, activation, activation_scale, out_dtype, batch_invariant))
+
+
+def run(operands: Operands, spec: LinearSpec) -> jax.Array:
+    """Multiplies what was `checked`, on meshes with explicit axes too."""
 
     def product(operands: Operands) -> tuple[jax.Array]:
         if spec.gated and operands.bias is not None:
