@@ -18,6 +18,7 @@ from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
 from jax_nvfp4.ops import checks
 from jax_nvfp4.ops.linear.api import checked, run
+from jax_nvfp4.ops.ragged_linear.api import ragged_linear
 from jax_nvfp4.ops.sharding import typed
 from jax_nvfp4.products.axes import KernelAxes
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
@@ -162,6 +163,8 @@ def _each(
     Returns:
         (batch..., ..., N).
     """
+    if mapped and all(mapped):
+        return _grouped(x, weight, bias, how)
     tensor = isinstance(how.activation_scale, str) and how.activation_scale == "tensor"
     amax = numerics.amax(x) if tensor and any(mapped) else None
     leaves, structure = jax.tree.flatten(weight)
@@ -187,6 +190,28 @@ def _each(
         of_leaves = [0 if leaf.ndim > depth else None for leaf in leaves]
         function = jax.vmap(function, (0 if mapped[depth] else None, 0, *of_leaves))
     return function(x, bias, *leaves)
+
+
+def _grouped(x: jax.Array, weight: Weight, bias: jax.Array | None, how: How) -> jax.Array:
+    """`_each` where x has all batch axes of the weight: one product of as many groups of rows."""
+    *lead, n, k = weight.shape
+    groups, rows = math.prod(lead), x.shape[len(lead) : -1]
+
+    def flat(part: jax.Array) -> jax.Array:
+        if 0 < part.ndim < len(lead):  # a global scale of the first of these axes
+            part = jnp.broadcast_to(jnp.expand_dims(part, range(part.ndim, len(lead))), lead)
+        return part.reshape(groups, *part.shape[len(lead) :]) if part.ndim else part
+
+    y = ragged_linear(
+        x.reshape(groups * math.prod(rows), k),
+        jax.tree.map(flat, weight),
+        jnp.full(groups, math.prod(rows), jnp.int32),
+        None if bias is None else flat(bias),
+        activation_scale=how.activation_scale,
+        out_dtype=how.out_dtype,
+        batch_invariant=how.batch_invariant,
+    )
+    return y.reshape(*lead, *rows, n)
 
 
 def _rows_to_batch(
