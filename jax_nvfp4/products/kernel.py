@@ -66,6 +66,16 @@ class Nvfp4Kernel:
         """The bytes its parts take."""
         return self.weight.nbytes
 
+    def check(self) -> None:
+        """Refuses parts that do not belong together, which transformations may have changed.
+
+        Raises:
+            TypeError: a part is not an array of its dtype.
+            ValueError: the shapes do not belong together, or not to the array.
+        """
+        self.weight.check()
+        _ = self.shape
+
     @property
     def batch(self) -> tuple[int, ...]:
         """The positions of the batch axes, in the order in which the weight has them."""
