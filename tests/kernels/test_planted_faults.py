@@ -23,6 +23,7 @@ KINDS = {
         "drop_wait", "wrong_parity", "drop_barrier", "drop_arrive", "drop_bulk_wait", "drop_fence",
         "drop_cluster_barrier", "drop_wgmma_wait", "drop_wgmma_fence",
     ),
+    "a scope that does not reach the other CTA": ("narrow_scope",),
     "scales of a neighbor": ("scale_column", "drop_scale_copy"),
     "a wrong byte count": ("wrong_bytes",),
     "an off-by-one in a loop": ("loop_bound",),

@@ -338,6 +338,7 @@ def run_object(
     coverage: set[int] | None = None,
     previous: Sequence[np.ndarray] = (),
     tensor_fences: bool | None = None,
+    scopes: bool = True,
 ) -> list[Machine]:
     """Runs an exported kernel: its host code on this machine, its PTX on the PTX machine.
 
@@ -357,6 +358,7 @@ def run_object(
         previous: as for ``launch``, for the first launch; a later one that may overlap the one
             before it (programmatic stream serialization) gets the arrays which that one wrote.
         tensor_fences: as for ``launch``.
+        scopes: as for ``launch``.
 
     Returns:
         One machine per launch, in order.
@@ -387,6 +389,7 @@ def run_object(
                 coverage=coverage,
                 previous=previous,
                 tensor_fences=tensor_fences,
+                scopes=scopes,
             )
         )
     return machines

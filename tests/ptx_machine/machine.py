@@ -404,8 +404,10 @@ class Machine:
         strict_exit: bool = True,
         races: bool = True,
         tensor_fences: bool = False,
+        scopes: bool = True,
     ) -> None:
         self.strict_exit, self.races, self.tensor_fences = strict_exit, races, tensor_fences
+        self.scopes = scopes
         self.cluster_serial = 0
         self.messages = Messages()
         self.global_accesses = GlobalAccesses() if races else None
@@ -853,6 +855,7 @@ def launch(
     coverage: set[int] | None = None,
     previous: Sequence[np.ndarray] = (),
     tensor_fences: bool | None = None,
+    scopes: bool = True,
 ) -> Machine:
     """Runs a kernel's PTX on the CPU.
 
@@ -880,6 +883,9 @@ def launch(
         tensor_fences: whether tcgen05 operations of different threads need tcgen05.fence around
             their synchronization, as the PTX ISA says. NVIDIA's own code generator leaves these
             fences out, so that by default they are needed in modules that have any.
+        scopes: whether an arrival and a wait order what two CTAs of a cluster do only if both have
+            the cluster's scope, as the PTX ISA says. CUTLASS and what is built on it leave the
+            scope at its default, the CTA, also where the other side is another CTA.
 
     Returns:
         The machine after the run, for its counters.
@@ -909,6 +915,7 @@ def launch(
         module, program, grid3, block3, cluster3, dynamic_smem, memory, schedule_seed,
         resident_clusters, strict_exit, races,
         "tcgen05.fence" in ptx_text if tensor_fences is None else tensor_fences,
+        scopes,
     )  # fmt: skip
     machine.coverage = coverage
     machine.param_data, machine.param_maps = pack_params(program, params, memory, uninitialized)

@@ -251,7 +251,8 @@ class Mbarrier:
     Attributes:
         agent: in whose name copies write that complete on it.
         init: stamp of its initialization.
-        known: what arrivals handed over so far; ``done`` is that of the last completed phase.
+        known: what arrivals handed over so far to waits of any scope, and ``far`` to waits of the
+            cluster's scope alone; ``done`` and ``far_done`` are those of the last completed phase.
     """
 
     def __init__(self, address: int, count: int, line: int, agents: Agents, init: int) -> None:
@@ -261,6 +262,8 @@ class Mbarrier:
         self.agent, self.init = agents.new_mbarrier(), init
         self.known = Knowledge(agents)
         self.done: Knowledge | None = None
+        self.far: Knowledge | None = None
+        self.far_done: Knowledge | None = None
 
     def arrive(self, count: int) -> int:
         """Counts arrivals; returns the phase they belong to."""
@@ -286,6 +289,7 @@ class Mbarrier:
             self.phase += 1
             self.known.own[:, self.agent] = self.phase
             self.done = self.known.copy()
+            self.far_done = None if self.far is None else self.far.copy()
             self.pending = self.expected
             for wake in self.waiters:
                 wake()

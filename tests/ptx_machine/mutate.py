@@ -396,12 +396,24 @@ def wrong_descriptor(text: str) -> Iterator[Mutant]:
             yield _replace(lines, i, f"{flip} {line.strip()} {flip}", "wrong_descriptor")
 
 
+def narrow_scope(text: str) -> Iterator[Mutant]:
+    """An arrival, a wait or a fence reaches the CTA alone, and not the cluster."""
+    scoped = re.compile(r"\.(release|acquire|acq_rel)(\.sync_restrict::shared::cta)?\.cluster\b")
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if "mbarrier_init" not in line and scoped.search(line):
+            yield _replace(lines, i, scoped.sub(r".\1.cta", line, count=1), "narrow_scope")
+
+
 RULES: dict[str, Callable[[str], Iterator[Mutant]]] = {
     "drop_proxy_fence": _drop("drop_proxy_fence", "fence.proxy.async"),
     "drop_barrier": _drop("drop_barrier", "bar.sync", "barrier.sync", "barrier.cta.sync"),
     "drop_fence": _drop(
-        "drop_fence", "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "tcgen05.fence"
+        "drop_fence",
+        *("fence.mbarrier_init", "fence.acq_rel", "fence.release", "fence.acquire", "fence.sc"),
+        *("membar", "tcgen05.fence"),
     ),
+    "narrow_scope": narrow_scope,
     "drop_cluster_barrier": _drop("drop_cluster_barrier", "barrier.cluster"),
     "drop_wait": drop_wait,
     "wrong_parity": wrong_parity,

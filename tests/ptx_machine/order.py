@@ -7,13 +7,16 @@ stamped with the agent and its count. A warp's knowledge says of each agent up t
 accesses are ordered before what the warp does next. Synchronization moves knowledge: a release
 (an arrival, ``st.release``, ...) hands it over, an acquire (a wait, ``ld.acquire``, ...) joins it.
 
-Knowledge has two rows, because ordering and visibility differ:
+Knowledge has three rows, because ordering and visibility differ:
 
-- SEEN: ordered before the warp's next generic accesses;
-- PROXY: also made visible to the async proxy, by ``fence.proxy.async`` on the way.
+- SEEN: ordered before the warp's next generic accesses to shared or tensor memory;
+- PROXY: also made visible to the async proxy, by ``fence.proxy.async`` on the way;
+- GLOBAL: ordered before the warp's next generic accesses to global memory, which a fence with
+  ``.sync_restrict`` leaves out.
 
-A relaxed operation hands over only what a fence before it put into ``Ledger.fenced``, and what a
-relaxed load observed counts after the next fence.
+A relaxed operation hands over only what a fence before it put into ``Ledger.fenced`` and, of tensor
+memory, what ``tcgen05.fence::before_thread_sync`` ordered before it. What a relaxed load or wait
+observed counts after the next fence. Knowledge moves as far as the scopes of both sides reach.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import numpy as np
 if TYPE_CHECKING:
     from .machine import Warp
 
-SEEN, PROXY = 0, 1
+SEEN, PROXY, GLOBAL = range(3)
+ROWS = 3
 CLOCK_BITS = 20
 CLOCK_MASK = (1 << CLOCK_BITS) - 1
 # Agents of a warp, by kind: generic accesses, tcgen05.ld and st, mbarrier.init, what bulk stores
@@ -74,6 +78,10 @@ class Agents:
         self.mbarriers = max(min(MBARRIERS * ctas, limit), 1)
         self.size = self.first_mbarrier + self.mbarriers
         self.used = 0
+        self.of_tensor_memory = (
+            slice(TENSOR * self.warps, (TENSOR + 1) * self.warps),
+            slice(self.first_queue, self.dependency),
+        )
 
     def of_warp(self, rank: int, index: int, kind: int) -> int:
         return kind * self.warps + rank * self.warps_per_cta + index
@@ -99,19 +107,27 @@ class Agents:
 
 
 class Knowledge:
-    """Counts known of each agent: an array (2, agents) for the own cluster, others by serial."""
+    """Counts known of each agent: an array (ROWS, agents) for the own cluster, others by serial."""
 
     __slots__ = ("others", "own", "serial")
 
     def __init__(self, agents: Agents) -> None:
         self.serial = agents.serial
-        self.own = np.zeros((2, agents.size), np.int32)
+        self.own = np.zeros((ROWS, agents.size), np.int32)
         self.others: dict[int, np.ndarray] | None = None
 
     def copy(self) -> Knowledge:
         new = Knowledge.__new__(Knowledge)
         new.serial, new.own = self.serial, self.own.copy()
         new.others = {s: k.copy() for s, k in self.others.items()} if self.others else None
+        return new
+
+    def of_shared_memory(self) -> Knowledge:
+        """A copy without what is known of global memory."""
+        new = self.copy()
+        new.own[GLOBAL] = 0
+        for known in (new.others or {}).values():
+            known[GLOBAL] = 0
         return new
 
     def join(self, other: Knowledge) -> None:
@@ -150,7 +166,8 @@ class Ledger:
         me, tensor, init: the warp's agents.
         clock: stamp count of its next generic access.
         fenced: by level of scope (CTA, cluster, GPU), what a relaxed operation hands over.
-        observed: what relaxed loads saw, to be known after a fence.
+        tensor_fenced: likewise of accesses to tensor memory, whatever the scope.
+        observed: what relaxed loads and waits saw, to be known after a fence.
         tensor_seen: row of knowledge that tcgen05 operations of the warp go by.
     """
 
@@ -164,6 +181,7 @@ class Ledger:
         self.clock = self.init_clock = self.tensor_clock = 1
         self.counts = [0] * KINDS
         self.fenced: list[Knowledge | None] = [None, None, None]
+        self.tensor_fenced: Knowledge | None = None
         self.observed: list[Knowledge | None] | None = None
         self.tensor_seen = self.known.own[SEEN]
         if tensor_fences:
@@ -191,7 +209,7 @@ class Ledger:
     def release(self) -> Knowledge:
         """What a release hands over now. The caller joins or copies it at once."""
         own = self.known.own
-        own[SEEN, self.me] = self.clock
+        own[SEEN, self.me] = own[GLOBAL, self.me] = self.clock
         self.clock += 1
         own[SEEN, self.init] = self.init_clock
         self.init_clock += 1
@@ -208,15 +226,51 @@ class Ledger:
         if own[SEEN, agent] < count:
             own[:, agent] = count
 
-    def fence(self, level: int) -> None:
-        """fence.acq_rel or fence.sc of a scope."""
-        if self.observed is not None:
+    def observe(self, known: Knowledge | None, level: int) -> None:
+        """A relaxed load or wait saw what was handed over; a fence of that level makes it known."""
+        if known is None:
+            return
+        if self.observed is None:
+            self.observed = [None, None, None]
+        seen = self.observed[level]
+        if seen is None:
+            self.observed[level] = known.copy()
+        else:
+            seen.join(known)
+
+    def fence(self, level: int, acquire: bool = True, release: bool = True) -> None:
+        """A fence of a scope."""
+        if acquire and self.observed is not None:
             for observed in self.observed[: level + 1]:
                 self.acquire(observed)
             self.observed[: level + 1] = [None] * (level + 1)
-        known = self.release().copy()
+        if release:
+            known = self.release().copy()
+            for i in range(level + 1):
+                self.fenced[i] = known
+
+    def fence_shared(self, level: int, acquire: bool) -> None:
+        """A fence of a scope with .sync_restrict: to what was done with shared memory."""
+        if acquire:
+            for observed in (self.observed or [])[: level + 1]:
+                if observed is not None:
+                    self.acquire(observed.of_shared_memory())
+            return
+        restricted = self.release().of_shared_memory()
         for i in range(level + 1):
-            self.fenced[i] = known
+            wider = self.fenced[i]
+            self.fenced[i] = restricted.copy()
+            if wider is not None:
+                self.fenced[i].join(wider)
+
+    def handed_by_relaxed(self, level: int) -> Knowledge | None:
+        """What a relaxed arrival hands over."""
+        fenced, tensor = self.fenced[level], self.tensor_fenced
+        if tensor is None or fenced is None:
+            return fenced or tensor
+        both = fenced.copy()
+        both.join(tensor)
+        return both
 
     def fence_proxy(self) -> None:
         """fence.proxy.async: what is ordered before it is visible to the async proxy."""
@@ -235,8 +289,13 @@ class Ledger:
 
     def before_thread_sync(self) -> None:
         if self.tensor_fences:
-            self.known.own[SEEN, self.tensor] = self.tensor_clock
+            own = self.known.own
+            own[SEEN, self.tensor] = self.tensor_clock
             self.tensor_clock += 1
+            # Accesses to tensor memory, of warps and of tensor cores, that are ordered before this.
+            self.tensor_fenced = Knowledge(self.agents)
+            for agents in self.agents.of_tensor_memory:
+                self.tensor_fenced.own[SEEN, agents] = own[SEEN, agents]
 
     def after_thread_sync(self) -> None:
         if self.tensor_fences:
@@ -295,9 +354,4 @@ class Messages:
             if acquire:
                 ledger.acquire(known)
             else:
-                if ledger.observed is None:
-                    ledger.observed = [None, None, None]
-                seen = ledger.observed[i]
-                ledger.observed[i] = known.copy() if seen is None else seen
-                if seen is not None:
-                    seen.join(known)
+                ledger.observe(known, i)

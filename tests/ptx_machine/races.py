@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import Fault
-from .order import BULK, CLOCK_BITS, PROXY, SEEN, Agents, late, late_each, stamp
+from .order import BULK, CLOCK_BITS, GLOBAL, PROXY, SEEN, Agents, late, late_each, stamp
 
 if TYPE_CHECKING:
     from .machine import Warp
@@ -363,7 +363,7 @@ class GlobalAccesses:
             if full == 0 or (strong and full & STRONG):
                 continue
             serial, code = full >> SERIAL_SHIFT & 0x3FFFFFFF, full & CODE_MASK
-            own = serial == known.serial and code >> CLOCK_BITS == me and row == SEEN
+            own = serial == known.serial and code >> CLOCK_BITS == me and row != PROXY
             if not own and not known.covers(serial, code, row):
                 return full
         return 0
@@ -380,7 +380,7 @@ class GlobalAccesses:
 
     def read(
         self, allocation: Allocation, index: object, unit: int, w: Warp, strong: bool = False,
-        row: int = SEEN,
+        row: int = GLOBAL,
     ) -> None:  # fmt: skip
         """A warp reads units of so many bytes; with row PROXY it issues a copy that will."""
         writes = self.writes.get(allocation.base)
@@ -388,7 +388,7 @@ class GlobalAccesses:
             return
         codes = writes.reshape(-1, unit)[index]
         if codes.size and (full := self.first_late(codes, w, strong, row)):
-            if row == PROXY and not self.first_late(codes, w, strong, SEEN):
+            if row == PROXY and not self.first_late(codes, w, strong, GLOBAL):
                 raise Fault(
                     f"copy from global memory ({allocation.name}) that was written {NO_PROXY_FENCE}"
                 )
@@ -415,13 +415,13 @@ class GlobalAccesses:
         codes = units[index]
         if codes.size == 0:
             return
-        if (full := self.first_late(codes, w, strong, SEEN)) and not np.array_equal(
+        if (full := self.first_late(codes, w, strong, GLOBAL)) and not np.array_equal(
             allocation.data[: allocation.data.size // unit * unit].reshape(-1, unit)[index], values
         ):
             raise self.fault(w, full, allocation.name, "overwrite of", "wrote")
         reads = self.reads.get(base)
         if reads is not None and (
-            full := self.first_late(reads.reshape(-1, unit)[index], w, strong, SEEN)
+            full := self.first_late(reads.reshape(-1, unit)[index], w, strong, GLOBAL)
         ):
             raise self.fault(w, full, allocation.name, "write to", "read")
         ledger = w.ledger

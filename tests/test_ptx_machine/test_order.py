@@ -203,6 +203,99 @@ def test_remote_arrival_needs_the_initialization_released():
                    seed)  # fmt: skip
 
 
+# CTA 0 writes its shared memory and arrives at a barrier of CTA 1, which waits and reads it.
+TO_ANOTHER_CTA = """
+mov.u32 %r1, %tid.x; mov.u32 %r2, buf; mov.u32 %r4, bar; mov.u32 %r5, %cluster_ctarank;
+setp.eq.u32 %p1, %r1, 0; setp.eq.u32 %p2, %r5, 0; setp.ne.u32 %p3, %r5, 0;
+@%p1 mbarrier.init.shared.b64 [%r4], 32; fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive; barrier.cluster.wait;
+mad.lo.u32 %r6, %r1, 4, %r2;
+mapa.shared::cluster.u32 %r7, %r4, 1; mapa.shared::cluster.u32 %r8, %r6, 0;
+@%p2 st.shared.u32 [%r6], %r1;
+FENCE
+@%p2 mbarrier.arrive.ARRIVAL.shared::cluster.b64 _, [%r7];
+@%p2 bra DONE;
+LOOP: mbarrier.try_wait.parity.WAIT.shared::cta.b64 %p4, [%r4], 0; @!%p4 bra LOOP;
+AFTER
+ld.shared::cluster.u32 %r9, [%r8];
+DONE: barrier.cluster.arrive; barrier.cluster.wait;
+"""
+
+
+def to_another_cta(arrival, wait, fence="", after="", scopes=True):
+    text = TO_ANOTHER_CTA.replace("ARRIVAL", arrival).replace("WAIT", wait)
+    text = kernel(text.replace("FENCE", fence).replace("AFTER", after), shared=SHARED)
+    for seed in SEEDS:
+        run(text, [], block=32, grid=2, cluster=(2, 1, 1), schedule_seed=seed, scopes=scopes)
+
+
+RESTRICTED = (
+    "fence.release.sync_restrict::shared::cta.cluster;",
+    "fence.acquire.sync_restrict::shared::cluster.cluster;",
+)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ("release.cluster", "acquire.cluster"),
+        ("relaxed.cluster", "acquire.cluster", "fence.acq_rel.cluster;"),
+        ("relaxed.cluster", "acquire.cluster", "fence.release.cluster;"),
+        ("relaxed.cluster", "acquire.cluster", RESTRICTED[0]),
+        ("relaxed.cluster", "relaxed.cluster", *RESTRICTED),
+        ("release.cluster", "relaxed.cluster", "", "fence.acquire.cluster;"),
+    ],
+)
+def test_scopes_that_reach_another_cta(sides):
+    to_another_cta(*sides)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ("release.cta", "acquire.cluster"),
+        ("release.cluster", "acquire.cta"),
+        ("relaxed.cluster", "acquire.cluster"),
+        ("relaxed.cluster", "acquire.cluster", "fence.acq_rel.cta;"),
+        ("relaxed.cluster", "acquire.cluster", RESTRICTED[1]),
+        ("release.cluster", "relaxed.cluster"),
+        ("release.cluster", "relaxed.cluster", "", RESTRICTED[0]),
+        ("release.cluster", "relaxed.cluster", "", "fence.acquire.cta;"),
+    ],
+)
+def test_a_scope_or_a_fence_that_does_not_reach_another_cta_is_a_race(sides):
+    with pytest.raises(PtxRuntimeError, match=r"no synchronization between|never written"):
+        to_another_cta(*sides)
+
+
+def test_scopes_may_count_as_wide_enough():
+    to_another_cta("release.cta", "acquire.cta", scopes=False)
+
+
+def test_a_restricted_fence_says_nothing_of_global_memory():
+    body = (
+        TO_ANOTHER_CTA.replace("@%p2 st.shared.u32 [%r6], %r1;", "@%p2 st.global.u32 [%rd2], %r1;")
+        .replace("ld.shared::cluster.u32 %r9, [%r8];", "ld.global.u32 %r9, [%rd2];")
+        .replace("ARRIVAL", "relaxed.cluster")
+        .replace("WAIT", "acquire.cluster")
+        .replace("AFTER", "")
+    )
+    address = "ld.param.u64 %rd1, [p0]; mov.u32 %r20, %tid.x; mad.wide.u32 %rd2, %r20, 4, %rd1;"
+    for seed in SEEDS:
+        for fence in ("fence.release.cluster;", RESTRICTED[0]):
+            text = kernel(address + body.replace("FENCE", fence), ["u64"], shared=SHARED)
+            out = np.zeros(32, U32)
+
+            def launch(text=text, out=out, seed=seed):
+                run(text, [out], block=32, grid=2, cluster=(2, 1, 1), schedule_seed=seed)
+
+            if fence == RESTRICTED[0]:
+                with pytest.raises(PtxRuntimeError, match="no synchronization between"):
+                    launch()
+            else:
+                launch()
+
+
 def test_relaxed_cluster_barrier_orders_no_data():
     text = """
 mov.u32 %r1, %tid.x; mov.u32 %r3, buf; mov.u32 %r2, %cluster_ctarank; mad.lo.u32 %r4, %r1, 4, %r3;

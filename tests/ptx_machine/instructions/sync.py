@@ -154,7 +154,8 @@ def _barrier_cluster(ctx: Context, ins: Instruction) -> Closure:
         if w.token.get("cluster") is not None:
             raise Fault("barrier.cluster.arrive before the wait of the one before")
         cluster.arrived.add(w)
-        known = w.ledger.fenced[LEVELS["cluster"]] if relaxed else w.ledger.release()
+        level = LEVELS["cluster"]
+        known = w.ledger.handed_by_relaxed(level) if relaxed else w.ledger.release()
         if known is not None:
             cluster.known.join(known)
         w.token["cluster"] = cluster.phase
@@ -313,9 +314,9 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
                 barrier.tx += number
             before = barrier.phase
             check_initialized(barrier, w)
-            known = w.ledger.fenced[level] if relaxed else w.ledger.release()
+            known = w.ledger.handed_by_relaxed(level) if relaxed else w.ledger.release()
             if known is not None:
-                barrier.known.join(known)
+                _hand_over(barrier, known, level, cta is w.cta or not w.machine.scopes)
             barrier.arrive(arrivals)
             if barrier.phase != before:
                 w.machine.progress()
@@ -323,6 +324,21 @@ def _arrive(ctx: Context, ins: Instruction) -> Closure:
         put(w, dst, state)
 
     return run
+
+
+def _hand_over(barrier, known, level: int, near: bool) -> None:
+    """An arrival hands over what it knows, as far as its scope reaches.
+
+    Scopes must reach each other (PTX ISA, "Memory Consistency Model", morally strong operations):
+    an arrival from another CTA says something to a wait only if both have the cluster's scope.
+    """
+    if near:
+        barrier.known.join(known)
+    elif level >= LEVELS["cluster"]:
+        if barrier.far is None:
+            barrier.far = known.copy()
+        else:
+            barrier.far.join(known)
 
 
 def _tx(ctx: Context, ins: Instruction) -> Closure:
@@ -352,6 +368,7 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
     token = ctx.src(ins.operands[2], "u32" if parity else "b64")
     blocking = parts[1] == "try_wait"
     relaxed = "relaxed" in parts
+    level = LEVELS["cluster" if "cluster" in parts else "cta"]
 
     def run(w) -> int | None:
         R = w.R
@@ -369,6 +386,8 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
             barrier = w.cta.shared.barrier(where)
             check_initialized(barrier, w)
             learned.append(barrier.done)
+            if level >= LEVELS["cluster"] or not w.machine.scopes:
+                learned.append(barrier.far_done)
             value = int(tokens[lane])
             if parity:
                 if value > 1:
@@ -382,8 +401,11 @@ def _wait(ctx: Context, ins: Instruction) -> Closure:
         if result[first] or not uniform:
             w.spurious = 0
             if result[lanes].all():
-                for known in learned if not relaxed else ():
-                    w.ledger.acquire(known)
+                for known in learned:
+                    if relaxed:
+                        w.ledger.observe(known, level)
+                    else:
+                        w.ledger.acquire(known)
             put(w, dst, result)
             return None if result[lanes].all() else YIELD
         # try_wait may time out: the schedule decides whether it reports that or keeps waiting.
@@ -403,6 +425,12 @@ def _pending_count(ctx: Context, ins: Instruction) -> Closure:
 
 
 # -- fences ------------------------------------------------------------------------------------
+RESTRICTED = (
+    "fence.acquire.sync_restrict::shared::cluster.cluster",
+    "fence.release.sync_restrict::shared::cta.cluster",
+)
+
+
 @op("fence", "membar")
 def fence(ctx: Context, ins: Instruction) -> Closure:
     text = ins.opcode
@@ -416,10 +444,15 @@ def fence(ctx: Context, ins: Instruction) -> Closure:
         return lambda w: w.ledger.fence_init()
     if text.startswith(("membar.", "fence.sc", "fence.acq_rel", "fence.acquire", "fence.release")):
         scope = {"gl": "gpu"}.get(ins.parts[-1], ins.parts[-1])
-        if "sync_restrict" in text or scope not in LEVELS:
-            raise ctx.error("fence with a restriction or an unknown scope")
+        if scope not in LEVELS:
+            raise ctx.error("fence of an unknown scope")
         level = LEVELS[scope]
-        return lambda w: w.ledger.fence(level)
+        acquire, release = ("release" not in ins.parts), ("acquire" not in ins.parts)
+        if "sync_restrict" in text:
+            if text not in RESTRICTED:
+                raise ctx.error("fence with an unknown restriction")
+            return lambda w: w.ledger.fence_shared(level, acquire)
+        return lambda w: w.ledger.fence(level, acquire, release)
     return lambda w: None
 
 

@@ -11,6 +11,7 @@ from jax_nvfp4.kernels.gemm.sm100.ptx import (
     CLUSTER,
     ROWS,
     Shape,
+    arrive_relaxed,
     coordinates,
     first_tile,
     load_accumulators,
@@ -76,7 +77,7 @@ class Epilogue:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             if cutlass.const_expr(self.shape.pair):
-                cute.arch.mbarrier_arrive(barrier, leader, scope=CLUSTER)
+                arrive_relaxed(barrier, leader)
             else:
                 cute.arch.mbarrier_arrive(barrier)
 

@@ -161,12 +161,15 @@ class MultiplyK96:
         offset = 3 * j % 8  # of 48 bytes in a row of 128
         place = j % 2  # of its first column of scales, of three
         a, b = start(storage.a), start(storage.b)
+        # The scale id stands in the instruction descriptor and, as CUTLASS has it, in bits 30 and
+        # 31 of both scale addresses: id 2 is the sign.
+        scale_id = -(1 << 31) * place
         mma(
             acc.toint(),
             a + first * self.a_units + offset | (a + newest * self.a_units) << 16,
             b + first * self.b_units + offset | (b + newest * self.b_units) << 16,
             instruction(s, 2 * place),
-            tmem.toint() + (s.sfa_column + 4 * place),
-            tmem.toint() + (s.sfb_column + 4 * place * s.b_blocks),
+            tmem.toint() + (s.sfa_column + 4 * place + scale_id),
+            tmem.toint() + (s.sfb_column + 4 * place * s.b_blocks + scale_id),
             accumulate,
         )

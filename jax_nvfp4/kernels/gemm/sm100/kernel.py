@@ -252,7 +252,11 @@ class GemmSm100:
         """The kernel: sets up barriers and tensor memory, then runs each warp's role."""
         s = self.shape
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        # The grid is a row of clusters. ptxas takes a block index as uniform, and the hardware's
+        # rank in the cluster as one that may differ between threads: with it, ptxas would put a
+        # loop over elected threads around each tcgen05 and TMA instruction.
+        ctas = split if cutlass.const_expr(self.config.split_k > 1) else s.cluster_a * s.cluster_b
+        rank = cute.arch.block_idx()[0] % ctas
         storage = cutlass.utils.SmemAllocator().allocate(self._storage())
         barriers = storage.barriers.data_ptr()
         full = barriers
@@ -289,8 +293,12 @@ class GemmSm100:
         if warp == 0:
             cute.arch.alloc_tmem(s.tmem_columns, storage.tmem.ptr, is_two_cta=s.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=s.pair)
-        cute.arch.cluster_arrive()
+        # Barriers are visible to the cluster by the fence above, and the address of tensor memory
+        # to the CTA by the barrier below, so that the cluster's need not release (on sm_100 that is
+        # a barrier of the whole GPU).
+        cute.arch.cluster_arrive_relaxed()
         cute.arch.cluster_wait()
+        cute.arch.barrier()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem.ptr)
 
         # Where the cluster splits K, CTA `rank` has slice `rank` of it; else `rank` is its place in
