@@ -39,7 +39,8 @@ from ptx_machine.memory import TensorMemory
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, runnable_arches, serves
 from jax_nvfp4.config.enums import OutFormat
-from jax_nvfp4.config.gemm import select, sm100, sm120
+from jax_nvfp4.config.gemm import sm100, sm120
+from jax_nvfp4.config.gemm.select import select
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.orders import order
 

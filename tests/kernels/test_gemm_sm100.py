@@ -9,7 +9,8 @@ from gemm_blackwell import F32, Case, Problem, label, ptx_of
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, configs, serves
-from jax_nvfp4.config.gemm import select, sm100
+from jax_nvfp4.config.gemm import sm100
+from jax_nvfp4.config.gemm.select import select
 
 W4A4 = sm100.W4A4
 OF_SM_100 = [c for c in W4A4 if c.arch == "sm_100f"]  # sm_103a's walk over tiles is the same code

@@ -9,7 +9,8 @@ from ptx_machine import PtxError
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, scratch_bytes, serves
-from jax_nvfp4.config.gemm import select, sm120
+from jax_nvfp4.config.gemm import sm120
+from jax_nvfp4.config.gemm.select import select
 
 CONFIGS = sm120.CONFIGS
 PINGPONG, SMALL_M_16, SMALL_M_64 = W4A4 = CONFIGS[:3]
