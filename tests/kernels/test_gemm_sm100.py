@@ -146,8 +146,11 @@ def test_one_thread_issues_each_asynchronous_copy(config):
     ptx = ptx_of(config.name)
     elected = [
         ptx.partition(f"bra \t{label};")[2].partition(f"{label}:")[0]
-        for label in re.findall(
-            r"elect\.sync \t%r\d+\|(?:%p\d+), -1;\s+not\.pred .*\s+@%p\d+ bra \t(\$\w+);", ptx
+        for _, _, label in re.findall(
+            # The compiler may put an instruction or two between.
+            r"elect\.sync \t%r\d+\|(%p\d+), -1;(?:\n[^:\n]*){0,3}?"
+            r"\n\s+not\.pred \t(%p\d+), \1;\s+@\2 bra \t(\$\w+);",
+            ptx,
         )
     ]
     issue = r"cp\.async\.bulk\.(?:prefetch\.)?tensor|tcgen05\.(?:mma|cp|commit)"

@@ -72,8 +72,8 @@ def test_product(compiled, name, shape):
     path, text = compiled(*CASES[name])
     # Accumulators are handed over with tcgen05.fence::before_thread_sync alone. And warps that have
     # read an answer of launch control say so by relaxed arrivals, which do not order their reads
-    # before the next answer; as releases they would.
-    options = {} if arch == "sm_120f" else {"tensor_fences": False}
+    # before the next answer; as releases they would. Scopes are the CTA's where the other is meant.
+    options = {} if arch == "sm_120f" else {"tensor_fences": False, "scopes": False}
     ordered = text.replace("mbarrier.arrive.relaxed.cluster.", "mbarrier.arrive.release.cluster.")
     everything, few = {"resident_clusters": 160}, {"resident_clusters": 1}  # few: launch control
     for seed, (ptx, resident) in enumerate([(text, everything), (ordered, few), (ordered, few)]):
@@ -90,12 +90,19 @@ def test_relaxed_arrivals_are_seen(compiled):
 SHAPE = (200, 352, 416)
 
 
+def test_scopes_that_do_not_reach_the_other_cta_are_seen(compiled):
+    """The epilogue of a pair hands its accumulators to the other CTA at the CTA's scope."""
+    path, text = compiled(*CASES["tcgen05-pair"])
+    with pytest.raises(PtxError, match=r"tensor memory that warp \d of CTA rank 1 loaded: no sync"):
+        run((path, text), "Float32", SHAPE, tensor_fences=False)
+
+
 @pytest.mark.parametrize("kernel", ["amax_128x128_1x1", "amax_256x128_2x1"])
 def test_tensor_memory_freed_four_times_is_seen(compiled, kernel):
     """A kernel of the package whose four epilogue warps all free its tensor memory in the end."""
     # A pair's barrier before that expects one warp of four: a deadlock, where it is not in time.
     with pytest.raises(PtxError, match=r"dealloc of 512 columns at 0: no such|deadlock"):
-        run(compiled("sm_100f", kernel, "BFloat16"), "BFloat16", SHAPE)
+        run(compiled("sm_100f", kernel, "BFloat16"), "BFloat16", SHAPE, scopes=False)
 
 
 def test_tensor_memory_freed_once(compiled):
