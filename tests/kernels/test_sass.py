@@ -53,7 +53,7 @@ def test_no_loops_over_elected_threads_and_no_gpu_wide_barriers(kernel: dict) ->
 
 
 @pytest.mark.parametrize(
-    "kernel", [k for k in KERNELS if k["arch"] == "sm_100f" and "pair" in k["name"]],
+    "kernel", [k for k in KERNELS if k["arch"] == "sm_100f" and "2cta" in k["name"]],
     ids=lambda k: k["name"],
 )  # fmt: skip
 def test_a_stage_is_short(kernel: dict) -> None:
@@ -71,12 +71,12 @@ def test_a_stage_is_short(kernel: dict) -> None:
 OPERANDS, SCALES = 0x4000404000010000, 0x0000400800010000
 OPERANDS_K96 = 0x40104040  # the upper half
 CONSTANTS = {
-    "gemm_sm100f_pair_t256x256": (OPERANDS, SCALES, 0x10400480),
-    "gemm_sm100f_pair_t256x256_c2x2": (OPERANDS, SCALES, 0x10400480),
-    "gemm_sm100f_pair_t256x128": (OPERANDS, SCALES, 0x10200480),
+    "gemm_sm100f_2cta_t256x256": (OPERANDS, SCALES, 0x10400480),
+    "gemm_sm100f_2cta_t256x256_c2x2": (OPERANDS, SCALES, 0x10400480),
+    "gemm_sm100f_2cta_t256x128": (OPERANDS, SCALES, 0x10200480),
     "gemm_sm100f_swap_t32": (OPERANDS, SCALES, 0x08080480),
-    "gemm_sm103a_pair_t256x256": (OPERANDS_K96, 0x90400480),
-    "gemm_sm103a_pair_t256x256_c2x2": (OPERANDS_K96, 0x90400480),
+    "gemm_sm103a_2cta_t256x256": (OPERANDS_K96, 0x90400480),
+    "gemm_sm103a_2cta_t256x256_c2x2": (OPERANDS_K96, 0x90400480),
 }
 
 
