@@ -12,15 +12,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nvfp4::GemmAttributes,
 namespace jax_nvfp4 {
 namespace {
 
-// What a repacked weight's sizes are rounded up to.
-struct Padding {
-  int64_t n, k;
-};
-
-Padding WeightPadding(const Kernel& kernel) {
-  return kernel.arch() == std::string_view("sm_90a") ? Padding{128, 128} : Padding{128, 64};
-}
-
 // 0 for one value, 1 for one per row; an operand of another size fails the check.
 int32_t ScaleStride(Checker& check, std::string_view operand, const ffi::AnyBuffer& scale,
                     int64_t rows) {
@@ -63,7 +54,7 @@ ffi::ErrorOr<GemmSizes> CheckGemm(Op caller, const GemmState& state, const GemmB
     check.Type("x", b.x, half ? ffi::DataType::F16 : ffi::DataType::BF16);
     check.Count("sfx", b.sfx, 0, "none: x holds values");
   }
-  const Padding padding = WeightPadding(kernel);
+  const WeightTile padding = WeightTileOf(kernel.arch());
   const int64_t w_elements = CeilDiv(n, padding.n) * padding.n * CeilDiv(k, padding.k) * padding.k;
   const std::string of = " of (" + std::to_string(n) + "," + std::to_string(k) + ") padded to (" +
                          std::to_string(padding.n) + "," + std::to_string(padding.k) + ")";

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The enumerations that Python, the custom calls' handlers and the kernels share.
+"""The enumerations, and a table, that Python, the custom calls' handlers and the kernels share.
 
 `ffi/generate_enums.py` writes the handlers' C++ header from this file. It runs the file by itself,
 so that nothing but the standard library may be imported here.
@@ -65,3 +65,12 @@ class OutFormat(enum.IntEnum):
     def for_gemm(cls, x_dtype: str) -> "OutFormat":
         """The format that a GEMM reads whose x operand has this element type."""
         return cls.OPERAND if x_dtype == "e2m1" else cls.VALUES
+
+
+WEIGHT_TILES = {
+    "sm_90a": (128, 128),
+    "sm_100f": (128, 64),
+    "sm_103a": (128, 64),
+    "sm_120f": (128, 64),
+}
+"""Rows and columns, by architecture, that a repacked weight is padded to multiples of."""

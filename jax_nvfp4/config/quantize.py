@@ -1,8 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs of the quantize kernels, and which of them serves a call."""
 
+import dataclasses
+
+from jax_nvfp4.config.arches import runnable_arches
 from jax_nvfp4.config.enums import Scaling
-from jax_nvfp4.config.gemm.types import QuantizeConfig, runnable_arches
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """How one compiled quantize kernel works.
+
+    Attributes:
+        name: the kernel's C identifier, unique over all archs.
+        arch: a name of `ARCHES`.
+        kind: the design, e.g. "rows" or "grid".
+        x_dtype: "float32", "bfloat16" or "float16".
+        threads: threads of a CTA.
+        elements_per_thread: elements a thread quantizes at a time.
+    """
+
+    name: str
+    arch: str
+    kind: str
+    x_dtype: str
+    threads: int
+    elements_per_thread: int
+
 
 X_DTYPES = ("float32", "bfloat16", "float16")
 """Element types of x; the index is the `x_dtype` argument of the kernels."""

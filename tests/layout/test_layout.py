@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The swizzle and the weight orders: index maps that lose nothing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.config import ARCHES
+from jax_nvfp4.config.enums import WEIGHT_TILES
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.orders import order
 
@@ -71,6 +75,16 @@ def test_packed_weights_come_back_bit_for_bit(arch, shape):
         assert all(isinstance(part, np.ndarray) for part in on_host)
         np.testing.assert_array_equal(on_host[0], codes)
         np.testing.assert_array_equal(on_host[1], bits)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_tiles_that_the_handlers_count_with_are_the_order_s(arch):
+    (rows, columns), of_arch = WEIGHT_TILES[arch], order(arch)
+    assert rows == of_arch.row_tile and columns % of_arch.k_multiple == 0
+    for n, k in ((1, 1), (128, 64), (129, 65), (300, 200)):
+        padded = -(-n // rows) * rows * -(-k // columns) * columns
+        codes, scales = map(math.prod, of_arch.shapes(n, k))
+        assert (codes, scales) == (padded // 2, padded // 16)
 
 
 @pytest.mark.parametrize("arch", ["sm_100f", "sm_103a", "sm_120f"])

@@ -4,7 +4,8 @@
 import importlib
 from types import ModuleType
 
-from jax_nvfp4.config.gemm.types import ARCHES, GemmConfig, GemmProblem, Rule, runnable_arches
+from jax_nvfp4.config.arches import ARCHES, runnable_arches
+from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 
 # sm_103a walks the table of its family, in which it finds rows of its own.
 _MODULES = {"sm_90a": "sm90", "sm_100f": "sm100", "sm_103a": "sm100", "sm_120f": "sm120"}

@@ -1,46 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen types of problems and configs, and the names of the architectures."""
+"""The frozen types of GEMM problems, configs and the rows of a selection table."""
 
 import dataclasses
 from collections.abc import Callable
-
-REFERENCE = "reference"
-"""The arch of the pure-JAX path."""
-
-ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
-"""Architectures that kernels can be compiled for, each a full compile target."""
-
-
-def arch_of_compute_capability(major: int, minor: int) -> str:
-    """The kernel arch that serves a GPU of this compute capability.
-
-    Families, not exact versions: 10.0 and 10.3 run the `sm_100f` kernels, 12.0 and 12.1 the
-    `sm_120f` kernels (PTX ISA, family-specific targets). It names the order of a weight, too.
-
-    Args:
-        major: compute capability, major number.
-        minor: compute capability, minor number.
-
-    Returns:
-        A name of `ARCHES`, or `"reference"` where no kernels exist for the GPU.
-    """
-    if (major, minor) == (9, 0):
-        return "sm_90a"
-    if major == 10 and minor in (0, 3):
-        return "sm_100f"
-    if major == 12:
-        return "sm_120f"
-    return REFERENCE
-
-
-def most_specific_arch(major: int, minor: int) -> str:
-    """The arch of a GPU of this compute capability, with more kernels than its family's, if any."""
-    return "sm_103a" if (major, minor) == (10, 3) else arch_of_compute_capability(major, minor)
-
-
-def runnable_arches(arch: str) -> tuple[str, ...]:
-    """Architectures whose kernels a GPU of `arch` runs: its own and, last, its family's."""
-    return ("sm_103a", "sm_100f") if arch == "sm_103a" else (arch,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,27 +63,6 @@ class GemmConfig:
     warpgroups: int = 1
     k_groups: int = 1
     ctas_per_sm: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
-    """How one compiled quantize kernel works.
-
-    Attributes:
-        name: the kernel's C identifier, unique over all archs.
-        arch: a name of `ARCHES`.
-        kind: the design, e.g. "rows" or "grid".
-        x_dtype: "float32", "bfloat16" or "float16".
-        threads: threads of a CTA.
-        elements_per_thread: elements a thread quantizes at a time.
-    """
-
-    name: str
-    arch: str
-    kind: str
-    x_dtype: str
-    threads: int
-    elements_per_thread: int
 
 
 @dataclasses.dataclass(frozen=True)
