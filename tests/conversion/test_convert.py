@@ -2,6 +2,7 @@
 """What `convert` chooses, reports, accepts and refuses; its memory; its retracing."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,25 @@ def test_donated_leaves_are_freed_one_by_one():
     assert not any(leaf.is_deleted() for leaf in params.values())
     nvfp4.convert(fn, params, X, donate=True)
     assert all(leaf.is_deleted() for leaf in params.values())
+
+
+def test_host_leaves_are_quantized_one_by_one(monkeypatch):
+    module = importlib.import_module("jax_nvfp4.conversion.convert")
+    leaves = {str(i): np.asarray(exact(D, 512, seed=i)) for i in range(6)}
+    held, before = [], sum(array.nbytes for array in jax.live_arrays())
+    make_kernel = module.make_kernel
+
+    def spy(*args, **kwargs):
+        kernel = jax.block_until_ready(make_kernel(*args, **kwargs))
+        held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        return kernel
+
+    monkeypatch.setattr(module, "make_kernel", spy)
+    nvfp4.convert(lambda p, x: [x @ w for w in p.values()], leaves, X)
+    one = leaves["0"].nbytes
+    for i, nbytes in enumerate(held):
+        assert nbytes <= (i + 1) * one * 0.3 + one, (i, held)
+    assert len(held) == 6
 
 
 def test_shard_map_over_matrices_and_rows():
