@@ -40,6 +40,7 @@ class Record:
         batch: atoms that are indexed, scanned over, or batch axes of a product.
         divided: atoms that a `shard_map` divides, and in how many parts.
         primitives: what the leaf met.
+        inputs: of each product, what it multiplies.
         obstacle: what needs the leaf as an array, None where nothing does.
     """
 
@@ -49,6 +50,7 @@ class Record:
     batch: set[Atom] = dataclasses.field(default_factory=set)
     divided: dict[Atom, int] = dataclasses.field(default_factory=dict)
     primitives: dict[str, None] = dataclasses.field(default_factory=dict)
+    inputs: list[Product] = dataclasses.field(default_factory=list)
     obstacle: str | None = None
 
 
@@ -77,6 +79,7 @@ class Analyzer(Interpreter):
         every = frozenset(atom for axis in view.axes for atom in axis)
         contracting = frozenset(product.contracting)
         record.products.append((contracting, every - contracting))
+        record.inputs.append(product)
         record.batch.update((*product.batch, *product.groups))
         return self.bind(eqn, [o.dense if isinstance(o, View) else o for o in operands])
 

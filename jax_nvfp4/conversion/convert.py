@@ -15,18 +15,21 @@ from jax_nvfp4.conversion.analysis import Analyzer, Layout, Record
 from jax_nvfp4.conversion.program import (
     Converted,
     ConvertedLeaf,
+    JoinedLeaf,
     LeafPlan,
     Traced,
     is_converted,
     nbytes,
 )
 from jax_nvfp4.conversion.report import LeafReport, Report
-from jax_nvfp4.conversion.selection import Path, Where, decide
+from jax_nvfp4.conversion.selection import Path, Where, decide, join
 from jax_nvfp4.conversion.view import Leaf, View, whole
 from jax_nvfp4.numerics import dynamic_scales
 from jax_nvfp4.ops.checks import ActivationScale
+from jax_nvfp4.ops.concatenate import concatenate
 from jax_nvfp4.ops.device import local_arch
 from jax_nvfp4.ops.repack import repack as repack_weight
+from jax_nvfp4.products.axes import KernelAxes
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.tensor import FLOATS
 
@@ -41,6 +44,7 @@ def convert(
     search: str | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     tied: Literal["copy"] | None = None,
+    fuse: bool = False,
     arch: str | None = None,
     repack: bool = True,
     donate: bool = False,
@@ -74,6 +78,8 @@ def convert(
             channel is the `importance` of its column.
         tied: "copy" quantizes a copy of a leaf that meets products and something else (a tied
             embedding), beside the dense leaf; None leaves it alone.
+        fuse: joins the weights that multiply one and the same array (those of q, k and v, of gate
+            and up) in one, which takes one product; their global scales stay.
         arch: of the repacked weights; that of this machine's default device if None.
         repack: False keeps the weights in canonical order, as on disk.
         donate: deletes each leaf that is a `jax.Array` once its kernel is made, so that device
@@ -102,19 +108,22 @@ def convert(
     shapes = [abstract(leaf) for leaf in leaves]
     records = analyze(Traced(fn, tree, shapes), shapes, example_args)
     plans = decide(paths, shapes, records, where, tied)
+    if fuse:
+        plans = join(plans, records)
     target = (local_arch() if arch is None else arch) if repack else None
-    make = functools.partial(_converted, search=search, static=static, arch=target)
-    converted, reports = [], []
+    make = functools.partial(_converted, search=search, static=static)
+    converted = []
     for plan, leaf in zip(plans, leaves, strict=True):
         seen = None if calibration is None else calibration.get(plan.name)
-        result = leaf if plan.layout is None else make(plan, leaf, seen)
-        if plan.is_array:
-            reports.append(_report(plan, result))
+        own = None if plan.joined else target
+        result = leaf if plan.layout is None else make(plan, leaf, seen, arch=own)
         if donate and plan.layout and not plan.keeps_dense and isinstance(leaf, jax.Array):
             jax.block_until_ready(result)
             leaf.delete()
         converted.append(result)
-    report = Report(tuple(reports))
+    _join_kernels(plans, converted, target)
+    pairs = zip(plans, converted, strict=True)
+    report = Report(tuple(_report(plan, leaf) for plan, leaf in pairs if plan.is_array))
     if not report.quantized:
         raise ValueError(f"no leaf of the params can be converted:\n{report}")
     scaling: Any = None if static else activation_scale  # a static scale goes with its leaf
@@ -209,6 +218,28 @@ def _converted(
     if scale is None and not plan.keeps_dense:
         return kernel
     return ConvertedLeaf(kernel, leaf if plan.keeps_dense else None, scale)
+
+
+def _join_kernels(plans: Sequence[LeafPlan], converted: list[Any], arch: str | None) -> None:
+    """Puts the kernels of leaves that share a weight into that of the first of them."""
+
+    def joined(*weights: Any) -> Any:
+        weight = concatenate(weights)
+        weight = weight if arch is None else repack_weight(weight, arch)
+        rows_and_columns = KernelAxes(weight.shape[-2:], free=(0,), contracting=(1,))
+        return Nvfp4Kernel(weight, rows_and_columns)
+
+    for i, plan in enumerate(plans):
+        if plan.joined[:1] != (i,):
+            continue
+        kernels = [converted[j] for j in plan.joined]
+        scale = kernels[0].input_scale if isinstance(kernels[0], ConvertedLeaf) else None
+        weights = [k.kernel.weight if isinstance(k, ConvertedLeaf) else k.weight for k in kernels]
+        is_abstract = isinstance(weights[0].data, jax.ShapeDtypeStruct)
+        kernel = jax.eval_shape(joined, *weights) if is_abstract else jax.jit(joined)(*weights)
+        converted[i] = kernel if scale is None else ConvertedLeaf(kernel, None, scale)
+        for j in plan.joined[1:]:
+            converted[j] = JoinedLeaf(plan.name)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "search", "arch"))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_nvfp4.checkpoint import iter_checkpoint
 from jax_nvfp4.conversion.convert import path_of
-from jax_nvfp4.conversion.program import ConvertedLeaf, is_converted
+from jax_nvfp4.conversion.program import ConvertedLeaf, JoinedLeaf, is_converted
 from jax_nvfp4.ops.concatenate import concatenate
 from jax_nvfp4.ops.quantize.api import quantize
 from jax_nvfp4.ops.repack import repack
@@ -72,6 +72,11 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
     pending: dict[str, list[_Pending]] = {}
     for i, (key_path, leaf) in enumerate(keyed):
         leaf_path = path_of(key_path)
+        if isinstance(leaf, JoinedLeaf):
+            raise ValueError(
+                f"{'.'.join(leaf_path)} is joined with {leaf.into} (fuse=True); params are loaded "
+                f"into the kernels of each leaf: convert without fuse"
+            )
         name = name_of(leaf_path)
         if name is not None:
             item = _Pending(i, leaf_path, leaf, *_tensors_of(leaf_path, leaf, name))

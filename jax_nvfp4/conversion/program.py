@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_nvfp4.conversion import control as control  # registers its rules
+from jax_nvfp4.conversion import view as views
 from jax_nvfp4.conversion.analysis import Layout
 from jax_nvfp4.conversion.interpret import Interpreter
 from jax_nvfp4.conversion.rules import Product, batch_first
@@ -42,9 +44,21 @@ class ConvertedLeaf:
     input_scale: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JoinedLeaf:
+    """A leaf whose rows are in the kernel of another one, a pytree without arrays.
+
+    Attributes:
+        into: the name of that leaf.
+    """
+
+    into: str = dataclasses.field(metadata={"static": True})
+
+
 def is_converted(node: Any) -> bool:
     """Whether a node of converted params stands for a leaf of the dense ones."""
-    return isinstance(node, Nvfp4Kernel | ConvertedLeaf)
+    return isinstance(node, Nvfp4Kernel | ConvertedLeaf | JoinedLeaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +72,10 @@ class LeafPlan:
         layout: how it is quantized, None where it is left alone.
         why: what became of it.
         keeps_dense: a copy of the dense leaf stays beside the kernel.
+        joined: the numbers of the leaves that share one weight with this one, the holder first;
+            none if it has one of its own.
+        first_row: of this leaf in that weight.
+        all_rows: of that weight; of this leaf where none share it.
     """
 
     name: str
@@ -66,6 +84,9 @@ class LeafPlan:
     layout: Layout | None
     why: str
     keeps_dense: bool = False
+    joined: tuple[int, ...] = ()
+    first_row: int = 0
+    all_rows: int = 0
 
     @property
     def is_array(self) -> bool:
@@ -97,6 +118,11 @@ class Runner(Interpreter):
     def __init__(self, activation_scale: ActivationScale, batch_invariant: bool) -> None:
         super().__init__()
         self._how = How(activation_scale, batch_invariant)
+        self._shared = threading.local()
+
+    def forget(self) -> None:
+        """Drops the products that several leaves share."""
+        self._shared.__dict__.clear()
 
     def product(
         self, eqn: Any, operands: list[Any], view: View, product: Product
@@ -111,6 +137,8 @@ class Runner(Interpreter):
         how = dataclasses.replace(self._how, out_dtype=product.dtype)
         if input_scale is not None:
             how = dataclasses.replace(how, activation_scale=jnp.max(input_scale))
+        if leaf.part is not None:
+            return [self._joined(view, product, weight, how)]
         result = contract(
             product.x,
             product.of_x,
@@ -121,6 +149,29 @@ class Runner(Interpreter):
             how,
         )
         return [result.reshape(product.shape)]
+
+    def _joined(self, view: View, product: Product, weight: Any, how: How) -> jax.Array:
+        """The leaf's part of the product of a weight that several leaves share."""
+        assert view.leaf.part is not None
+        if view.batch:
+            raise NotAView("a product with several joined weights")
+        (number, start), free = view.leaf.part, view.leaf.free
+        others = tuple(label for label in product.of_result if label not in free)
+        source, y = getattr(self._shared, str(number), (None, product.x))
+        if source is not product.source:
+            columns = view.leaf.contracting
+            axes = KernelAxes(
+                sizes=(weight.shape[-2], *(atom.size for atom in columns)),
+                free=(0,),
+                contracting=tuple(range(1, len(columns) + 1)),
+            )
+            of_kernel, of_y = ("rows", *columns), (*others, "rows")
+            y = contract(product.x, product.of_x, weight, axes, of_kernel, of_y, how)
+            setattr(self._shared, str(number), (product.source, y))
+        mine = y[..., start : start + views.size(free)]
+        mine = mine.reshape(*mine.shape[:-1], *(atom.size for atom in free))
+        found = (*others, *free)
+        return mine.transpose([found.index(a) for a in product.of_result]).reshape(product.shape)
 
     def _ragged(self, view: View, product: Product) -> jax.Array:
         """The product of rows sorted by group."""
@@ -148,7 +199,10 @@ class Runner(Interpreter):
             return view.dense
         weight, _ = view.value
         atoms = (*view.batch, *view.leaf.free, *view.leaf.contracting)
-        values = Nvfp4Kernel(weight, _kernel_axes(view)).dequantize(view.dtype)
+        values = weight.dequantize(view.dtype)
+        start = view.leaf.part[1] if view.leaf.part else 0
+        values = values[..., start : start + views.size(view.leaf.free), :]
+        values = values.reshape([atom.size for atom in atoms])
         order = [atoms.index(atom) for axis in view.axes for atom in axis]
         return values.transpose(order).reshape(view.shape)
 
@@ -189,6 +243,8 @@ def view_of(plan: LeafPlan, value: Any, dense: Any) -> View:
     layout = plan.layout
     value = jax.tree.map(lambda part: _with_batch(part, layout.batch), value)
     leaf = layout.leaf(plan.name)
+    if plan.joined:
+        leaf = dataclasses.replace(leaf, part=(plan.joined[0], plan.first_row))
     return View(value, dense, leaf, layout.axes, layout.batch, jnp.dtype(plan.leaf.dtype))
 
 
@@ -227,8 +283,11 @@ class Converted:
         operands = self._operands(params)
         closed, out_tree = self._traced(args)
         runner = self._runner(closed)
-        results = runner.run(closed.jaxpr, closed.consts, [*operands, *jax.tree.leaves(args)])
-        arrays = [runner.dense(r, "a result") if isinstance(r, View) else r for r in results]
+        try:
+            results = runner.run(closed.jaxpr, closed.consts, [*operands, *jax.tree.leaves(args)])
+            arrays = [runner.dense(r, "a result") if isinstance(r, View) else r for r in results]
+        finally:
+            runner.forget()
         return jax.tree.unflatten(out_tree, arrays)
 
     def _runner(self, closed: Any) -> Runner:
@@ -248,8 +307,17 @@ class Converted:
                 f"params must have the structure of those that were converted, {self._tree}; "
                 f"got {tree}"
             )
-        pairs = zip(self._plans, leaves, strict=True)
-        return [_operand(plan, leaf) for plan, leaf in pairs if plan.is_array]
+        operands = []
+        for i, (plan, leaf) in enumerate(zip(self._plans, leaves, strict=True)):
+            if plan.joined and plan.joined[0] != i:
+                if not isinstance(leaf, JoinedLeaf):
+                    raise TypeError(
+                        f"{plan.name} was joined with another leaf; got {type(leaf).__name__}"
+                    )
+                leaf = leaves[plan.joined[0]]
+            if plan.is_array:
+                operands.append(_operand(plan, leaf))
+        return operands
 
 
 def _operand(plan: LeafPlan, leaf: Any) -> Any:
@@ -266,7 +334,7 @@ def _operand(plan: LeafPlan, leaf: Any) -> Any:
     if (held.dense is not None) != plan.keeps_dense:
         raise TypeError(f"{plan.name} must be the leaf that convert made of it; got {leaf}")
     weight, layout = held.kernel.weight, plan.layout
-    expected = (*layout.sizes, layout.n, layout.k)
+    expected = (*layout.sizes, plan.all_rows or layout.n, layout.k)
     if weight.shape != expected:
         raise ValueError(
             f"the NVFP4 weight of {plan.name} must have shape {expected}; got {weight.shape}"

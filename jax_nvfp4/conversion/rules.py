@@ -245,6 +245,7 @@ class Product:
     """A product of an array and a view, its axes named.
 
     Attributes:
+        source: the array as the program has it.
         x: the array, its axes cut where those of the view are.
         of_x: a label for each axis of x: an atom, or a number.
         of_result: the labels of the result, one for each atom.
@@ -256,6 +257,7 @@ class Product:
         group_sizes: of a ragged product, integers (groups,).
     """
 
+    source: jax.Array
     x: jax.Array
     of_x: tuple[Any, ...]
     of_result: tuple[Any, ...]
@@ -300,6 +302,7 @@ def _dot_general(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> l
     order = [view.axes[w] for w in batched[side]]
     order += free_w + free_x if side == 0 else free_x + free_w
     product = Product(
+        source=x,
         x=x if x.shape == tuple(sizes) else x.reshape(sizes),
         of_x=tuple(a for axis in of_x for a in axis),
         of_result=tuple(a for axis in order for a in axis),
@@ -328,6 +331,7 @@ def _ragged_dot(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> li
     rows = x if of_x[0] == 1 else x.T
     free = (a for w, axis in enumerate(view.axes) if w not in (*of_w, *groups) for a in axis)
     product = Product(
+        source=x,
         x=rows.reshape(rows.shape[0], *(atom.size for atom in contracting)),
         of_x=("rows", *contracting),
         of_result=("rows", *free),

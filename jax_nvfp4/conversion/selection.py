@@ -5,6 +5,7 @@ The default leaves alone what the command line leaves alone, by one definition: 
 tensor of a checkpoint that would hold its matrix.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -138,3 +139,51 @@ def _entry(path: Path, of_leaf: Layout) -> Entry:
     number = ("0",) if of_leaf.batch and not any(part.isdigit() for part in parts) else ()
     name = ".".join((*number, *parts, "weight"))
     return Entry(name, np.dtype(np.float32), (of_leaf.n, of_leaf.k), File(), 0)
+
+
+def join(plans: Sequence[LeafPlan], records: Mapping[int | None, Record]) -> list[LeafPlan]:
+    """Lets leaves that multiply one and the same array share a weight, one after the other in rows.
+
+    Such are the projections to q, k and v, and those of a gate and up. A leaf may be stacked and
+    scanned over, but not indexed: the others could be at another index.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, plan in enumerate(plans):
+        if plan.layout is not None and (key := _shared_input(plan, records[i])) is not None:
+            groups.setdefault(key, []).append(i)
+    result = list(plans)
+    for members in groups.values():
+        if len(members) > 1:
+            rows = [_rows_of(plans[i]) for i in members]
+            for place, i in enumerate(members):
+                others = " with " + ", ".join(plans[j].name for j in members if j != i)
+                result[i] = dataclasses.replace(
+                    plans[i],
+                    why=f"{plans[i].why}, joined{others}",
+                    joined=tuple(members),
+                    first_row=sum(rows[:place]),
+                    all_rows=sum(rows),
+                )
+    return result
+
+
+def _rows_of(plan: LeafPlan) -> int:
+    assert plan.layout is not None
+    return plan.layout.n
+
+
+def _shared_input(plan: LeafPlan, record: Record) -> Any:
+    """What leaves must have in common to share a weight; None for one that can share none."""
+    assert plan.layout is not None
+    of_leaf = plan.layout
+    indexed = {"slice", "dynamic_slice", "split"} & set(record.primitives)
+    if plan.keeps_dense or len(record.inputs) != 1 or indexed or record.divided:
+        return None
+    (product,) = record.inputs
+    if product.groups or product.batch or not set(of_leaf.contracting) <= set(product.of_x):
+        return None
+    others = [a for a in product.of_x if a not in of_leaf.contracting]
+    order = tuple(product.of_x.index(a) for a in (*others, *of_leaf.contracting))
+    # The record holds the array, so that its id stays its own.
+    source = id(product.source)
+    return source, product.x.shape, order, product.dtype, of_leaf.sizes, plan.leaf.dtype

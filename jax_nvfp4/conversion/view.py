@@ -131,12 +131,14 @@ class Leaf:
         name: for messages.
         free: the atoms that the rows of its NVFP4 weight run over, major first.
         contracting: the atoms that its columns run over.
+        part: of a weight that several leaves share, its number and the leaf's first row.
     """
 
     key: int | None
     name: str = dataclasses.field(compare=False)
     free: ViewAxis = ()
     contracting: ViewAxis = ()
+    part: tuple[int, int] | None = None
 
 
 @jax.tree_util.register_pytree_node_class

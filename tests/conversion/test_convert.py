@@ -14,6 +14,7 @@ from test_constructs import X, check, exact, weights
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.conversion.analysis import Use
+from jax_nvfp4.conversion.program import JoinedLeaf
 
 D = 32
 FIRST = {"w": exact(D, D)}
@@ -214,6 +215,34 @@ def test_shard_map_over_matrices_and_rows():
 
     params = weights(rows=(D, 128), experts=(2, D, D), whole=(D, D))
     check(fn, params, X)
+
+
+@pytest.mark.parametrize("repack", [True, False])
+def test_fused_products_of_one_array(repack):
+    def fn(p, x):
+        q = jnp.einsum("td,dhk->thk", x, p["q"]).reshape(x.shape)
+        y = q * (x @ p["k"]) + p["v"].T.astype(x.dtype) @ x[0]
+
+        def layer(y, w):
+            return jax.nn.silu(y @ w["gate"]) * (y @ w["up"]) @ w["down"], None
+
+        y, _ = jax.lax.scan(layer, y / 8, p["layers"])
+        return y + x @ p["twice"] + y @ p["twice"]
+
+    params = weights(q=(D, 2, 16), k=(D, D), v=(D, D), twice=(D, D))
+    params["layers"] = weights(gate=(2, D, 48), up=(2, D, 48), down=(2, 48, D))
+    converted = check(fn, params, X, fuse=True, repack=repack)
+    assert converted["q"] == JoinedLeaf("k") and converted["k"].shape == (2 * D, D)
+    assert converted["layers"]["up"] == JoinedLeaf("layers.gate")
+    run, _, report = nvfp4.convert(fn, params, X, fuse=True, repack=repack, where=lambda *_: True)
+    # v, whose x is another one, and twice, which has two, stay by themselves.
+    assert [leaf.name for leaf in report.quantized if "joined with" in leaf.why] == [
+        "k", "layers.gate", "layers.up", "q"
+    ]  # fmt: skip
+    products = str(jax.make_jaxpr(run)(converted, X)).count("nvfp4_linear[")
+    assert products == 1 + 1 + 2 + 2, products
+    with pytest.raises(ValueError, match=r"up is joined with layers\.gate"):
+        nvfp4.load_params(".", like=converted, names={})
 
 
 def test_what_a_call_refuses():
