@@ -46,6 +46,7 @@ from jax_nvfp4.checkpoint.modelopt_config import describe
 from jax_nvfp4.checkpoint.save import pack_weight, write_configs
 from jax_nvfp4.checkpoint.selection import (
     DEFAULT_SKIP,
+    ExpertStacks,
     Patterns,
     Roles,
     refuse_transposed,
@@ -89,6 +90,7 @@ class Plan:
         reasons: for each tensor why it is left alone, or None where it is to be quantized.
         identity: the source and the options, to recognize an unfinished run of the same.
         unmatched: patterns of the options that match no tensor.
+        transposed: experts in one parameter that are stored (G, K, N).
     """
 
     source: Folder
@@ -97,6 +99,7 @@ class Plan:
     reasons: dict[str, str | None]
     identity: dict[str, Any]
     unmatched: tuple[str, ...]
+    transposed: frozenset[str]
 
     @property
     def total_bytes(self) -> int:
@@ -112,7 +115,9 @@ def plan(
     only: Sequence[str] = (),
     default_skip: bool = True,
 ) -> Plan:
-    """Decides what to quantize: every `X.weight` of two axes with K a multiple of 16.
+    """Decides what to quantize: matrices `X.weight`, and experts in one parameter of three axes.
+
+    K, the contracted axis, must be a multiple of 16.
 
     Args:
         source: a Hugging Face style folder of safetensors files, or one such file.
@@ -156,12 +161,19 @@ def plan(
         found = ", ".join(f"{count} left alone: {reason}" for reason, count in counts.items())
         raise CheckpointError(f"{folder.path}: nothing to quantize ({found or 'no tensor'})")
     _check_description(folder, reasons)
-    return Plan(folder, config, destination, reasons, identity, unmatched)
+    stacks = ExpertStacks(folder.entries, config or {})
+    chosen = [entry for entry in folder.entries.values() if reasons[entry.name] is None]
+    transposed = {e.name for e in chosen if len(e.shape) == 3 and stacks.is_transposed(e)}
+    return Plan(folder, config, destination, reasons, identity, unmatched, frozenset(transposed))
 
 
 def _check_description(folder: Folder, reasons: dict[str, str | None]) -> None:
     """Refuses a source with 8-bit layers that the result could not describe."""
-    quantized = {f"{n}_scale_2": folder.entries[n] for n, reason in reasons.items() if not reason}
+    quantized = {
+        f"{name}_scale_2" if name.endswith(".weight") else f"{name}_weight_scale_2": entry
+        for name, entry in folder.entries.items()
+        if reasons[name] is None
+    }
     try:
         describe({**folder.entries, **quantized}, __version__)
     except ValueError as error:
@@ -178,15 +190,18 @@ def _reasons(
     """For each tensor why it is left alone, and the patterns that match none."""
     default = Patterns(DEFAULT_SKIP if default_skip else ())
     roles = Roles(folder.entries, config) if default_skip else None
+    stacks = ExpertStacks(folder.entries, config)
     skipped, selected = Patterns(skip), Patterns(only)
 
     def reason(entry: Entry) -> str | None:
         matched, wanted = skipped.match(entry.name), selected.match(entry.name)
-        if why := why_left_alone(entry, folder.entries):
+        stacked = stacks.has(entry)
+        why = stacks.why_left_alone(entry) if stacked else why_left_alone(entry, folder.entries)
+        if why:
             return why
         if pattern := default.match(entry.name) or matched:
             return f"matches {pattern!r}"
-        if roles and (role := roles.role(entry.name)):
+        if roles and not stacked and (role := roles.role(entry.name)):
             return role
         return "not selected" if only and not wanted else None
 
@@ -213,11 +228,13 @@ def _check_destination(destination: Path, identity: dict[str, Any]) -> None:
 def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> list[TensorReport]:
     """Carries out a plan.
 
-    Beside the output of one shard, one tensor is in memory at a time.
+    Beside the output of one shard, one tensor is in memory at a time, of experts in one parameter
+    one expert.
 
     Args:
         plan: from `plan`.
-        on_tensor: called after each tensor, for progress; tensors of kept shards come at once.
+        on_tensor: called after each tensor or expert, for progress; tensors of kept shards come at
+            once.
 
     Returns:
         A report for each tensor.
@@ -235,7 +252,7 @@ def run(plan: Plan, on_tensor: Callable[[Entry], None] = lambda entry: None) -> 
         output, record = plan.destination / shard.name, records / f"{shard.name}.json"
         done = _recorded(output, record)
         if done is None:
-            done = _convert_shard(entries, plan.reasons, output, on_tensor)
+            done = _convert_shard(entries, plan, output, on_tensor)
             content = {"sha256": _hash(output), "tensors": [dataclasses.asdict(r) for r in done]}
             write_json(record, content)
         else:
@@ -263,38 +280,79 @@ def _hash(path: Path) -> str:
 
 def _convert_shard(
     entries: Sequence[Entry],
-    reasons: dict[str, str | None],
+    plan: Plan,
     output: Path,
     on_tensor: Callable[[Entry], None],
 ) -> list[TensorReport]:
     arrays: dict[str, np.ndarray] = {}
     reports = []
     for entry in entries:
-        reason, error = reasons[entry.name], None
-        if reason is None:
-            parts, error = _quantize(entry)
+        reason, error = plan.reasons[entry.name], None
+        if reason is None and len(entry.shape) == 3:
+            transposed = entry.name in plan.transposed
+            parts, error = _quantize_experts(entry, transposed, on_tensor)
         else:
-            parts = {entry.name: read(entry)}
+            if reason is None:
+                parts, *squares = _quantize(entry)
+                error = _relative(*squares)
+            else:
+                parts = {entry.name: read(entry)}
+            on_tensor(entry)
         after = sum(array.nbytes for array in parts.values())
         reports.append(TensorReport(entry.name, entry.shape, entry.nbytes, after, error, reason))
         arrays |= parts
-        on_tensor(entry)
     write_safetensors(output, arrays)
     return reports
 
 
-def _quantize(entry: Entry) -> tuple[dict[str, np.ndarray], float]:
-    """The stored parts of a weight, and its relative error."""
-    weight = jax.device_put(read(entry))
+def _quantize(entry: Entry, transposed: bool = False) -> tuple[dict[str, np.ndarray], float, float]:
+    """Quantizes a matrix, (N, K), or (K, N) if it is transposed.
+
+    Returns:
+        (its stored parts, the squares of what was lost and of the weight, summed).
+    """
+    values = read(entry)
+    weight = jax.device_put(np.ascontiguousarray(values.T) if transposed else values)
+    del values
     tensor = _quantize_matrix(weight)
     if (np.asarray(tensor.block_scale).view(np.uint8) == 0x7F).any():
         raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or Inf")
-    lost, total = (np.asarray(sums).sum(dtype=np.float64) for sums in _squares(weight, tensor))
-    error = math.sqrt(lost / total) if total else 0.0
+    lost, total = (float(np.asarray(x).sum(dtype=np.float64)) for x in _squares(weight, tensor))
+    key = entry.name if entry.name.endswith(".weight") else f"{entry.name}.weight"
     try:
-        return pack_weight(entry.name, tensor), error
+        return pack_weight(key, tensor), lost, total
     except ValueError as problem:
         raise CheckpointError(f"{entry.file}: {problem}") from problem
+
+
+def _quantize_experts(
+    entry: Entry, transposed: bool, on_expert: Callable[[Entry], None]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Quantizes experts in one parameter, one by one, each with a global scale of its own.
+
+    Returns:
+        (its stored parts, the relative error): ordered as the parameter is, packed along K.
+    """
+    joint = "_scale" if entry.name.endswith(".weight") else "_weight_scale"
+    names = (entry.name, f"{entry.name}{joint}", f"{entry.name}{joint}_2")
+    whole: list[np.ndarray] = []
+    lost = total = 0.0
+    for i in range(entry.shape[0]):
+        expert = entry.part(i)
+        parts, *squares = _quantize(expert, transposed)
+        lost, total = lost + squares[0], total + squares[1]
+        arrays = [part.T if transposed else part for part in parts.values()]
+        if not whole:
+            whole = [np.empty((entry.shape[0], *a.shape), a.dtype) for a in arrays]
+        for stack, array in zip(whole, arrays, strict=True):
+            stack[i] = array
+        on_expert(expert)
+    return dict(zip(names, whole, strict=True)), _relative(lost, total)
+
+
+def _relative(lost: float, total: float) -> float:
+    """The relative error that sums of squares amount to."""
+    return math.sqrt(lost / total) if total else 0.0
 
 
 _quantize_matrix = jax.jit(quantize)

@@ -335,7 +335,8 @@ def _open_file(path: Path, alone: bool = False) -> Folder:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+        isinstance(shard, str) and Path(shard).name == shard and shard.strip(".")
+        for shard in weight_map.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
     if not weight_map:

@@ -183,6 +183,7 @@ def detect(folder: Folder) -> Format:
     """
     description = descriptions.find(folder)
     if description is not None and description.content.get("quant_method") == "mxfp4":
+        _check_names(folder, _MXFP4, description)
         return dataclasses.replace(_MXFP4, interleaved=_interleaved(folder))
     own = modelopt.describe(folder, description)
     if description is not None and own is None and not compressed_tensors.describes(description):

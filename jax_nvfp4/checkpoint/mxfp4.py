@@ -13,7 +13,8 @@ than 18 gets a global scale for each row; a row that does so still is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -46,14 +47,14 @@ def parts_of(parts: Mapping[str, Entry]) -> tuple[Entry, Entry] | None:
 
 
 def read_weight(
-    data: Entry, scales: Entry, order: np.ndarray | None
+    data: Entry, scales: Entry, order_of: Callable[[int], np.ndarray | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads a weight as NVFP4.
 
     Args:
         data: the codes.
         scales: the powers of two.
-        order: the order to put the rows of each matrix in, None to leave them.
+        order_of: from a count of rows, the order to put those of a matrix in; None to leave them.
 
     Returns:
         (data, block_scale, global_scale): uint8 (..., N, K/2), float8_e4m3fn (..., N, K/16), and
@@ -71,7 +72,7 @@ def read_weight(
             f"{data.file}: tensor {data.name!r} is {data} and {scales.name!r} is {scales}; "
             f"expected [..., N, K/32, 16] and [..., N, K/32] of bytes"
         )
-    count = int(np.prod(lead, dtype=np.int64))
+    order, count = order_of(n), math.prod(lead)
     codes = empty((count, n, k // 2), np.dtype(np.uint8))
     block_scale = empty((count, n, k // BLOCK), _E4M3)
     powers = np.zeros((count, n), np.int64)

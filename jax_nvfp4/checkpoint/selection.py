@@ -179,6 +179,71 @@ def why_left_alone(entry: Entry, entries: Mapping[str, Entry]) -> str | None:
     return None
 
 
+class ExpertStacks:
+    """Experts in one parameter of three axes: which of the axes is contracted.
+
+    Models store them as (G, N, K) or as (G, K, N). The size of the model tells which: the layer
+    that enters the experts contracts it, the one that leaves them yields it.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+        self._entries = entries
+        sizes = (set(_numbers(config, name)) for name in ("hidden_size", "d_model", "n_embd"))
+        self._sizes = set().union(*sizes)
+        self._by_parent: dict[str, bool] = {}
+        for name, entry in entries.items():
+            if self.has(entry) and (transposed := self._by_size(entry)) is not None:
+                self._by_parent[_parent(name)] = transposed
+
+    def has(self, entry: Entry) -> bool:
+        """Whether a tensor is such a parameter."""
+        layer = entry.name.removesuffix(".weight")
+        parts = layer.split(".")
+        inside = any(part.endswith(("experts", "moe")) for part in parts[:-1])
+        side = _ENTERS.search(parts[-1]) or _LEAVES.search(parts[-1])
+        return len(entry.shape) == 3 and entry.dtype in FLOATS and inside and bool(side)
+
+    def is_transposed(self, entry: Entry) -> bool | None:
+        """Whether it is stored (G, K, N); None where that cannot be told."""
+        found = self._by_size(entry)
+        return self._by_parent.get(_parent(entry.name)) if found is None else found
+
+    def _by_size(self, entry: Entry) -> bool | None:
+        _, first, second = entry.shape
+        enters = _ENTERS.search(_own(entry.name)) is not None
+        size, other = (second, first) if enters else (first, second)
+        if (size in self._sizes) == (other in self._sizes):
+            return None
+        return other in self._sizes
+
+    def why_left_alone(self, entry: Entry) -> str | None:
+        """Why such a parameter cannot be quantized, or None where it can."""
+        if 0 in entry.shape:
+            return "empty"
+        transposed = self.is_transposed(entry)
+        if transposed is None:
+            return "experts of which the sizes do not tell the contracted axis"
+        k = entry.shape[1 if transposed else 2]
+        if k % BLOCK:
+            return f"K = {k} is not a multiple of {BLOCK}"
+        layer = entry.name.removesuffix(".weight")
+        if any(f"{layer}{suffix}" in self._entries for suffix in ("_scale", "_weight_scale")):
+            return "has a scale already"
+        return None
+
+
+_ENTERS = re.compile(r"gate|up|^w1$|^w3$|^w13|^fc1|^input_linear$|^in_proj")
+_LEAVES = re.compile(r"down|^w2|^fc2|^output_linear$|^out_proj")
+
+
+def _parent(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[0]
+
+
+def _own(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
 def refuse_transposed(folder: Folder, config: Mapping[str, Any]) -> None:
     """Refuses models whose linear layers are stored (K, N), also inside of a composite model.
 

@@ -19,7 +19,8 @@ _DESCRIPTION = """\
 Quantizes the linear layers of a Hugging Face style checkpoint (safetensors in bf16, f16 or f32) to
 NVFP4, weight-only, and writes it as NVIDIA ModelOpt does.
 
-Every X.weight of two axes with K a multiple of 16 is quantized, but for embeddings, norms, the
+Every X.weight of two axes with K a multiple of 16 is quantized, and experts that a model keeps in
+one parameter, expert by expert; but for embeddings, norms, the
 output heads and routers; the summary says what was left alone and why. A killed run leaves nothing
 that loads; the same command finishes it.
 """

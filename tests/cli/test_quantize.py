@@ -410,3 +410,82 @@ def test_kv_cache_alone_is_quantized_the_cache_is_kept(source, tmp_path):
     (source / "hf_quant_config.json").write_text(json.dumps(hf))
     assert run(source, tmp_path / "out") == 0
     assert load_checkpoint(tmp_path / "out").kv_cache_quant_algo == "NVFP4"
+
+
+# --- mixtures of experts ---------------------------------------------------------------------
+
+G, H, I = 3, 32, 48  # noqa: E741
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def write_experts(folder, tensors, **config):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def matrices(*shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return values * np.arange(1, shape[0] + 1, dtype=np.float32)[:, None, None]
+
+
+@pytest.mark.parametrize("model", ["gpt_oss", "llama4", "qwen3_5_moe"])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_experts_in_one_parameter(suffix, model, tmp_path, capsys):
+    """Quantized one by one as (N, K), whichever way they are stored, with a scale for each."""
+    transposed = model != "qwen3_5_moe"
+    gate_up, down = matrices(G, 2 * I, H), matrices(G, H, I, seed=1)
+    tensors = {
+        f"{EXPERTS}.gate_up_proj{suffix}": gate_up,
+        f"{EXPERTS}.down_proj{suffix}": down,
+        "model.layers.0.mlp.router.weight": np.ones((G, H), np.float32),
+        "conv.weight": np.ones((4, 4, 32), np.float32),
+    }
+    if transposed:
+        turned = {
+            n: np.ascontiguousarray(t.swapaxes(1, 2)) for n, t in tensors.items() if "ex" in n
+        }
+        tensors |= turned
+    config = {"text_config": {"hidden_size": H, "model_type": model}}
+    write_experts(tmp_path / "source", tensors, **config)
+    assert run(tmp_path / "source", tmp_path / "out") == 0
+    assert "2 layers quantized" in capsys.readouterr().out
+    loaded = load_checkpoint(tmp_path / "out")
+    for name, values in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if model == "gpt_oss" and name == "gate_up_proj":
+            values = np.concatenate([values[:, 0::2], values[:, 1::2]], axis=1)
+        weight = loaded[f"{EXPERTS}.{name}.weight"]
+        assert weight.shape == values.shape
+        for g in range(G):
+            one = quantize(values[g])
+            assert_same_bits(np.asarray(weight.data[g]), one.data)
+            assert_same_bits(np.asarray(weight.block_scale[g]), one.block_scale)
+            assert weight.global_scale[g] == one.global_scale
+    details = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert details["quant_algo"] == "W4A16_NVFP4"
+    assert details["exclude_modules"] == ["conv", "model.layers.0.mlp.router"]
+
+
+def test_experts_whose_axes_cannot_be_told_are_left_alone(tmp_path, capsys):
+    """Square experts follow their siblings; without siblings nothing tells."""
+    square = matrices(G, H, H)
+    both = {f"{EXPERTS}.gate_up_proj": matrices(G, H, 2 * H), f"{EXPERTS}.down_proj": square}
+    write_experts(tmp_path / "both", both, hidden_size=H)
+    assert run(tmp_path / "both", tmp_path / "out") == 0
+    weight = load_checkpoint(tmp_path / "out")[f"{EXPERTS}.down_proj.weight"]
+    assert_same_bits(np.asarray(weight.data[1]), quantize(square[1].T).data)
+    alone = {f"{EXPERTS}.down_proj": square, "a.weight": np.ones((4, 32), np.float32)}
+    write_experts(tmp_path / "alone", alone, hidden_size=H)
+    assert run(tmp_path / "alone", tmp_path / "out2") == 0
+    assert "do not tell the contracted axis" in capsys.readouterr().out
+    assert_same_bits(load_checkpoint(tmp_path / "out2")[f"{EXPERTS}.down_proj"], square)
+
+
+def test_experts_one_by_one(tmp_path):
+    tensors = {f"{EXPERTS}.{g}.up_proj.weight": matrices(1, I, H, seed=g)[0] for g in range(G)}
+    tensors["model.layers.0.mlp.gate.weight"] = np.ones((G, H), np.float32)
+    write_experts(tmp_path / "source", tensors, hidden_size=H)
+    assert run(tmp_path / "source", tmp_path / "out") == 0
+    loaded = load_checkpoint(tmp_path / "out", stack_experts=True)
+    assert loaded[f"{EXPERTS}.up_proj.weight"].shape == (G, I, H)
+    assert not isinstance(loaded["model.layers.0.mlp.gate.weight"], Nvfp4Tensor)
