@@ -69,26 +69,35 @@ def as_weight(layer: str, kernel: Any, features: int, k: int) -> Nvfp4Tensor | R
 
 
 def cast_inputs(
-    layer: str, inputs: jax.Array, dtype: DTypeLike | None, param_dtype: DTypeLike
+    layer: str,
+    inputs: jax.Array,
+    dtype: DTypeLike | None,
+    *of_params: Any,
 ) -> tuple[jax.Array, jnp.dtype]:
     """The inputs as they are quantized, and the compute dtype, by the rules of Flax's dense layers.
 
-    The compute dtype is `dtype` or, where that is None, what inputs and params promote to. Inputs
-    are rounded to it only where it is narrower: widening would only lose the fact that they are 16
-    bits wide.
+    The compute dtype is `dtype` or, where that is None, what the inputs and the params, as they
+    are, promote to. Inputs are rounded to it unless that would widen them: they would only lose the
+    fact that they are 16 bits wide.
+
+    Args:
+        layer: its name.
+        inputs: of the layer.
+        dtype: the field.
+        *of_params: the params or their dtypes; None for one that is not there.
 
     Raises:
         TypeError: the compute dtype is another than bfloat16, float16 and float32.
     """
-    compute = jnp.dtype(dtype or jnp.promote_types(inputs.dtype, param_dtype))
+    of_params = tuple(param for param in of_params if param is not None)
+    compute = jnp.dtype(jnp.result_type(inputs, *of_params) if dtype is None else dtype)
     if compute not in FLOATS:
         raise TypeError(
             f"{layer} computes in {FLOAT_NAMES}; its dtype {dtype}, inputs of "
-            f"{inputs.dtype.name} and param_dtype {jnp.dtype(param_dtype).name} ask for "
-            f"{compute.name}"
+            f"{inputs.dtype.name} and params of param_dtype {jnp.result_type(*of_params).name} ask "
+            f"for {compute.name}"
         )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating) or (
-        jnp.promote_types(inputs.dtype, compute) != compute
-    ):
+    narrow = inputs.dtype in (jnp.bfloat16, jnp.float16)
+    if not (narrow and compute == jnp.float32):
         inputs = inputs.astype(compute)
     return inputs, compute

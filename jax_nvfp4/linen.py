@@ -47,7 +47,8 @@ class Nvfp4Dense(nn.Module):
     Attributes:
         features: output features.
         use_bias: whether to add a bias.
-        dtype: of the computation and the output; None: what inputs and `param_dtype` promote to.
+        dtype: of the computation and the output; None: what the inputs and the params, as they are,
+            promote to (the kernel's `dtype` is that which it was quantized from).
         param_dtype: of the bias, and of the kernel before it is quantized at init.
         precision: no effect: products are exact and sums float32. Here so that Dense's fields are.
         kernel_init: initializer of the (inputs, features) kernel that init quantizes.
@@ -111,7 +112,7 @@ class Nvfp4Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        inputs, compute = _layer.cast_inputs("Nvfp4Dense", inputs, self.dtype, self.param_dtype)
+        inputs, compute = _layer.cast_inputs("Nvfp4Dense", inputs, self.dtype, kernel.dtype, bias)
         scale: Any = self.activation_scale
         return linear(
             inputs,

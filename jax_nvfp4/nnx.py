@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Flax nnx layer, and the swap of a model's Linear layers."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_nvfp4 import _layer, numerics, params
 from jax_nvfp4.ops.linear.api import linear
@@ -24,29 +26,74 @@ class QuantStat(nnx.Variable[jax.Array]):
     """A static activation scale, or the running amax that it follows from."""
 
 
-def _variables(weight: Nvfp4Tensor | RepackedWeight, metadata: Mapping[str, Any]) -> Any:
+Weight = Nvfp4Tensor | RepackedWeight
+
+
+def _quantized(kernel: nnx.Variable[Any]) -> Any:
+    """The weight of a kernel (..., in, out), a variable for each part.
+
+    Parts, each with axes of its own, need variables of their own: Flax's tools for sharding know
+    one specification for a variable. Axis names are those of the kernel, the last two swapped.
+    """
+    value = kernel.get_value()
+    metadata = kernel.get_metadata()
+    names = metadata.pop("out_sharding", None)
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return _variables(params.quantize_kernel(value), metadata, _swapped(names, value.ndim))
+    weight = jax.eval_shape(params.quantize_kernel, value)
+    if isinstance(value.sharding, NamedSharding):
+        place = _swapped(value.sharding, value.ndim)
+        weight = jax.tree.map(lambda part: part.update(sharding=_leading(place, part)), weight)
+    return _variables(weight, metadata, _swapped(names, value.ndim), placed=True)
+
+
+def _swapped(names: Any, ndim: int) -> Any:
+    """The axis names, or the sharding, of an array whose last two axes are swapped."""
+    if names is None:
+        return None
+    if isinstance(names, NamedSharding):
+        return NamedSharding(names.mesh, PartitionSpec(*_swapped(tuple(names.spec), ndim)))
+    padded = tuple(names) + (None,) * (ndim - len(names))
+    return (*padded[:-2], padded[-1], padded[-2])
+
+
+def _leading(names: Any, part: Any) -> Any:
+    """As many of the names of the codes' axes, or of their sharding, as a part has axes."""
+    if isinstance(names, NamedSharding):
+        return NamedSharding(names.mesh, PartitionSpec(*_leading(tuple(names.spec), part)))
+    return names[: part.ndim]
+
+
+def _variables(
+    weight: Weight, metadata: Mapping[str, Any], names: Any = None, *, placed: bool = False
+) -> Any:
     """A weight with a variable for each part.
 
     Args:
-        weight: with arrays as parts.
-        metadata: of a kernel variable (in, out); its axis names are transposed for the codes and
-            the block scales and left out for the global scale.
+        weight: with arrays as parts, abstract ones too.
+        metadata: of each variable, axis names aside.
+        names: of the axes of the codes; the others' are the first of these.
+        placed: whether the parts are where they belong, so that none is to be moved by its names.
     """
-    names = metadata.get("out_sharding")
-    rest = {name: value for name, value in metadata.items() if name != "out_sharding"}
 
-    def variable(path: Any, part: jax.Array) -> QuantizedParam:
-        if names is None or path[-1].name == "global_scale":
-            return QuantizedParam(part, **rest)
-        return QuantizedParam(part, out_sharding=tuple(reversed(names)), **rest)
+    def variable(part: Any) -> nnx.Variable[jax.Array]:
+        own = dict(metadata)
+        if names is not None and part.ndim:
+            own["out_sharding"] = _leading(names, part)
+        if not placed:
+            return QuantizedParam(part, **own)
+        required = nnx.Variable(0).get_metadata(exclude_required=False)
+        return QuantizedParam.from_metadata(part, required | own)
 
-    return jax.tree_util.tree_map_with_path(variable, weight)
+    return jax.tree.map(variable, weight)
 
 
 def _arrays(weight: Any) -> Any:
     """The inverse of `_variables`, metadata aside."""
     return jax.tree.map(
-        lambda part: part[...], weight, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        lambda part: part.get_value() if isinstance(part, nnx.Variable) else part,
+        weight,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
 
 
@@ -56,6 +103,14 @@ class Nvfp4Linear(nnx.Module):
     `kernel` is an Nvfp4Tensor or RepackedWeight of logical shape (out_features, in_features) with a
     QuantizedParam for each part; `bias` is an `nnx.Param`. `quantize_model` swaps the Linear layers
     of a model for this one, `repack_model` repacks their kernels.
+
+    A weight that is assigned to `kernel`, such as one of a checkpoint, becomes variables likewise,
+    with the metadata of those before it. The layer, or a whole model, may be abstract
+    (`nnx.eval_shape`): then nothing is computed before that.
+
+    Layers may be stacked, by `nnx.vmap`, and applied by `nnx.scan`: everything has the same leading
+    axis then. State axes must map it all: `nnx.StateAxes({(nnx.Param, QuantizedParam, QuantStat):
+    0, ...: None})`.
 
     With `activation_scale="static"` the layer reads its QuantStat `input_scale`; while
     `calibrating` is True it keeps the running amax of its inputs in `input_amax` and the scale that
@@ -67,7 +122,8 @@ class Nvfp4Linear(nnx.Module):
         in_features: input features, K.
         out_features: output features, N.
         use_bias: whether to add a bias.
-        dtype: of the computation and the output; None: what inputs and `param_dtype` promote to.
+        dtype: of the computation and the output; None: what the inputs and the params, as they are,
+            promote to (the kernel's `dtype` is that which it was quantized from).
         param_dtype: of the bias, and of the kernel before it is quantized.
         precision: no effect: products are exact and sums float32.
         kernel_init: initializer of the (in_features, out_features) kernel that is then quantized.
@@ -114,11 +170,11 @@ class Nvfp4Linear(nnx.Module):
             promote_dtype=promote_dtype,
         )
         # As a Param, an initializer's metadata (of nnx.with_partitioning) joins the rest.
-        kernel = nnx.Param(
-            kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
-        )
-        weight = params.quantize_kernel(kernel[...])
-        self.kernel = nnx.data(_variables(weight, kernel.get_metadata()))
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        if not isinstance(kernel, nnx.Variable):
+            kernel = nnx.Param(kernel, **kernel_metadata)
+        self.kernel: Any = nnx.data(_quantized(kernel))
+        *stacked, _, _ = self.kernel.shape
         self.bias: Any = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), (out_features,), param_dtype)
@@ -133,24 +189,44 @@ class Nvfp4Linear(nnx.Module):
         self.activation_scale = activation_scale
         self.batch_invariant = batch_invariant
         self.calibrating = False
-        static = activation_scale == "static"
-        self.input_amax: Any = QuantStat(jnp.zeros((), jnp.float32)) if static else nnx.data(None)
-        self.input_scale: Any = QuantStat(jnp.ones((), jnp.float32)) if static else nnx.data(None)
+        self.input_amax: Any = nnx.data(None)
+        self.input_scale: Any = nnx.data(None)
+        if activation_scale == "static":
+            self.input_amax = QuantStat(jnp.zeros(stacked, jnp.float32))
+            self.input_scale = QuantStat(jnp.ones(stacked, jnp.float32))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel" and isinstance(value, Nvfp4Tensor | RepackedWeight):
+            old, metadata = self.kernel.data, {}
+            if isinstance(old, nnx.Variable) and not isinstance(value.data, nnx.Variable):
+                metadata = old.get_metadata()
+            names = metadata.pop("out_sharding", None)
+            if isinstance(value, RepackedWeight):
+                names = None  # those of canonical weights say nothing of its axes
+            value = nnx.data(_variables(_arrays(value), metadata, names, placed=True))
+        super().__setattr__(name, value)
 
     @classmethod
     def from_linear(cls, linear: nnx.Linear, **fields: Any) -> "Nvfp4Linear":
         """Quantizes the kernel of an `nnx.Linear`.
 
         Args:
-            linear: the layer; its bias variable is shared, not copied.
+            linear: the layer, abstract or stacked too; its bias variable is shared, not copied.
             **fields: activation_scale and batch_invariant of the new layer.
 
         Returns:
             The new layer.
 
         Raises:
-            ValueError: the layer has a dot_general or promote_dtype of its own.
+            ValueError: the layer has a dot_general or promote_dtype of its own, or its kernel has
+                other axes than (..., in_features, out_features).
         """
+        if linear.kernel.shape[-2:] != (linear.in_features, linear.out_features):
+            raise ValueError(
+                f"the kernel of a Linear, stacked or not, must have shape (..., in_features, "
+                f"out_features) = (..., {linear.in_features}, {linear.out_features}); got "
+                f"{linear.kernel.shape}"
+            )
         own_product = linear.dot_general is not jax.lax.dot_general
         own_promotion = linear.promote_dtype is not nnx.nn.dtypes.promote_dtype
         layer = cls(
@@ -160,23 +236,24 @@ class Nvfp4Linear(nnx.Module):
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
             precision=linear.precision,
-            kernel_init=lambda *_: linear.kernel[...],
+            kernel_init=lambda *_: linear.kernel,
             dot_general=linear.dot_general if own_product else None,
             promote_dtype=linear.promote_dtype if own_promotion else None,
             preferred_element_type=linear.preferred_element_type,
             rngs=nnx.Rngs(0),
-            kernel_metadata=linear.kernel.get_metadata(),
             **fields,
         )
         if linear.bias is not None:
             layer.bias, layer.use_bias = linear.bias, True
         return layer
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer along the last axis.
 
         Args:
             inputs: (..., in_features).
+            out_sharding: of the result, on a mesh with explicit axes: a PartitionSpec or a
+                NamedSharding. None: with the rows of the inputs and those of the weight.
 
         Returns:
             (..., out_features).
@@ -187,8 +264,16 @@ class Nvfp4Linear(nnx.Module):
         """
         inputs = jnp.asarray(inputs)
         kernel = _arrays(self.kernel)
+        bias = None if self.bias is None else self.bias[...]
+        statistics = () if self.input_scale is None else (self.input_amax, self.input_scale)
+        if getattr(kernel, "ndim", 2) > 2 or any(s[...].ndim for s in statistics):
+            raise ValueError(
+                f"this Nvfp4Linear is a stack, with a kernel of shape {kernel.shape}: apply it by "
+                f"nnx.scan or nnx.vmap, and map all of it: in nnx.StateAxes, QuantizedParam and "
+                f"QuantStat as well as nnx.Param"
+            )
         kernel = _layer.as_weight("Nvfp4Linear", kernel, self.out_features, self.in_features)
-        inputs, compute = _layer.cast_inputs("Nvfp4Linear", inputs, self.dtype, self.param_dtype)
+        inputs, compute = _layer.cast_inputs("Nvfp4Linear", inputs, self.dtype, kernel.dtype, bias)
         scale: Any = self.activation_scale
         if scale == "static":
             if self.calibrating:
@@ -196,14 +281,15 @@ class Nvfp4Linear(nnx.Module):
                 self.input_amax[...] = amax
                 self.input_scale[...] = numerics.dynamic_scales(amax)[1]
             scale = self.input_scale[...]
-        return linear(
+        y = linear(
             inputs,
             kernel,
-            None if self.bias is None else self.bias[...],
+            bias,
             activation_scale=scale,
             out_dtype=self.preferred_element_type or compute,
             batch_invariant=self.batch_invariant,
         )
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 def _every_linear(path: tuple[Any, ...], layer: nnx.Linear) -> bool:
@@ -217,9 +303,11 @@ def quantize_model(
 ) -> None:
     """Swaps the `nnx.Linear` layers of a model for Nvfp4Linear, in place.
 
+    Layers are swapped one by one, so that nothing but the model and one layer need be in memory.
+
     Args:
-        model: changed in place. A layer that is shared stays shared. Subclasses of `nnx.Linear`,
-            whose call may be another, stay.
+        model: changed in place; it may be abstract (`nnx.eval_shape`). A layer that is shared stays
+            shared. Subclasses of `nnx.Linear`, whose call may be another, stay.
         where: given a layer's path and the layer, whether to swap it; every Linear by default.
         **fields: activation_scale and batch_invariant of the new layers.
 
@@ -230,19 +318,24 @@ def quantize_model(
     if isinstance(model, nnx.Linear):
         raise ValueError("the model is itself a Linear; use Nvfp4Linear.from_linear")
     chosen = {
-        id(node): node
+        path: node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Linear) and type(node) is nnx.Linear and where(path, node)
+        if type(node) is nnx.Linear and where(path, node)
     }
     if not chosen:
         raise ValueError("no nnx.Linear layer of the model was chosen to be quantized")
-    _replace(model, {key: Nvfp4Linear.from_linear(node, **fields) for key, node in chosen.items()})
-    for path, node in nnx.iter_graph(model):
-        if id(node) in chosen:
+    places = _places(model, set(map(id, chosen.values())))
+    for path, node in chosen.items():
+        if id(node) not in places:
             raise ValueError(
-                f"the layer {'.'.join(map(str, path))} could not be swapped: layers may be "
+                f"the layer {'.'.join(map(str, path))} cannot be swapped: layers may be "
                 f"attributes of modules or items of lists, dicts and tuples"
             )
+    while chosen:
+        _, old = chosen.popitem()
+        new = Nvfp4Linear.from_linear(old, **fields)
+        for holder, key in places.pop(id(old)):
+            _put(holder, key, old, new)
 
 
 def repack_model(model: nnx.Module, arch: str | None = None) -> None:
@@ -252,7 +345,7 @@ def repack_model(model: nnx.Module, arch: str | None = None) -> None:
     weights, are dropped.
 
     Args:
-        model: changed in place.
+        model: changed in place; it may be abstract.
         arch: as in `jax_nvfp4.repack`.
 
     Raises:
@@ -262,34 +355,49 @@ def repack_model(model: nnx.Module, arch: str | None = None) -> None:
     if not layers:
         raise ValueError("no Nvfp4Linear layer in the model to repack; see quantize_model")
     for layer in layers:
-        layer.kernel = nnx.data(_variables(repack(_arrays(layer.kernel), arch), {}))
-
-
-def _replace(root: Any, swapped: dict[int, Nvfp4Linear]) -> None:
-    """Puts the new layers wherever the old ones are attributes or items, at any depth."""
-
-    def new(child: Any) -> Any:
-        if isinstance(child, tuple):
-            items = [new(item) for item in child]
-            if all(a is b for a, b in zip(items, child, strict=True)):
-                return child
-            return type(child)(*items) if hasattr(child, "_fields") else type(child)(items)
-        return swapped.get(id(child), child)
-
-    for _, node in list(nnx.iter_graph(root)):
-        if isinstance(node, list):
-            items: Any = enumerate(node)
-        elif isinstance(node, dict):
-            items = list(node.items())
-        elif isinstance(node, nnx.Pytree):
-            items = list(vars(node).items())
+        kernel = _arrays(layer.kernel)
+        if isinstance(kernel.data, jax.ShapeDtypeStruct):
+            layer.kernel = jax.eval_shape(functools.partial(repack, arch=arch), kernel)
         else:
-            continue
-        for key, child in items:
-            replacement = new(child)
-            if replacement is child:
-                continue
-            if isinstance(node, nnx.Pytree):
-                setattr(node, key, nnx.data(replacement))
-            else:
-                node[key] = replacement
+            layer.kernel = repack(kernel, arch)
+
+
+def _items(node: Any) -> Iterable[tuple[Any, Any]]:
+    """The children of a node that can be replaced, by their keys."""
+    if isinstance(node, list):
+        return list(enumerate(node))
+    if isinstance(node, dict):
+        return list(node.items())
+    return list(vars(node).items()) if isinstance(node, nnx.Pytree) else ()
+
+
+def _places(root: Any, wanted: set[int]) -> dict[int, list[tuple[Any, Any]]]:
+    """Where nodes are children, or in tuples that are: id of the node to (holder, key)."""
+    places: dict[int, list[tuple[Any, Any]]] = {}
+
+    def look(holder: Any, key: Any, child: Any) -> None:
+        if isinstance(child, tuple):
+            for item in child:
+                look(holder, key, item)
+        elif id(child) in wanted:
+            places.setdefault(id(child), []).append((holder, key))
+
+    for _, node in nnx.iter_graph(root):
+        for key, child in _items(node):
+            look(node, key, child)
+    return places
+
+
+def _put(holder: Any, key: Any, old: Any, new: Any) -> None:
+    """Replaces a node in a child of its holder."""
+
+    def swapped(child: Any) -> Any:
+        if isinstance(child, tuple):
+            items = [swapped(item) for item in child]
+            return type(child)(*items) if hasattr(child, "_fields") else type(child)(items)
+        return new if child is old else child
+
+    if isinstance(holder, nnx.Pytree) and not isinstance(holder, list | dict):
+        setattr(holder, key, nnx.data(swapped(vars(holder)[key])))
+    else:
+        holder[key] = swapped(holder[key])

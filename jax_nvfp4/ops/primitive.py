@@ -68,12 +68,8 @@ def define(
 
 def _raise_if_special(name: str, results: Sequence[jax.Array]) -> None:
     """Raises for what `jax_debug_nans` and `jax_debug_infs` look for, as JAX does."""
-    searches = (
-        ("nan", jax.config.jax_debug_nans, jnp.isnan),
-        ("inf", jax.config.jax_debug_infs, jnp.isinf),
-    )
-    for kind, wanted, is_special in searches:
-        if wanted and any(
+    for kind, is_special in (("nan", jnp.isnan), ("inf", jnp.isinf)):
+        if getattr(jax.config, f"jax_debug_{kind}s") and any(
             jnp.issubdtype(r.dtype, jnp.inexact) and bool(is_special(r).any()) for r in results
         ):
             raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")

@@ -33,8 +33,9 @@ def quantize(
     operands = (x,) if scale_or_amax is None else (x, scale_or_amax)
     data, block_scale, global_scale = primitive.bind(quantize_p, *operands, scaling=scaling)
     # A given scale, as it was given: it does not vary over the mesh axes of `shard_map` as x does.
-    static = scaling in (Scaling.STATIC, Scaling.STATIC_ROWS)
-    return data, block_scale, operands[1] if static else global_scale
+    if scale_or_amax is not None and scaling in (Scaling.STATIC, Scaling.STATIC_ROWS):
+        global_scale = scale_or_amax
+    return data, block_scale, global_scale
 
 
 def _abstract(x: Any, scale_or_amax: Any | None = None, *, scaling: Scaling) -> list[Any]:
