@@ -5,9 +5,12 @@ The weights are exactly representable and the activations stay at 16 bits, so th
 differ in the order of their sums alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 import jax_nvfp4 as nvfp4
@@ -206,3 +209,58 @@ def test_ragged_products_of_sorted_rows():
     np.testing.assert_allclose(seen["up"].mean_square, expected, rtol=1e-5)
     np.testing.assert_allclose(seen["up"].amax, [abs(rows[:2]).max(), 0, abs(rows[2]).max()])
     assert seen["layers"].mean_square.shape == (2, 3, D)
+
+
+def test_jit_keeps_donation_and_shardings():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+
+    @functools.partial(jax.jit, in_shardings=(rows, rows), out_shardings=rows)
+    def inner(x, w):
+        return x @ w
+
+    def step(p, cache):
+        return inner(cache, lax.with_sharding_constraint(p["w"], rows)) + cache
+
+    params = weights(w=(D, D))
+    check(step, params, X)
+    run, converted, _ = nvfp4.convert(jax.jit(step, donate_argnums=1), params, X)
+    for function in (run, jax.jit(run, donate_argnums=1)):
+        cache = X + 0
+        function(converted, cache)
+        assert cache.is_deleted()
+
+
+def test_a_converted_function_under_vmap_and_grad():
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"]).astype(jnp.float32)
+
+    params = {"w": exact(D, D), "b": jnp.ones(D, jnp.bfloat16)}
+    run, converted, _ = nvfp4.convert(fn, params, X[0], activation_scale=None)
+    np.testing.assert_allclose(
+        jax.vmap(run, (None, 0))(converted, X), fn(params, X), rtol=0.02, atol=0.02
+    )
+
+    def loss(function, params, b, x):
+        return function({**params, "b": b}, x).sum()
+
+    found, expected = (
+        jax.grad(functools.partial(loss, *pair), argnums=(0, 1))(params["b"], X[0])
+        for pair in ((run, converted), (fn, params))
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.05, atol=0.05
+        )
+
+
+def test_an_nnx_module_is_params():
+    def linear(seed):
+        options = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}
+        layer = nnx.Linear(D, D, rngs=nnx.Rngs(seed), **options)
+        layer.kernel[...] = exact(D, D, seed=seed)
+        return layer
+
+    model = nnx.Sequential(linear(0), jnp.tanh, linear(1))
+    converted = check(lambda m, x: m(x), model, X, left={"layers.0.bias", "layers.2.bias"})
+    assert isinstance(converted, nnx.Sequential)
