@@ -33,7 +33,7 @@ def quantize(
     operands = (x,) if scale_or_amax is None else (x, scale_or_amax)
     data, block_scale, global_scale = primitive.bind(quantize_p, *operands, scaling=scaling)
     # A given scale, as it was given: it does not vary over the mesh axes of `shard_map` as x does.
-    if scale_or_amax is not None and scaling in (Scaling.STATIC, Scaling.STATIC_ROWS):
+    if scale_or_amax is not None and scaling.scale_given:
         global_scale = scale_or_amax
     return data, block_scale, global_scale
 
