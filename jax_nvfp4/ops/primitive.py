@@ -106,6 +106,11 @@ def _varying(operand: Any) -> frozenset[Any]:
     return operand.mat.varying
 
 
+def varies(array: jax.Array) -> bool:
+    """Whether an array varies over manual mesh axes of `shard_map`."""
+    return bool(_varying(jax.typeof(array)))
+
+
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:
     """Binds a primitive with all operands varying over the same manual axes of `shard_map`."""
     axes = [_varying(jax.typeof(x)) for x in operands]

@@ -32,8 +32,8 @@ def quantize(
     """
     operands = (x,) if scale_or_amax is None else (x, scale_or_amax)
     data, block_scale, global_scale = primitive.bind(quantize_p, *operands, scaling=scaling)
-    # A given scale, as it was given: it does not vary over the mesh axes of `shard_map` as x does.
-    if scale_or_amax is not None and scaling.scale_given:
+    # In `shard_map` a given scale does not vary over the mesh axes that x does: as it was given.
+    if scale_or_amax is not None and scaling.scale_given and primitive.varies(x):
         global_scale = scale_or_amax
     return data, block_scale, global_scale
 
