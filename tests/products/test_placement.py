@@ -3,9 +3,9 @@
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import pytest
+import this_machine
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,11 +95,11 @@ def test_bad_specs_are_refused(spec, error, match):
         nvfp4.shardings({"k": kernel(64, 8)}, MESH, {"k": spec})
 
 
-@machine.each_mesh()
+@this_machine.each_mesh()
 @pytest.mark.parametrize("arch", [None, "sm_90a"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_product_on_a_mesh_is_that_of_one_device(sizes, arch, kind):
-    mesh = machine.mesh(sizes, kind)
+    mesh = this_machine.mesh(sizes, kind)
     w = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 2, 128)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 64)), jnp.float32)
     stack = nvfp4.quantize_kernel(w, 1, 0)
