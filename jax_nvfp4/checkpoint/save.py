@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from jax_nvfp4._version import __version__
-from jax_nvfp4.checkpoint import descriptions, modelopt
+from jax_nvfp4.checkpoint import descriptions, fused, modelopt
 from jax_nvfp4.checkpoint.contents import Contents, Tensor, check_weight
 from jax_nvfp4.checkpoint.files import (
     INDEX_SUFFIX,
@@ -36,6 +36,7 @@ def save_checkpoint(
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     kv_cache_quant_algo: str | None = None,
+    part_names: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Saves a checkpoint as NVIDIA ModelOpt does; `load_checkpoint` gives the same bits back.
 
@@ -50,7 +51,8 @@ def save_checkpoint(
         tensors: what `load_checkpoint` returns, or pairs, which are consumed one at a time and held
             for one shard. Quantized weights, of keys `X.weight`, have K a multiple of 16 and one
             global scale for each matrix. `X.input_scale` is a float32 scalar, of stacked weights
-            also one for each.
+            also one for each. Weights that `concatenate` or `gate_up` joined are saved as their
+            parts, in pairs before what else their layer has.
         config: the model's Hugging Face configuration, that of a `config.json` in the folder by
             default; where there is one, `config.json` is written with its `quantization_config`,
             in place of any that was there, at any depth.
@@ -60,6 +62,9 @@ def save_checkpoint(
         kv_cache_quant_algo: how the KV cache is quantized, such as "FP8"; by default as in the
             checkpoint that `tensors` were loaded from, or as `config` says, or "FP8" where there
             are scales of it (`X.k_scale`, `X.v_scale`).
+        part_names: what the parts of joined weights are called, by the path of the layer or its
+            last component, such as `{"qkv_proj": ("q_proj", "k_proj", "v_proj")}`; this and the
+            other usual ones (`gate_up_proj`, `w13`, ...) are known.
 
     Raises:
         ValueError: a tensor cannot be stored in this format, or `load_checkpoint` would refuse it;
@@ -83,7 +88,7 @@ def save_checkpoint(
     )
     if isinstance(tensors, Mapping):
         declared = Contents(folder)
-        for key, value in tensors.items():
+        for key, value in fused.split(tensors, part_names):
             declared.add(key, value)
         declared.check(kv_cache)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -91,7 +96,7 @@ def save_checkpoint(
     contents = Contents(folder)
     try:
         with _Shards(folder, shard_bytes) as shards:
-            for key, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            for key, value in fused.split(tensors, part_names):
                 contents.add(key, value)
                 for name, array in _stored_arrays(key, value).items():
                     shards.add(name, array)

@@ -30,12 +30,12 @@ def resident(field):
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
 
 keep, small, large = sys.argv[1] == "keep", sys.argv[2], sys.argv[3]
-warm = dict(iter_checkpoint(small))
+warm = dict(iter_checkpoint(small, stack_experts=True))
 with open("/proc/self/clear_refs", "w") as f:
     f.write("5")
 before = resident("VmRSS")
 kept, returned = {}, 0
-for key, value in iter_checkpoint(large):
+for key, value in iter_checkpoint(large, stack_experts=True):
     jax.block_until_ready(value)
     if keep:
         kept[key] = value
@@ -59,6 +59,7 @@ def checkpoints(tmp_path_factory):
             wide = quantize(np.repeat(plain, 4, axis=1))
             tensors[f"layer.{i}.weight"] = wide
         tensors["f8"] = plain.view(ml_dtypes.float8_e4m3fn)
+        tensors |= {f"experts.{i}.up.weight": wide for i in range(3)}  # a stack of 96 MiB
         save_checkpoint(folder / name, tensors, shard_bytes=3 * LARGEST)
     return folder
 
@@ -69,6 +70,6 @@ def test_peak_beyond_what_is_returned_is_below_twice_the_largest_tensor(mode, ch
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     measured = json.loads(result.stdout)
     if mode == "keep":
-        assert measured["returned"] > 6 * LARGEST  # the test measures what it means to
+        assert measured["returned"] > 9 * LARGEST  # the test measures what it means to
     assert measured["extra"] < 2 * LARGEST, measured
     print(f"{mode}: {measured['extra'] / MIB:.1f} MiB beyond what is returned")

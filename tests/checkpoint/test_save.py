@@ -282,3 +282,47 @@ def test_files_are_readable_and_marked(tmp_path):
         assert f.metadata() == {"format": "pt"}
     producer = json.loads((tmp_path / "hf_quant_config.json").read_text())["producer"]
     assert producer == {"name": "jax_nvfp4", "version": jax_nvfp4.__version__}
+
+
+# --- weights that were joined ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_joined_weights_are_saved_as_their_parts(as_pairs, packed, tmp_path):
+    """Each part gets back the global scale that it had, and its rows of the bias."""
+    q, k, v = (quantize(normal(rows, 32, seed=rows) * rows) for rows in (16, 8, 8))
+    stacks = [jax.vmap(quantize)(normal(2, 8, 32, seed=i)) for i in (1, 2)]
+    qkv, gated = jax_nvfp4.concatenate([q, k, v]), jax_nvfp4.gate_up(*stacks)
+    bias, scale = np.arange(32, dtype=np.float32), jnp.float32(0.5)
+    tensors = {
+        "l.qkv_proj.weight": repack(qkv) if packed else qkv,
+        "l.qkv_proj.bias": bias,
+        "l.qkv_proj.input_scale": scale,
+        "l.experts.w13.weight": repack(gated) if packed else gated,
+    }
+    save_checkpoint(tmp_path, iter(tensors.items()) if as_pairs else tensors)
+    expected = {f"l.{n}_proj.weight": part for n, part in zip("qkv", (q, k, v), strict=True)}
+    expected |= {f"l.{n}_proj.input_scale": scale for n in "qkv"}
+    parts = zip("qkv", (bias[:16], bias[16:24], bias[24:]), strict=True)
+    expected |= {f"l.{n}_proj.bias": part for n, part in parts}
+    expected |= {"l.experts.w1.weight": stacks[0], "l.experts.w3.weight": stacks[1]}
+    assert_round_trip(expected, tmp_path)
+
+
+def test_parts_without_names_are_refused(tmp_path):
+    weight = jax_nvfp4.concatenate([quantize(normal(8, 32))] * 2)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"'l.kv.weight' was joined of 2 parts.*part_names"):
+        save_checkpoint(out, {"l.kv.weight": weight})
+    with pytest.raises(ValueError, match=r"'l.qkv.weight' was joined of 2 parts.*not \('q'"):
+        save_checkpoint(out, {"l.qkv.weight": weight})
+    with pytest.raises(ValueError, match=r"'l.kv.bias' .* cannot be taken apart"):
+        tensors = {"l.kv.weight": weight, "l.kv.bias": np.zeros(3)}
+        save_checkpoint(out, tensors, part_names={"kv": ("k", "v")})
+    with pytest.raises(ValueError, match=r"'l.kv.bias' comes before 'l.kv.weight'"):
+        pairs = [("l.kv.bias", np.zeros(16)), ("l.kv.weight", weight)]
+        save_checkpoint(out, iter(pairs), part_names={"kv": ("k", "v")})
+    assert not out.exists()
+    save_checkpoint(out, {"l.kv.weight": weight}, part_names={"l.kv": ("k", "v")})
+    assert set(load_checkpoint(out)) == {"l.k.weight", "l.v.weight"}
