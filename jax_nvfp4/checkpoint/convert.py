@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nvfp4._version import __version__
+from jax_nvfp4.calibration import Calibration
 from jax_nvfp4.checkpoint import modelopt
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import (
@@ -53,6 +54,7 @@ from jax_nvfp4.checkpoint.selection import (
     why_left_alone,
 )
 from jax_nvfp4.ops.quantize.api import quantize
+from jax_nvfp4.search import Search
 from jax_nvfp4.tensor import Nvfp4Tensor
 
 _OTHER_WEIGHTS = (".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
@@ -91,6 +93,8 @@ class Plan:
         identity: the source and the options, to recognize an unfinished run of the same.
         unmatched: patterns of the options that match no tensor.
         transposed: experts in one parameter that are stored (G, K, N).
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
+        importance: of the columns of a weight by the name of its tensor, for the search.
     """
 
     source: Folder
@@ -100,6 +104,8 @@ class Plan:
     identity: dict[str, Any]
     unmatched: tuple[str, ...]
     transposed: frozenset[str]
+    search: Search | None = None
+    importance: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -114,6 +120,8 @@ def plan(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     default_skip: bool = True,
+    search: Search | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Decides what to quantize: matrices `X.weight`, and experts in one parameter of three axes.
 
@@ -125,6 +133,9 @@ def plan(
         skip: patterns (see `Patterns`) of tensors or modules to leave alone.
         only: patterns of tensors or modules to consider, all by default.
         default_skip: leave embeddings, norms, output heads and routers alone.
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
+        calibration: the file of a `Calibration` under the names of this checkpoint's modules or
+            tensors: in the search the mean square of each input weighs the error of its column.
 
     Returns:
         The plan.
@@ -132,7 +143,8 @@ def plan(
     Raises:
         CheckpointError: the source is damaged or quantized already, its linear layers are stored
             transposed, or there is nothing in it to quantize; or the destination holds an
-            unfinished run of something else; or a pattern is not valid.
+            unfinished run of something else; or a pattern is not valid; or the calibration does
+            not fit the checkpoint, or is given without a search.
         FileExistsError: the destination holds something else, or has the name of a file.
         FileNotFoundError: the source does not exist.
     """
@@ -153,6 +165,8 @@ def plan(
         "only": sorted(only),
         "default_skip": default_skip,
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.shards],
+        "search": search,
+        "calibration": None if calibration is None else _hash(Path(calibration)),
     }
     _check_destination(destination, identity)
     reasons, unmatched = _reasons(folder, config or {}, skip, only, default_skip)
@@ -163,8 +177,46 @@ def plan(
     _check_description(folder, reasons)
     stacks = ExpertStacks(folder.entries, config or {})
     chosen = [entry for entry in folder.entries.values() if reasons[entry.name] is None]
-    transposed = {e.name for e in chosen if len(e.shape) == 3 and stacks.is_transposed(e)}
-    return Plan(folder, config, destination, reasons, identity, unmatched, frozenset(transposed))
+    transposed = frozenset(e.name for e in chosen if len(e.shape) == 3 and stacks.is_transposed(e))
+    importance = _importance(folder, reasons, transposed, search, calibration)
+    return Plan(
+        folder, config, destination, reasons, identity, unmatched, transposed, search, importance
+    )
+
+
+def _importance(
+    folder: Folder,
+    reasons: dict[str, str | None],
+    transposed: frozenset[str],
+    search: Search | None,
+    calibration: str | os.PathLike[str] | None,
+) -> dict[str, np.ndarray]:
+    """The importance of the columns of each weight to be quantized that the file knows."""
+    if calibration is None:
+        return {}
+    if search is None:
+        raise CheckpointError(f"{calibration}: a calibration needs a search that it can guide")
+    try:
+        statistics = Calibration.load(calibration)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    importance = {}
+    for name in (name for name, reason in reasons.items() if reason is None):
+        of_weight = statistics.get(name, statistics.get(name.removesuffix(".weight")))
+        if of_weight is None:
+            continue
+        *experts, n, k = folder.entries[name].shape
+        expected = (*experts, n if name in transposed else k)
+        if of_weight.mean_square.shape != expected:
+            raise CheckpointError(
+                f"{calibration}: the statistics of {name} must have shape {expected} to go with a "
+                f"weight of shape {folder.entries[name].shape}; got {of_weight.mean_square.shape}"
+            )
+        importance[name] = of_weight.mean_square
+    if not importance:
+        known = ", ".join(list(statistics)[:3])
+        raise CheckpointError(f"{calibration}: knows none of the weights to quantize; has {known}")
+    return importance
 
 
 def _check_description(folder: Folder, reasons: dict[str, str | None]) -> None:
@@ -288,12 +340,13 @@ def _convert_shard(
     reports = []
     for entry in entries:
         reason, error = plan.reasons[entry.name], None
+        how = plan.search, plan.importance.get(entry.name)
         if reason is None and len(entry.shape) == 3:
             transposed = entry.name in plan.transposed
-            parts, error = _quantize_experts(entry, transposed, on_tensor)
+            parts, error = _quantize_experts(entry, transposed, *how, on_tensor)
         else:
             if reason is None:
-                parts, *squares = _quantize(entry)
+                parts, *squares = _quantize(entry, *how)
                 error = _relative(*squares)
             else:
                 parts = {entry.name: read(entry)}
@@ -305,7 +358,9 @@ def _convert_shard(
     return reports
 
 
-def _quantize(entry: Entry, transposed: bool = False) -> tuple[dict[str, np.ndarray], float, float]:
+def _quantize(
+    entry: Entry, search: Search | None, importance: np.ndarray | None, transposed: bool = False
+) -> tuple[dict[str, np.ndarray], float, float]:
     """Quantizes a matrix, (N, K), or (K, N) if it is transposed.
 
     Returns:
@@ -314,7 +369,7 @@ def _quantize(entry: Entry, transposed: bool = False) -> tuple[dict[str, np.ndar
     values = read(entry)
     weight = jax.device_put(np.ascontiguousarray(values.T) if transposed else values)
     del values
-    tensor = _quantize_matrix(weight)
+    tensor = _quantize_matrix(weight, search=search, importance=importance)
     if (np.asarray(tensor.block_scale).view(np.uint8) == 0x7F).any():
         raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or Inf")
     lost, total = (float(np.asarray(x).sum(dtype=np.float64)) for x in _squares(weight, tensor))
@@ -326,7 +381,11 @@ def _quantize(entry: Entry, transposed: bool = False) -> tuple[dict[str, np.ndar
 
 
 def _quantize_experts(
-    entry: Entry, transposed: bool, on_expert: Callable[[Entry], None]
+    entry: Entry,
+    transposed: bool,
+    search: Search | None,
+    importance: np.ndarray | None,
+    on_expert: Callable[[Entry], None],
 ) -> tuple[dict[str, np.ndarray], float]:
     """Quantizes experts in one parameter, one by one, each with a global scale of its own.
 
@@ -339,7 +398,8 @@ def _quantize_experts(
     lost = total = 0.0
     for i in range(entry.shape[0]):
         expert = entry.part(i)
-        parts, *squares = _quantize(expert, transposed)
+        of_expert = None if importance is None else importance[i]
+        parts, *squares = _quantize(expert, search, of_expert, transposed)
         lost, total = lost + squares[0], total + squares[1]
         arrays = [part.T if transposed else part for part in parts.values()]
         if not whole:
@@ -355,7 +415,7 @@ def _relative(lost: float, total: float) -> float:
     return math.sqrt(lost / total) if total else 0.0
 
 
-_quantize_matrix = jax.jit(quantize)
+_quantize_matrix = jax.jit(quantize, static_argnames="search")
 
 
 @jax.jit

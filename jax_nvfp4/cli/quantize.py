@@ -51,6 +51,17 @@ def add_parser(commands: Any) -> None:
         help="quantize only tensors or modules of this name; may be repeated",
     )
     parser.add_argument(
+        "--search",
+        choices=("none", "4over6", "sweep"),
+        default="none",
+        help="choose each block scale by the error it leaves: among two, or nine",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="statistics of the inputs (an .npz of jax_nvfp4.calibrate) that guide the search",
+    )
+    parser.add_argument(
         "--no-default-skip",
         action="store_true",
         help="do not leave embeddings, norms, the output head and routers alone",
@@ -75,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
             skip=args.skip,
             only=args.only,
             default_skip=not args.no_default_skip,
+            search=None if args.search == "none" else args.search,
+            calibration=args.calibration,
         )
+        if args.calibration:
+            quantized = sum(reason is None for reason in plan.reasons.values())
+            print(f"calibration: of {len(plan.importance)} of {quantized} weights", file=sys.stderr)
         for pattern in plan.unmatched:
             print(f"note: {pattern!r} matches no tensor", file=sys.stderr)
         reports = _run_with_progress(plan)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from test_cli import exit_code
 
 from jax_nvfp4 import Nvfp4Tensor, quantize
+from jax_nvfp4.calibration import Calibration, InputStatistics
 from jax_nvfp4.checkpoint import CheckpointError, convert, load_checkpoint
 
 
@@ -489,3 +490,51 @@ def test_experts_one_by_one(tmp_path):
     loaded = load_checkpoint(tmp_path / "out", stack_experts=True)
     assert loaded[f"{EXPERTS}.up_proj.weight"].shape == (G, I, H)
     assert not isinstance(loaded["model.layers.0.mlp.gate.weight"], Nvfp4Tensor)
+
+
+def calibration(path, **mean_squares):
+    statistics = {
+        name.replace("__", "."): InputStatistics(value, np.float32(1))
+        for name, value in mean_squares.items()
+    }
+    Calibration(statistics).save(path)
+    return path
+
+
+def test_search_and_calibration(source, tmp_path, capsys):
+    """Statistics by the name of the module; weights without any are searched all the same."""
+    tensors = raw_tensors(source)
+    up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+    k = tensors[f"{up}.weight"].shape[1]
+    importance = np.random.default_rng(0).standard_normal(k).astype(np.float32) ** 4
+    file = calibration(tmp_path / "c.npz", **{up.replace(".", "__"): importance})
+    options = ["--search", "sweep", "--calibration", file, "--only", f"{up}*", "--only", f"{down}*"]
+    assert run(source, tmp_path / "out", *options) == 0
+    assert "calibration: of 1 of 2 weights" in capsys.readouterr().err
+    loaded = load_checkpoint(tmp_path / "out")
+    weighted = quantize(tensors[f"{up}.weight"], search="sweep", importance=importance)
+    assert_same_bits(loaded[f"{up}.weight"], weighted)
+    assert_same_bits(loaded[f"{down}.weight"], quantize(tensors[f"{down}.weight"], search="sweep"))
+
+
+def test_calibrations_that_do_not_fit(source, tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("no zip")
+    ones = np.ones(3, np.float32)
+    for file, search, message in (
+        (
+            calibration(tmp_path / "a.npz", other=ones),
+            "sweep",
+            "knows none of the weights to quantize",
+        ),
+        (
+            calibration(tmp_path / "b.npz", model__layers__0__mlp__up_proj=ones),
+            "4over6",
+            "the statistics of model.layers.0.mlp.up_proj.weight must have shape",
+        ),
+        (tmp_path / "text.npz", "sweep", "not a calibration file"),
+        (tmp_path / "a.npz", "none", "needs a search"),
+        (tmp_path / "absent.npz", "sweep", "absent.npz"),
+    ):
+        assert run(source, tmp_path / "out", "--calibration", file, "--search", search) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
