@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the linen and the nnx layer share: what they take, and dtypes."""
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_nvfp4.activations import SwiGLU
+from jax_nvfp4.ops.expert_mlp.api import expert_mlp
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.tensor import FLOAT_NAMES, FLOATS, Nvfp4Tensor, RepackedWeight
 
@@ -101,3 +104,73 @@ def cast_inputs(
     if not (narrow and compute == jnp.float32):
         inputs = inputs.astype(compute)
     return inputs, compute
+
+
+SWIGLU = SwiGLU()
+"""The activation of most models' experts."""
+
+expert_kernel_init = jax.nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", batch_axis=(0,)
+)
+"""Of the kernels (E, in, out) of experts: what Flax's dense layers start from, for each expert."""
+
+
+def check_experts(layer: str, activation_scale: Any, hidden_scale: Any, param_dtype: Any) -> None:
+    """Refuses fields of a layer of experts that it could not honor.
+
+    Raises:
+        ValueError: an unknown scaling. Static scales, one for each expert, are for `expert_mlp`.
+        TypeError: a param_dtype that cannot be quantized.
+    """
+    for name, scale in (("activation_scale", activation_scale), ("hidden_scale", hidden_scale)):
+        if scale not in ("token", "tensor", None):
+            raise ValueError(f'{layer}.{name} must be "token", "tensor" or None; got {scale!r}')
+    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+    if dtype not in FLOATS:
+        raise TypeError(f"{layer}.param_dtype must be {FLOAT_NAMES}; got {dtype.name}")
+
+
+def apply_experts(
+    layer: Any,
+    inputs: jax.Array,
+    indices: jax.Array,
+    weights: jax.Array,
+    kernels: tuple[Any, Any],
+    biases: tuple[Any, Any],
+) -> jax.Array:
+    """What the layers of experts do, for inputs with any leading axes.
+
+    Args:
+        layer: with the fields that both kinds have.
+        inputs: (..., K).
+        indices: integers (..., top_k).
+        weights: (..., top_k).
+        kernels: w13 and w2.
+        biases: b13 and b2, or None for each.
+
+    Returns:
+        (..., K).
+    """
+    of_params = (*(kernel.dtype for kernel in kernels), *biases)
+    inputs, compute = cast_inputs(type(layer).__name__, inputs, layer.dtype, *of_params)
+    indices, weights = jnp.asarray(indices), jnp.asarray(weights)
+    *lead, k = inputs.shape
+    rows = math.prod(lead)
+    if indices.shape[:-1] != tuple(lead) or not indices.ndim:
+        raise ValueError(
+            f"expert_indices must have shape {(*lead, 'top_k')} to go with inputs of shape "
+            f"{inputs.shape}; got {indices.shape}"
+        )
+    y = expert_mlp(
+        inputs.reshape(rows, k),
+        *kernels,
+        indices.reshape(rows, indices.shape[-1]),
+        weights.reshape(rows, weights.shape[-1]),
+        *biases,
+        activation=layer.activation,
+        activation_scale=layer.activation_scale,
+        hidden_scale=layer.hidden_scale,
+        out_dtype=compute,
+        batch_invariant=layer.batch_invariant,
+    )
+    return y.reshape(*lead, k)

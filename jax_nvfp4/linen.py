@@ -11,6 +11,8 @@ from flax.typing import Dtype, Initializer
 
 from jax_nvfp4 import _layer, numerics, params
 from jax_nvfp4._intercept import intercept as intercept
+from jax_nvfp4.activations import Activation, GeGLU, SwiGLU
+from jax_nvfp4.ops.checks import DynamicScaling
 from jax_nvfp4.ops.linear.api import linear
 
 COLLECTION = "quant"
@@ -153,3 +155,97 @@ class Nvfp4Dense(nn.Module):
         saved = self._saved(name)
         value = jnp.float32(start) if saved is None else saved
         return self.variable(COLLECTION, name, lambda: value)
+
+
+class Nvfp4Experts(nn.Module):
+    """The experts of a mixture, with NVFP4 kernels: what comes after the router.
+
+    The params are `w13` and `w2`, NVFP4 weights as `jax_nvfp4.expert_mlp` takes them, and `b13` and
+    `b2`. `jax_nvfp4.params.quantize_experts` makes the weights from the kernels of a model's own
+    experts.
+
+    Attributes:
+        num_experts: E.
+        hidden_features: I, of the rows between the products.
+        activation: SwiGLU(...) or GeGLU() for experts with a gate; else "relu2", "silu" or
+            "gelu_tanh".
+        use_bias: whether to add biases.
+        dtype: of the computation and the output; None: what inputs and `param_dtype` promote to.
+        param_dtype: of the biases, and of the kernels before they are quantized at init.
+        kernel_init: initializer of the kernels (E, K, I) and (E, I, K) that init quantizes.
+        bias_init: initializer of the biases.
+        activation_scale: "token", "tensor" or None, as in `jax_nvfp4.expert_mlp`.
+        hidden_scale: likewise.
+        batch_invariant: as in `jax_nvfp4.linear`.
+    """
+
+    num_experts: int
+    hidden_features: int
+    activation: Activation = _layer.SWIGLU
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = _layer.expert_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    activation_scale: DynamicScaling | None = "token"
+    hidden_scale: DynamicScaling | None = "token"
+    batch_invariant: bool = False
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, expert_indices: jax.Array, expert_weights: jax.Array
+    ) -> jax.Array:
+        """Applies to each token the experts that the router chose, and sums with its weights.
+
+        Args:
+            inputs: (..., K).
+            expert_indices: integers (..., top_k).
+            expert_weights: (..., top_k).
+
+        Returns:
+            (..., K).
+
+        Raises:
+            TypeError: a dtype is not one we compute in.
+            ValueError: shapes do not go together, or a field has an unknown value.
+        """
+        _layer.check_experts(
+            "Nvfp4Experts", self.activation_scale, self.hidden_scale, self.param_dtype
+        )
+        inputs = jnp.asarray(inputs)
+        k, experts, hidden = inputs.shape[-1], self.num_experts, self.hidden_features
+        is_gated = isinstance(self.activation, SwiGLU | GeGLU)
+
+        def init(key: jax.Array) -> dict[str, Any]:
+            wide, narrow = (experts, k, hidden), (experts, hidden, k)
+            keys = jax.random.split(key, 3)
+            shapes = (wide if is_gated else None, wide, narrow)
+            return params.quantize_experts(
+                *(
+                    s and self.kernel_init(one, s, self.param_dtype)
+                    for one, s in zip(keys, shapes, strict=True)
+                )
+            )
+
+        if self.has_variable("params", "w13"):
+            # Not through `param`, which would refuse a RepackedWeight for its parts' shapes.
+            weights = {name: meta.unbox(self.get_variable("params", name)) for name in _EXPERTS}
+        else:
+            made = init(self.make_rng("params"))
+            weights = {name: self.param(name, lambda _, n=name: made[n]) for name in _EXPERTS}
+        b13 = b2 = None
+        if self.use_bias:
+            rows = 2 * hidden if is_gated else hidden
+            b13 = self.param("b13", self.bias_init, (experts, rows), self.param_dtype)
+            b2 = self.param("b2", self.bias_init, (experts, k), self.param_dtype)
+        return _layer.apply_experts(
+            self,
+            inputs,
+            expert_indices,
+            expert_weights,
+            (weights["w13"], weights["w2"]),
+            (b13, b2),
+        )
+
+
+_EXPERTS = ("w13", "w2")

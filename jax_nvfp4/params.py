@@ -14,6 +14,7 @@ import numpy as np
 from flax import serialization
 from flax.core import meta
 
+from jax_nvfp4.ops.concatenate import gate_up
 from jax_nvfp4.ops.quantize import api
 from jax_nvfp4.products import kernel as kernels
 from jax_nvfp4.products.kernel import Nvfp4Kernel
@@ -43,6 +44,36 @@ def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
     for _ in range(jnp.ndim(kernel) - 2):
         quantize = jax.vmap(quantize)
     return quantize(kernel)
+
+
+def quantize_experts(
+    gate: jax.Array | None, up: jax.Array, down: jax.Array
+) -> dict[str, Nvfp4Tensor]:
+    """Quantizes the kernels of a mixture of experts, as models store them, for `expert_mlp`.
+
+    Args:
+        gate: (..., E, K, I), or None where the experts have no gate.
+        up: (..., E, K, I).
+        down: (..., E, I, K).
+
+    Returns:
+        `w13`, gated (..., E, 2I, K) or plain (..., E, I, K), and `w2`, (..., E, K, I), each matrix
+        with a global scale of its own, of the gates and of the ups too.
+
+    Raises:
+        ValueError: the shapes do not go together.
+    """
+    *lead, _, hidden = jnp.shape(up)
+    gates = jnp.shape(up) if gate is None else jnp.shape(gate)
+    if not lead or gates != jnp.shape(up) or jnp.shape(down)[:-1] != (*lead, hidden):
+        raise ValueError(
+            f"the kernels of experts must have the shapes (E, K, I), (E, K, I) and (E, I, K); got "
+            f"gate {None if gate is None else gates}, up {jnp.shape(up)}, down {jnp.shape(down)}"
+        )
+    w13 = quantize_kernel(up)
+    if gate is not None:
+        w13 = gate_up(quantize_kernel(gate), w13)
+    return {"w13": w13, "w2": quantize_kernel(down)}
 
 
 def box_like(
