@@ -57,10 +57,10 @@ class Kernel {
   using LoadToDevice = void (*)(void** args);         // (cudaLibrary_t**, int32_t*, cudaError_t*)
   using Entry = void (*)(void** args, int32_t size);  // the op's operands, the stream, the result
 
-  constexpr Kernel(Op op, const char* name, const char* arch, const char* x_dtype, Init init,
-                   LoadToDevice load, Entry entry)
-      : op_(op), name_(name), arch_(arch), x_dtype_(x_dtype), init_(init), load_(load),
-        entry_(entry) {}
+  constexpr Kernel(Op op, const char* name, const char* arch, const char* x_dtype, bool gated,
+                   bool grouped, Init init, LoadToDevice load, Entry entry)
+      : op_(op), name_(name), arch_(arch), x_dtype_(x_dtype), gated_(gated), grouped_(grouped),
+        init_(init), load_(load), entry_(entry) {}
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
 
@@ -69,6 +69,10 @@ class Kernel {
   const char* arch() const { return arch_; }
   // The element type of x it was compiled for.
   std::string_view x_dtype() const { return x_dtype_; }
+  // Of a GEMM: makes one output of each gate and up row.
+  bool gated() const { return gated_; }
+  // Of a GEMM: has a weight for each group of rows.
+  bool grouped() const { return grouped_; }
 
   // Makes the kernel ready on a device; returns at once where it is. From any thread.
   ffi::Error Load(int32_t device);
@@ -89,6 +93,8 @@ class Kernel {
   const char* const name_;
   const char* const arch_;
   const std::string_view x_dtype_;
+  const bool gated_;
+  const bool grouped_;
   const Init init_;
   const LoadToDevice load_;
   const Entry entry_;

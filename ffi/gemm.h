@@ -7,10 +7,12 @@
 
 namespace jax_nvfp4 {
 
+// The last four are read by gated kernels alone.
 struct GemmAttributes {
   std::string_view kernel;
   int32_t num_sms;
   int32_t split_k;
+  float limit, alpha, cubic, beta;
 };
 
 using GemmState = CallState<GemmAttributes>;
@@ -18,7 +20,7 @@ using GemmState = CallState<GemmAttributes>;
 // The buffers of a call, in the order of the custom call's operands and results. Operands that are
 // not given are empty.
 struct GemmBuffers {
-  ffi::AnyBuffer x, sfx, w, sfw, x_scale, w_scale, bias;
+  ffi::AnyBuffer x, sfx, w, sfw, x_scale, w_scale, bias, group_sizes, group_offset;
   ffi::AnyBuffer y, scratch;
 };
 
@@ -26,6 +28,7 @@ struct GemmSizes {
   int32_t m, n, k;
   int32_t x_scale_stride, w_scale_stride;
   DType bias_dtype, out_dtype;
+  int32_t size_count, group_count, w_scale_group_stride;  // 0 where rows are in no groups
 };
 
 // Checks the attributes and finds the kernel. Errors name the call that was made, `caller`.

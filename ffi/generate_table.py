@@ -26,7 +26,9 @@ def table(manifest: dict) -> str:
     text = json.dumps(manifest, separators=(",", ":"))
     declarations, entries = [], []
     for kernel in kernels:
-        name, entry = kernel["name"], kernel["entry"]
+        name, entry, config = kernel["name"], kernel["entry"], kernel["config"]
+        gated = config.get("epilogue") == "gated"
+        grouped = config.get("grouped", False)
         declarations += [
             f"void _mlir_{name}_cuda_init(void** args);",
             f"void _mlir_{name}_cuda_load_to_device(void** args);",
@@ -34,7 +36,8 @@ def table(manifest: dict) -> str:
         ]
         entries.append(
             f'    {{Op::{_OPS[kernel["op"]]}, "{name}", "{kernel["arch"]}", '
-            f'"{kernel["config"]["x_dtype"]}", _mlir_{name}_cuda_init,\n'
+            f'"{config["x_dtype"]}", {str(gated).lower()}, {str(grouped).lower()},\n'
+            f"     _mlir_{name}_cuda_init,\n"
             f"     _mlir_{name}_cuda_load_to_device, {entry}}},"
         )
     lines = [

@@ -18,6 +18,7 @@ struct LinearAttributes {
   std::string_view quantize_kernel;
   int32_t scaling;
   int32_t split_k;
+  float limit, alpha, cubic, beta;
 };
 
 struct LinearState {
@@ -39,21 +40,24 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_nvfp4::LinearAttributes, ::xla::ffi::StructMember<std::string_view>("gemm_kernel"),
     ::xla::ffi::StructMember<int32_t>("num_sms"), ::xla::ffi::StructMember<int32_t>("out_format"),
     ::xla::ffi::StructMember<std::string_view>("quantize_kernel"),
-    ::xla::ffi::StructMember<int32_t>("scaling"), ::xla::ffi::StructMember<int32_t>("split_k"));
+    ::xla::ffi::StructMember<int32_t>("scaling"), ::xla::ffi::StructMember<int32_t>("split_k"),
+    ::xla::ffi::StructMember<float>("limit"), ::xla::ffi::StructMember<float>("alpha"),
+    ::xla::ffi::StructMember<float>("cubic"), ::xla::ffi::StructMember<float>("beta"));
 
 namespace jax_nvfp4 {
 namespace {
 
 // The buffers of the call, and those of the two calls in it: what quantize writes, gemm reads.
 struct LinearBuffers {
-  ffi::AnyBuffer x, scale_or_amax, w, sfw, w_scale, bias;
+  ffi::AnyBuffer x, scale_or_amax, w, sfw, w_scale, bias, group_sizes, group_offset;
   ffi::AnyBuffer y, data, block_scale, global_scale, quantize_scratch, gemm_scratch;
 
   QuantizeBuffers Quantize() const {
     return {x, scale_or_amax, data, block_scale, global_scale, quantize_scratch};
   }
   GemmBuffers Gemm() const {
-    return {data, block_scale, w, sfw, global_scale, w_scale, bias, y, gemm_scratch};
+    return {data, block_scale, w,           sfw,          global_scale, w_scale,
+            bias, group_sizes, group_offset, y,           gemm_scratch};
   }
 };
 
@@ -66,7 +70,7 @@ struct LinearCall {
   using Attributes = LinearAttributes;
   using State = LinearState;
   using Buffers = LinearBuffers;
-  static constexpr int kOperands = 6, kResults = 6;
+  static constexpr int kOperands = 8, kResults = 6;
   static constexpr Op kOp = Op::kLinear;
   static constexpr char kTarget[] = "jax_nvfp4_linear";
   static constexpr char kStateName[] = "jax_nvfp4_linear_state";
@@ -75,7 +79,9 @@ struct LinearCall {
     FFI_ASSIGN_OR_RETURN(
         QuantizeState quantize,
         DecodeQuantize(kOp, {a.quantize_kernel, a.num_sms, a.out_format, a.scaling}));
-    FFI_ASSIGN_OR_RETURN(GemmState gemm, DecodeGemm(kOp, {a.gemm_kernel, a.num_sms, a.split_k}));
+    FFI_ASSIGN_OR_RETURN(GemmState gemm,
+                         DecodeGemm(kOp, {a.gemm_kernel, a.num_sms, a.split_k, a.limit, a.alpha,
+                                          a.cubic, a.beta}));
     return State{quantize, gemm};
   }
 

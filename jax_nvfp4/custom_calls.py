@@ -9,6 +9,7 @@ check all of it again, against one another and against the kernel, and return an
 names the op, the operand, expected and got.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.resources
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_nvfp4.config import GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
+from jax_nvfp4.config import Gate, GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
 from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import quantize_scratch_bytes
 from jax_nvfp4.layout import swizzle
@@ -178,6 +179,8 @@ def gemm_call(
     n: int,
     out_dtype: DTypeLike,
     num_sms: int,
+    gate: Gate | None = None,
+    groups: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Calls a GEMM kernel: `y = x_scale * w_scale * (x @ w.T) + bias`, rounded once.
 
@@ -194,6 +197,11 @@ def gemm_call(
         n: logical rows of the weight.
         out_dtype: float32, bfloat16 or float16.
         num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
+        gate: of a gated config, whose y has n / 2 columns; w_scale is then in the order of the
+            repacked rows, and the bias in that of the logical ones.
+        groups: of a grouped config, the rows of each group (int32) and the number of the first
+            group that there is a weight of (int32, one element). w, sfw, w_scale and bias have a
+            leading axis of the weights' groups.
 
     Returns:
         y, (m, n) of `out_dtype`.
@@ -209,11 +217,18 @@ def gemm_call(
         _empty(np.float32) if x_scale is None else x_scale,
         w_scale,
         _empty(np.float32) if bias is None else bias,
+        *(groups or (_empty(np.int32), _empty(np.int32))),
         kernel=config.name,
         num_sms=np.int32(num_sms),
         split_k=np.int32(split_k),
+        **_gate_attributes(gate),
     )
     return y
+
+
+def _gate_attributes(gate: Gate | None) -> dict[str, np.float32]:
+    values = dataclasses.asdict(gate or Gate())
+    return {name: np.float32(value) for name, value in values.items()}
 
 
 def _gemm_results(
@@ -222,7 +237,7 @@ def _gemm_results(
     """What a GEMM kernel writes: y, and scratch memory."""
     problem = GemmProblem(m=m, n=n, k=k, arch=config.arch, x_dtype=config.x_dtype)
     return (
-        jax.ShapeDtypeStruct((m, n), out_dtype),
+        jax.ShapeDtypeStruct((m, n // 2 if config.epilogue == "gated" else n), out_dtype),
         jax.ShapeDtypeStruct((scratch_bytes(config, problem, split_k, num_sms),), jnp.uint8),
     )
 
@@ -242,6 +257,8 @@ def linear_call(
     n: int,
     out_dtype: DTypeLike,
     num_sms: int,
+    gate: Gate | None = None,
+    groups: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Calls a quantize kernel and a GEMM kernel on what it writes, as one custom call.
 
@@ -263,6 +280,8 @@ def linear_call(
         n: logical rows of the weight.
         out_dtype: float32, bfloat16 or float16.
         num_sms: multiprocessors the call is planned for; a device with fewer uses all it has.
+        gate: as for `gemm_call`.
+        groups: likewise.
 
     Returns:
         y, (m, n) of `out_dtype`.
@@ -278,11 +297,13 @@ def linear_call(
         sfw,
         w_scale,
         _empty(np.float32) if bias is None else bias,
+        *(groups or (_empty(np.int32), _empty(np.int32))),
         gemm_kernel=gemm_config.name,
         scaling=np.int32(scaling),
         num_sms=np.int32(num_sms),
         out_format=np.int32(out_format),
         quantize_kernel=quantize_config.name,
         split_k=np.int32(split_k),
+        **_gate_attributes(gate),
     )
     return results[0]

@@ -17,7 +17,7 @@ from jax_nvfp4.config.arches import (
 )
 from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.gemm.select import configs, scratch_bytes, select, serves
-from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
+from jax_nvfp4.config.gemm.types import Gate, GemmConfig, GemmProblem, Rule
 from jax_nvfp4.config.limits import Limits
 from jax_nvfp4.config.quantize import (
     QuantizeConfig,
@@ -29,6 +29,7 @@ from jax_nvfp4.config.quantize import (
 __all__ = [
     "ARCHES",
     "REFERENCE",
+    "Gate",
     "GemmConfig",
     "GemmProblem",
     "Limits",

@@ -66,7 +66,7 @@ _MOST_JOBS = 12
 
 # C types of the host functions' parameters, in order. The extension calls each kernel of an op
 # through one signature, so a kernel that strays from it would read the wrong registers.
-_POINTER, _INT, _STREAM = "void *", "int32_t ", "cudaStream_t "
+_POINTER, _INT, _FLOAT, _STREAM = "void *", "int32_t ", "float ", "cudaStream_t "
 ABI: dict[Op, tuple[tuple[str, str], ...]] = {
     "quantize": (
         *(
@@ -78,9 +78,11 @@ ABI: dict[Op, tuple[tuple[str, str], ...]] = {
     ),
     "gemm": (
         *((_POINTER, p) for p in ("x", "sfx", "w", "sfw", "x_scale", "w_scale", "bias", "y")),
-        (_POINTER, "scratch"),
+        *((_POINTER, p) for p in ("scratch", "group_sizes", "group_offset")),
         *((_INT, p) for p in ("m", "n", "k", "x_scale_stride", "w_scale_stride")),
         *((_INT, p) for p in ("bias_dtype", "out_dtype", "split_k", "num_sms")),
+        *((_INT, p) for p in ("size_count", "group_count", "w_scale_group_stride")),
+        *((_FLOAT, p) for p in ("limit", "alpha", "cubic", "beta")),
         (_STREAM, "stream"),
     ),
 }

@@ -27,6 +27,7 @@ from jax_nvfp4.layout.orders import order
 
 ARCHES = ("sm_90a", "sm_100f", "sm_120f")
 PASSED = "runs on CUDA devices only"
+GATE = {name: np.float32(1) for name in ("limit", "alpha", "cubic", "beta")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -96,13 +97,17 @@ def test_quantize_results_have_the_sizes_the_handler_checks(
     )
 
 
+def plain_configs(arch: str) -> list[config.GemmConfig]:
+    return [c for c in config.configs(arch) if c.epilogue == "plain" and not c.grouped]
+
+
 @given(m=st.integers(1, 300), n=st.integers(1, 300), blocks=st.integers(1, 5), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_gemm_operands_have_the_sizes_the_handler_checks(
     m: int, n: int, blocks: int, data: st.DataObject
 ) -> None:
     arch = data.draw(st.sampled_from(ARCHES))
-    c = data.draw(st.sampled_from(config.configs(arch)))
+    c = data.draw(st.sampled_from(plain_configs(arch)))
     operands = gemm_operands(arch, c.x_dtype, m, n, 64 * blocks)
     for name in ("x_scale", "bias"):
         if data.draw(st.booleans()):
@@ -229,9 +234,11 @@ def test_linear_names_the_part_operand_expected_and_got(changes: dict, message: 
         return error_of(
             jax.ffi.ffi_call("jax_nvfp4_linear", [jax.ShapeDtypeStruct(*c[r]) for r in results]),
             *(c[name] for name in ("x", "scale_or_amax", "w", "sfw", "w_scale", "bias")),
+            *[jnp.zeros((0,), jnp.int32)] * 2,  # no groups
             quantize_kernel=c["quantize_kernel"],
             gemm_kernel=c["gemm_kernel"],
             **{name: np.int32(value) for name, value in numbers.items()},
+            **GATE,
         )
 
     assert PASSED in call()
@@ -246,9 +253,21 @@ def test_every_kernel_is_found_by_its_config(arch: str) -> None:
         message = error_of(ffi.quantize_call, x, None, config=c, scaling=3, out_format=0, num_sms=9)
         assert f"kernel {c.name} {PASSED}" in message
     for c in config.configs(arch):
-        operands = gemm_operands(arch, c.x_dtype, 2, 3, 64)
-        arguments = {"config": c, "split_k": 1, "n": 3, "out_dtype": jnp.float32, "num_sms": 132}
+        operands = gemm_operands(arch, c.x_dtype, 2, 4, 64)
+        arguments = {"config": c, "split_k": 1, "n": 4, "out_dtype": jnp.float32, "num_sms": 132}
+        if c.grouped:
+            operands, arguments["groups"] = grouped_operands(operands), groups(3)
         assert f"kernel {c.name} {PASSED}" in error_of(ffi.gemm_call, **operands, **arguments)
+
+
+def grouped_operands(operands: dict[str, Any]) -> dict[str, Any]:
+    """Operands with a weight for each of three groups."""
+    whole = {name: jnp.stack([operands[name]] * 3) for name in ("w", "sfw", "w_scale", "bias")}
+    return operands | whole
+
+
+def groups(sizes: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.ones((sizes,), jnp.int32), jnp.zeros((1,), jnp.int32)
 
 
 def raw_quantize(**changes: Any) -> str:
@@ -339,7 +358,9 @@ def raw_gemm(arch: str, **changes: Any) -> str:
     call: dict[str, Any] = gemm_operands(arch, c.x_dtype, 5, 7, 64)
     call |= {"y": ((5, 7), jnp.bfloat16), "scratch": ((0,), jnp.uint8), "split_k": 1}
     call |= {"kernel": c.name} | changes
-    names = ("x", "sfx", "w", "sfw", "x_scale", "w_scale", "bias")
+    none = jnp.zeros((0,), jnp.int32)
+    call = {"group_sizes": none, "group_offset": none} | call
+    names = ("x", "sfx", "w", "sfw", "x_scale", "w_scale", "bias", "group_sizes", "group_offset")
     return error_of(
         jax.ffi.ffi_call(
             "jax_nvfp4_gemm", [jax.ShapeDtypeStruct(*call[n]) for n in ("y", "scratch")]
@@ -348,6 +369,7 @@ def raw_gemm(arch: str, **changes: Any) -> str:
         kernel=call["kernel"],
         num_sms=np.int32(132),
         split_k=np.int32(call["split_k"]),
+        **GATE,
     )
 
 
@@ -393,6 +415,53 @@ def test_gemm_names_operand_expected_and_got(
     message = raw_gemm(arch, **changes)
     assert f"jax_nvfp4 gemm: operand {operand}: expected {expected}" in message
     assert message.rstrip().endswith(f"got {got}")
+
+
+def raw_variant(name: str, **changes: Any) -> str:
+    """A call of a gated or grouped kernel for (5, 64) times (8, 64), changed as the caller says."""
+    c = next(c for c in config.configs("sm_90a") if c.name == f"gemm_sm90a_{name}")
+    call = gemm_operands("sm_90a", c.x_dtype, 5, 8, 64)
+    if c.grouped:
+        call = grouped_operands(call)
+        call["group_sizes"], call["group_offset"] = groups(7)
+    columns = 4 if c.epilogue == "gated" else 8
+    call |= {"y": ((5, columns), jnp.bfloat16), "kernel": c.name} | changes
+    return raw_gemm("sm_90a", **call)
+
+
+GROUPED = "grouped_gated_small_m_bf16_8x64"
+VARIANT_ERRORS = [
+    ("gated_small_m_bf16_8x64", {"w_scale": jnp.ones((8,))}, "w_scale", "1 or 128 elements"),
+    ("gated_small_m_bf16_8x64", {"bias": jnp.ones((4,))}, "bias", "8 elements (n)"),
+    (
+        "gated_small_m_bf16_8x64",
+        {"group_sizes": jnp.ones((3,), jnp.int32)},
+        "group_sizes",
+        "0 elements (none: the kernel is for rows in no groups)",
+    ),
+    (
+        GROUPED,
+        {"w": jnp.ones((3, 8, 32), jnp.uint8)},
+        "w",
+        "24576 elements (codes of 3 times (8,64)",
+    ),
+    (GROUPED, {"w": jnp.ones((24576,), jnp.uint8)}, "w", "a matrix for each group"),
+    (GROUPED, {"w_scale": jnp.ones((2,))}, "w_scale", "3 or 384 elements"),
+    (GROUPED, {"bias": jnp.ones((8,))}, "bias", "24 elements (groups * n)"),
+    (GROUPED, {"group_sizes": jnp.ones((7,))}, "group_sizes", "S32 elements"),
+    (GROUPED, {"group_sizes": jnp.ones((0,), jnp.int32)}, "group_sizes", "1 or more sizes"),
+    (GROUPED, {"group_offset": jnp.ones((2,), jnp.int32)}, "group_offset", "1 elements (one)"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "operand", "expected"), VARIANT_ERRORS)
+def test_gated_and_grouped_kernels_name_operand_and_expected(
+    kernel: str, changes: dict, operand: str, expected: str
+) -> None:
+    kernel_objects.custom_calls()
+    assert PASSED in raw_variant(kernel)
+    message = raw_variant(kernel, **changes)
+    assert f"jax_nvfp4 gemm: operand {operand}: expected {expected}" in message
 
 
 def test_an_unknown_kernel_is_named() -> None:

@@ -35,6 +35,10 @@ QUANTIZE_SMS = 4
 SHARED_BYTES = {"sm_100f": 227 * 1024, "sm_103a": 227 * 1024, "sm_120f": 99 * 1024}
 """Shared memory that a CTA can have (CUDA programming guide, compute capabilities)."""
 
+# What ends the pointers and the numbers of a GEMM without groups of rows and without a gate.
+NO_GROUPS = (None, None)
+NO_GROUPS_NO_GATE = (0, 0, 0, 1.0, 1.0, 0.0, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -326,6 +330,7 @@ class Problem:
             sfw = poisoned(sfw, c.n)
             sfx = None if sfx is None else poisoned(sfx, c.m)
         pointers = (self.x, sfx, w, sfw, self.x_scale, self.w_scale, self.bias, y, scratch)
+        pointers += NO_GROUPS
         # What the kernel before may have written, where launches overlap; y's memory was its, too.
         previous = [self.x, sfx, self.x_scale, y] if config.kind in ("2cta", "swap") else []
         previous = [a for a in previous if a is not None and a.size]
@@ -333,7 +338,8 @@ class Problem:
             kernel_objects.folder() / f"{config.name}.o",
             ptx or ptx_of(config.name),
             [*(None if p is None or not p.size else p for p in pointers),
-             c.m, c.n, c.k, x_stride, int(c.w_scaling == "token"), c.bias, c.out, c.split, c.sms],
+             c.m, c.n, c.k, x_stride, int(c.w_scaling == "token"), c.bias, c.out, c.split, c.sms,
+             *NO_GROUPS_NO_GATE],
             uninitialized=[a for a in (y, scratch) if a is not None],
             schedule_seed=seed,
             num_sms=c.sms,

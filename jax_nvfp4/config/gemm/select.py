@@ -27,6 +27,8 @@ def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
     return (
         rule.config.arch in runnable_arches(problem.arch)
         and rule.config.x_dtype == problem.x_dtype
+        and rule.config.epilogue == problem.epilogue
+        and rule.config.grouped == (problem.groups > 0)
         and rule.when(problem, num_sms)
     )
 
@@ -34,8 +36,8 @@ def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
 def rule_for(problem: GemmProblem, num_sms: int) -> Rule | None:
     """The row of the arch's table that serves a problem; None where none does.
 
-    There is one for each problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's
-    kernels for 16-bit x are for few rows.
+    There is one for each plain problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's
+    kernels for 16-bit x are for few rows. Hopper has gated and grouped ones.
 
     Args:
         problem: the call.

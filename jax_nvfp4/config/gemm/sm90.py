@@ -8,6 +8,7 @@ Figures in the reasons were measured on an H100 (132 multiprocessors) with weigh
 the L2 cache.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
@@ -76,7 +77,7 @@ _BETWEEN = (
     _config("tile", "bfloat16", 128, 192, 4, split_k=2, warpgroups=3),
 )
 
-CONFIGS: tuple[GemmConfig, ...] = (
+_PLAIN: tuple[GemmConfig, ...] = (
     *_intra_split_k("bfloat16"),
     *_whole("bfloat16", (8, 16)),
     *_BETWEEN,
@@ -85,16 +86,54 @@ CONFIGS: tuple[GemmConfig, ...] = (
 )
 
 
-def _named(kind_and_tile: str, x_dtype: str) -> GemmConfig:
+def _named(
+    kind_and_tile: str, x_dtype: str, epilogue: str = "plain", grouped: bool = False
+) -> GemmConfig:
+    """The config of a name without dtype and prefix, or its twin for gated or grouped weights."""
     kind, _, tile = kind_and_tile.rpartition("_")
-    name = f"gemm_sm90a_{kind}_{_SHORT[x_dtype]}_{tile}"
-    return next(c for c in CONFIGS if c.name == name)
+    rest = f"{kind}_{_SHORT[x_dtype]}_{tile}"
+    config = next(c for c in _PLAIN if c.name == f"gemm_sm90a_{rest}")
+    prefix = ("grouped_" if grouped else "") + ("" if epilogue == "plain" else f"{epilogue}_")
+    name = f"gemm_sm90a_{prefix}{rest}"
+    return dataclasses.replace(config, name=name, epilogue=epilogue, grouped=grouped)
+
+
+# Groups have few rows or many; configs for numbers of tiles that fill a wave have no use.
+_GROUPED_BFLOAT16 = (
+    "intra_split_k_8x64",
+    "intra_split_k_16x64",
+    "small_m_8x64",
+    "small_m_16x64",
+    "small_m_32x128",
+    "small_m_64x128",
+    "tile_128x128",
+    "tile_128x256",
+)
+_GROUPED_FLOAT16 = ("small_m_16x64", "small_m_64x128", "tile_128x128")
+
+CONFIGS: tuple[GemmConfig, ...] = (
+    *_PLAIN,
+    *(
+        dataclasses.replace(c, name=c.name.replace("sm90a_", "sm90a_gated_"), epilogue="gated")
+        for c in _PLAIN
+        if c.x_dtype == "bfloat16"
+    ),
+    *(
+        _named(name, "bfloat16", epilogue, True)
+        for epilogue in ("plain", "gated")
+        for name in _GROUPED_BFLOAT16
+    ),
+    *(_named(name, "float16", "plain", True) for name in _GROUPED_FLOAT16),
+)
+"""Gated weights, which are for activations in the epilogue, have kernels for bfloat16 x alone."""
 
 
 def _tiles(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
-    """Tiles of a problem; weights are padded to 128 rows."""
+    """Tiles of a problem, at most; weights are padded to 128 rows."""
     rows = -(-problem.n // 128) * 128
-    return -(-problem.m // tile_m) * -(-rows // tile_n)
+    groups = min(problem.m, max(problem.groups, 1))
+    # Each group may have a tile that is not full.
+    return (groups + (problem.m - groups) // tile_m) * -(-rows // tile_n)
 
 
 def _split_to_fill(tile_m: int, tile_n: int, most: int) -> Split:
@@ -130,7 +169,7 @@ def _many(waves: int) -> When:
     """Whether tiles of 64 rows are more than so many for each multiprocessor, or many and short."""
 
     def many(problem: GemmProblem, num_sms: int) -> bool:
-        tiles = -(-problem.n // 128) * 2
+        tiles = -(-problem.n // 128) * 2 * max(1, min(problem.m, problem.groups))
         return tiles > waves * num_sms or (tiles > 2 * num_sms and problem.k <= 2048)
 
     return many
@@ -302,7 +341,86 @@ def _rules(x_dtype: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-RULES: tuple[Rule, ...] = tuple(r for x_dtype in _SHORT for r in _rules(x_dtype))
+def _gated_rules() -> tuple[Rule, ...]:
+    """A gated weight is as long as a plain one of as many rows, and stores half as much."""
+    gated = {c.name.replace("gated_", ""): c for c in CONFIGS if c.epilogue == "gated"}
+    return tuple(
+        dataclasses.replace(rule, config=gated[rule.config.name]) for rule in _rules("bfloat16")
+    )
+
+
+def _mean(most: float, more: When | None = None) -> When:
+    """At most so many rows for each group, and `more`."""
+    return lambda p, sms: p.m <= most * p.groups and (more is None or more(p, sms))
+
+
+def _invariant_mean(most: float, more: When | None = None) -> When:
+    mean = _mean(most, more)
+    return lambda p, sms: p.batch_invariant and mean(p, sms)
+
+
+def _grouped_rules(x_dtype: str, epilogue: str) -> tuple[Rule, ...]:
+    """By the mean of the groups' rows: what is known without their sizes.
+
+    Where rows are assigned at random, a tile of twice the mean holds nearly all groups, each of
+    which then reads its weight once.
+    """
+
+    def rule(when: When, name: str, split: Split, reason: str) -> Rule:
+        return Rule(when, _named(name, x_dtype, epilogue, True), split, reason)
+
+    if x_dtype == "float16":
+        tiles = (("small_m_16x64", 10.0), ("small_m_64x128", 64.0))
+    else:
+        tiles = (
+            ("small_m_8x64", 4.0),
+            ("small_m_16x64", 10.0),
+            ("small_m_32x128", 22.0),
+            ("small_m_64x128", 64.0),
+        )
+    wide = x_dtype == "bfloat16"
+    rules = [rule(_invariant_mean(mean), name, _invariant_split, _ORDER) for name, mean in tiles]
+    if wide:
+        when = _invariant(None, _wide_wins)
+        rules.append(rule(when, "tile_128x256", _invariant_split, _ORDER))
+    rules.append(rule(_invariant(None), "tile_128x128", _invariant_split, _ORDER))
+    for name, mean in tiles:
+        if name in ("small_m_8x64", "small_m_16x64") and wide:
+            few = name.replace("small_m", "intra_split_k")
+            rows = 8 if few.endswith("8x64") else 16
+            rules += [
+                rule(
+                    _mean(mean, _many(3)),
+                    name,
+                    _whole_k,
+                    "more tiles than CTAs: those that go on to the next tile load it as they store",
+                ),
+                rule(
+                    _mean(mean),
+                    few,
+                    _split_to_fill(rows, 64, 2),
+                    "few tiles: eight warps for 64 rows of the weight keep up with memory",
+                ),
+            ]
+        else:
+            rules.append(
+                rule(_mean(mean), name, _whole_k, "nearly all groups are one tile, twice the mean")
+            )
+    if wide:
+        reason = "fewest bytes from the L2 cache for a product"
+        rules.append(rule(_wide_wins, "tile_128x256", _whole_k, reason))
+    reason = "fewer waves, or a wave that is fuller, than with 128x256"
+    rules.append(rule(_rows(None), "tile_128x128", _whole_k, reason))
+    return tuple(rules)
+
+
+RULES: tuple[Rule, ...] = (
+    *(r for x_dtype in _SHORT for r in _rules(x_dtype)),
+    *_gated_rules(),
+    *_grouped_rules("bfloat16", "plain"),
+    *_grouped_rules("bfloat16", "gated"),
+    *_grouped_rules("float16", "plain"),
+)
 """First match of a problem's x_dtype wins; each row says why."""
 
 

@@ -2,7 +2,26 @@
 """The frozen types of GEMM problems, configs and the rows of a selection table."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A gated epilogue: `gate * sigmoid(gate * (alpha + cubic * gate^2)) * (up + beta)`.
+
+    Attributes:
+        limit: clamps the gate from above, and up from both sides, before.
+        alpha: of the sigmoid's argument.
+        cubic: likewise; the tanh form of gelu is `alpha = 2 * sqrt(2 / pi)` and
+            `cubic = alpha * 0.044715`, since `(1 + tanh(z)) / 2 = sigmoid(2 * z)`.
+        beta: added to up.
+    """
+
+    limit: float = math.inf
+    alpha: float = 1.0
+    cubic: float = 0.0
+    beta: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +35,9 @@ class GemmProblem:
         arch: a name of `ARCHES`: that of the GPU, the most specific one.
         x_dtype: element type of the x operand: "e2m1", "bfloat16" or "float16".
         batch_invariant: the config may depend on (n, k) alone.
+        epilogue: what is done with the products: "plain", or "gated" where each two rows of the
+            weight, a gate and an up row, have one output (n counts both).
+        groups: sizes of groups that divide the rows of x, each with a weight of its own; 0: none.
     """
 
     m: int
@@ -24,6 +46,8 @@ class GemmProblem:
     arch: str
     x_dtype: str
     batch_invariant: bool = False
+    epilogue: str = "plain"
+    groups: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +70,8 @@ class GemmConfig:
         warpgroups: warpgroups of a CTA that run MMAs.
         k_groups: into how many groups they divide, each with a part of the CTA's stages along K.
         ctas_per_sm: CTAs that a multiprocessor holds at a time.
+        epilogue: as a problem's.
+        grouped: the rows of x are in groups, each with a weight of its own.
     """
 
     name: str
@@ -63,6 +89,8 @@ class GemmConfig:
     warpgroups: int = 1
     k_groups: int = 1
     ctas_per_sm: int = 1
+    epilogue: str = "plain"
+    grouped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

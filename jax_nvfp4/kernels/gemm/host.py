@@ -8,8 +8,9 @@ from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
-SCALARS = 9
-"""32-bit integers of the signature: m, n, k, two strides, two dtypes, split_k and num_sms."""
+SCALARS = 12
+"""32-bit integers of the signature: m, n, k, two strides, two dtypes, split_k, num_sms, and three
+of groups."""
 
 
 def host_function(launch: Callable[..., None]) -> Callable[..., None]:
@@ -32,6 +33,8 @@ def host_function(launch: Callable[..., None]) -> Callable[..., None]:
         bias: cute.Pointer,
         y: cute.Pointer,
         scratch: cute.Pointer,
+        group_sizes: cute.Pointer,
+        group_offset: cute.Pointer,
         m: Int32,
         n: Int32,
         k: Int32,
@@ -41,6 +44,13 @@ def host_function(launch: Callable[..., None]) -> Callable[..., None]:
         out_dtype: Int32,
         split_k: Int32,
         num_sms: Int32,
+        size_count: Int32,
+        group_count: Int32,
+        w_scale_group_stride: Int32,
+        limit: Float32,
+        alpha: Float32,
+        cubic: Float32,
+        beta: Float32,
         stream: cuda.CUstream,
     ):
         scales = (x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype)
@@ -59,5 +69,7 @@ def example_args() -> tuple[Any, ...]:
 
     operands = [pointer(Uint8, 16) for _ in range(4)]
     scales = [pointer(Float32, 4) for _ in range(2)]
-    rest = [pointer(Uint8, 16) for _ in range(3)]
-    return (*operands, *scales, *rest, *(Int32(1) for _ in range(SCALARS)), cuda.CUstream(0))
+    rest = [pointer(Uint8, 16) for _ in range(3)] + [pointer(Int32, 4) for _ in range(2)]
+    integers = [Int32(1) for _ in range(SCALARS)]
+    floats = [Float32(1.0) for _ in range(4)]
+    return (*operands, *scales, *rest, *integers, *floats, cuda.CUstream(0))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear operation by kernels, where the GPU has any for the call: carries out its plan."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -30,34 +32,63 @@ def cuda(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     )
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
-    operands = _in_order(operands, spec, order(arch))
-    y = (_one_call if chosen.one_call else _gemm_call)(operands, chosen)
-    return [_after(y, spec, order(arch))]
+    return [multiply(operands, chosen, Groups(None, None))]
 
 
-def _in_order(operands: Operands, spec: LinearSpec, to: Order) -> Operands:
+class Groups(NamedTuple):
+    """Which rows of x are whose, where the weight has a leading axis of groups.
+
+    Attributes:
+        sizes: int32 (S,), the rows of each group; None: there are no groups.
+        offset: int32 (1,), which of the sizes is that of the weight's first group.
+    """
+
+    sizes: jax.Array | None
+    offset: jax.Array | None
+
+    @property
+    def operands(self) -> tuple[jax.Array, jax.Array] | None:
+        """As the custom calls take them."""
+        if self.sizes is None or self.offset is None:
+            return None
+        return self.sizes, self.offset
+
+
+def multiply(operands: Operands, chosen: LinearPlan, groups: Groups) -> jax.Array:
+    """Carries out a plan that has a kernel: (M, *spec.columns)."""
+    of = order(chosen.arch)
+    operands = _in_order(operands, chosen, of)
+    y = (_one_call if chosen.one_call else _gemm_call)(operands, chosen, groups)
+    return _after(y, chosen, of)
+
+
+def _in_order(operands: Operands, chosen: LinearPlan, to: Order) -> Operands:
     """The weight, and what goes with each of its rows, in the order of the kernel."""
+    spec = chosen.spec
     if spec.arch is None:
         data, block_scale = to.pack(operands.data, operands.block_scale, gated=spec.gated)
         operands = operands._replace(data=data, block_scale=block_scale)
-        if spec.gated and operands.w_scale.ndim:
+        if spec.gated and operands.w_scale.ndim == data.ndim - 1:  # one for each row
             operands = operands._replace(w_scale=to.gated.interleave(operands.w_scale, -1))
     if spec.gated and operands.bias is not None:
-        bias = to.gated.interleave(operands.bias.reshape(spec.n), -1)
+        bias = operands.bias.reshape(*operands.bias.shape[:-2], spec.n)
+        if chosen.gate is None:
+            bias = to.gated.interleave(bias, -1)
         operands = operands._replace(bias=bias)
     return operands
 
 
-def _after(y: jax.Array, spec: LinearSpec, of: Order) -> jax.Array:
+def _after(y: jax.Array, chosen: LinearPlan, of: Order) -> jax.Array:
     """What XLA does to the kernel's result: columns [gate; up] again, and the activation."""
-    if spec.gated:
+    spec = chosen.spec
+    if spec.gated and chosen.gate is None:
         y = of.gated.deinterleave(y, -1, spec.n).reshape(y.shape[0], 2, spec.n // 2)
-    if spec.activation is not None:
+    if spec.activation is not None and chosen.gate is None:
         y = activate(spec.activation, y).astype(spec.out_dtype)
     return y
 
 
-def _one_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
+def _one_call(operands: Operands, chosen: LinearPlan, groups: Groups) -> jax.Array:
     """Quantizes and multiplies by one custom call."""
     assert chosen.gemm is not None and chosen.quantize is not None
     return custom_calls.linear_call(
@@ -74,10 +105,12 @@ def _one_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
         n=chosen.gemm_n,
         out_dtype=jnp.dtype(chosen.gemm_out_dtype),
         num_sms=chosen.num_sms,
+        gate=chosen.gate,
+        groups=groups.operands,
     )
 
 
-def _gemm_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
+def _gemm_call(operands: Operands, chosen: LinearPlan, groups: Groups) -> jax.Array:
     """Multiplies by a custom call, after another one that quantizes x where that is asked."""
     assert chosen.gemm is not None
     x, scales, x_scale = _x_of_gemm(operands, chosen)
@@ -94,6 +127,8 @@ def _gemm_call(operands: Operands, chosen: LinearPlan) -> jax.Array:
         n=chosen.gemm_n,
         out_dtype=jnp.dtype(chosen.gemm_out_dtype),
         num_sms=chosen.num_sms,
+        gate=chosen.gate,
+        groups=groups.operands,
     )
 
 

@@ -6,8 +6,10 @@
 """
 
 import dataclasses
+import math
 
-from jax_nvfp4.config import REFERENCE, GemmConfig, GemmProblem, OutFormat, Scaling
+from jax_nvfp4.activations import GeGLU, SwiGLU
+from jax_nvfp4.config import REFERENCE, Gate, GemmConfig, GemmProblem, OutFormat, Scaling
 from jax_nvfp4.config.gemm.select import rule_for
 from jax_nvfp4.config.limits import Limits
 from jax_nvfp4.layout.orders import order
@@ -76,9 +78,25 @@ class LinearPlan:
         return quantize if self.gemm is None else (*quantize, self.gemm.name)
 
     @property
+    def gate(self) -> Gate | None:
+        """The activation in the GEMM's epilogue, if it is there."""
+        if self.gemm is None or self.gemm.epilogue != "gated":
+            return None
+        if isinstance(self.spec.activation, GeGLU):
+            # (1 + tanh(z)) / 2 = sigmoid(2 * z)
+            alpha = 2 * math.sqrt(2 / math.pi)
+            return Gate(alpha=alpha, cubic=alpha * 0.044715)
+        assert isinstance(self.spec.activation, SwiGLU)
+        of = self.spec.activation
+        return Gate(math.inf if of.limit is None else of.limit, of.alpha, 0.0, of.beta)
+
+    @property
     def gemm_n(self) -> int:
-        """The rows of the weight as the GEMM counts them: to it, a gated weight is a plain one."""
-        return _rows(self.spec, self.arch)
+        """The rows of the weight as the GEMM counts them.
+
+        To a kernel without the activation, a gated weight is a plain one with its padding.
+        """
+        return self.spec.n if self.gate is not None else _rows(self.spec, self.arch)
 
     @property
     def gemm_out_dtype(self) -> str:
@@ -88,7 +106,7 @@ class LinearPlan:
     @property
     def activation_by_xla(self) -> bool:
         """XLA applies the activation, if there is one, to the GEMM's float32 result."""
-        return self.spec.activation is not None
+        return self.spec.activation is not None and self.gate is None
 
     @property
     def gemm_x_dtype(self) -> str:
@@ -124,7 +142,14 @@ def operand_dtype(spec: LinearSpec, x_dtype: str, arch: str) -> str:
 
 
 def plan(
-    spec: LinearSpec, m: int, x_dtype: str, *, arch: str, limits: Limits, per_row: bool = False
+    spec: LinearSpec,
+    m: int,
+    x_dtype: str,
+    *,
+    arch: str,
+    limits: Limits,
+    per_row: bool = False,
+    groups: int = 0,
 ) -> LinearPlan:
     """Decides what a call runs.
 
@@ -135,6 +160,8 @@ def plan(
         arch: whose kernels there are: a name of `ARCHES`, or "reference" where there are none.
         limits: of the device.
         per_row: the scale or amax of x that is given, if any, is one for each row.
+        groups: into how many groups the rows of x are divided, each with a weight of its own; 0:
+            they are not.
 
     Returns:
         The plan. It is for the reference where no kernel serves the call.
@@ -150,18 +177,27 @@ def plan(
     gemm_dtype = operand_dtype(spec, x_dtype, arch)
     padded_k = order(arch).padded_k(spec.k)
     n = _rows(spec, arch)
-    problem = GemmProblem(m, n, padded_k, arch, gemm_dtype, spec.batch_invariant)
-    rule = rule_for(problem, limits.num_sms)
+    plain = GemmProblem(m, n, padded_k, arch, gemm_dtype, spec.batch_invariant, groups=groups)
+    problem, rule = plain, None
+    if spec.gated and spec.activation is not None:
+        problem = dataclasses.replace(plain, epilogue="gated")
+        rule = rule_for(problem, limits.num_sms)
+    if rule is None:
+        problem, rule = plain, rule_for(plain, limits.num_sms)
+    if rule is None and groups:
+        return by_xla(f"There is no kernel for groups of rows on {arch}.")
     if rule is None:
         return by_xla(
             f"No kernel for {gemm_dtype} x of {m} rows is ahead of XLA's dot of the dequantized "
             f"weight on {arch}, whose tensor cores multiply 4-bit by 4-bit operands."
         )
     why_gemm = _sentence(rule.reason)
-    if spec.activation is not None:
+    if spec.activation is not None and rule.config.epilogue == "gated":
+        why_gemm += " The activation is in the kernel's epilogue."
+    elif spec.activation is not None:
         why_gemm += (
-            " The kernel leaves its sums in float32 and XLA applies the activation: no kernel has "
-            "it in its epilogue."
+            " The kernel leaves its sums in float32 and XLA applies the activation: no kernel for "
+            "this call has it in its epilogue."
         )
     chosen = LinearPlan(
         spec,

@@ -15,6 +15,7 @@ from jax.interpreters import ad
 from jax_nvfp4.activations import activate
 from jax_nvfp4.ops import primitive
 from jax_nvfp4.ops.ragged_linear import sharding
+from jax_nvfp4.ops.ragged_linear.cuda import cuda
 from jax_nvfp4.ops.ragged_linear.gradient import bias_rows, straight_through
 from jax_nvfp4.ops.ragged_linear.reference import reference
 from jax_nvfp4.ops.ragged_linear.spec import Operands, RaggedSpec
@@ -96,6 +97,7 @@ ragged_linear_p = primitive.define(
     abstract=_abstract,
     reference=reference,
     batch=_batch,
+    cuda=cuda,
     partitioning=partition.Partitioning(sharding.factors, sharding.part),
 )
 ad.primitive_jvps[ragged_linear_p] = _jvp

@@ -7,7 +7,7 @@ They hold what no loop of a kernel changes. Sizes and indices are Int32.
 import dataclasses
 from typing import Any
 
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,42 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Groups:
+    """How the rows of x are divided over groups, each with a weight of its own.
+
+    Attributes:
+        sizes: Int32, the rows of each group; negative ones count as 0.
+        offset: Int32, the number of the group that the first weight is of.
+        size_count: how many sizes there are.
+        count: how many weights there are.
+        w_scale_stride: from the scales of one weight to those of the next.
+    """
+
+    sizes: cute.Pointer
+    offset: cute.Pointer
+    size_count: Int32
+    count: Int32
+    w_scale_stride: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """Of a gated product: gate * sigmoid(gate * (alpha + cubic * gate^2)) * (up + beta).
+
+    Attributes:
+        limit: clamps the gate from above, and up from both sides, before.
+        alpha: of the sigmoid's argument.
+        cubic: likewise.
+        beta: added to up.
+    """
+
+    limit: Float32
+    alpha: Float32
+    cubic: Float32
+    beta: Float32
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """What a CTA has to do.
 
@@ -82,6 +118,59 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """All of a call that is the same for each of its tiles.
+
+    Attributes:
+        operands: where they are.
+        problem: their sizes.
+        work: what the CTA has to do.
+        groups: of the rows, or None.
+        activation: or None.
+    """
+
+    operands: Operands
+    problem: Problem
+    work: Work
+    groups: Groups | None
+    activation: Activation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile of y.
+
+    Attributes:
+        column: its number along N.
+        group: of a grouped call: the group whose rows these are, negative for none of the weight's.
+        row: of a grouped call: the first row.
+        end: of a grouped call: where the group's rows end.
+        m_tile: of another call: its number along M.
+    """
+
+    column: Int32
+    group: Int32 | None = None
+    row: Int32 | None = None
+    end: Int32 | None = None
+    m_tile: Int32 | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TileQueue:
+    """How the producer of a grouped call tells the consumers which tiles there are.
+
+    Attributes:
+        tiles: slots in shared memory, four Int32 each.
+        sent: an mbarrier for each slot: there is a tile in it.
+        received: an mbarrier for each slot: the consumers have read it.
+    """
+
+    tiles: cute.Pointer
+    sent: cute.Pointer
+    received: cute.Pointer
+
+
+@dataclasses.dataclass(frozen=True)
 class Ring:
     """The stages in shared memory between the producer and the consumers.
 
@@ -90,12 +179,14 @@ class Ring:
         full: an mbarrier for each stage: its copies have come.
         empty: an mbarrier for each stage: its consumers have read it.
         stages: how many are in use; known at compile time or not.
+        queue: of a grouped call.
     """
 
     buffers: cute.Pointer
     full: cute.Pointer
     empty: cute.Pointer
     stages: Any
+    queue: TileQueue | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +212,15 @@ class Lane:
         thread: of its warpgroup.
         k_group: its warpgroup's group, which has a part of the CTA's stages.
         row_group: the warpgroup's number in the group, which has a part of the tile's rows.
+        k_count: stages of a tile that are its group's.
+        exponent: what `decode_pair` takes as such.
     """
 
     thread: Int32
     k_group: Int32
     row_group: Int32
+    k_count: Int32
+    exponent: Uint32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +237,35 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputTile:
-    """A thread's share of a tile of y, and what scales it.
+class Place:
+    """Which outputs of a tile are a thread's.
 
     Attributes:
         rows: of x.
         first_block: the first of its blocks of 64 rows of the weight.
+        thread: of its warpgroup.
+        group: as a tile's.
+    """
+
+    rows: Rows
+    first_block: Int32
+    thread: Int32
+    group: Int32 | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputTile:
+    """A thread's share of a tile of y, and what scales it.
+
+    Attributes:
+        place: which outputs these are.
         octets: eights of rows of x that it has sums for.
         row_scales: the two scales of each octet, or None: to be loaded when they are needed.
         scales: of its rows of the weight.
         biases: likewise.
     """
 
-    rows: Rows
-    first_block: Int32
+    place: Place
     octets: int
     row_scales: list[list[Float32]] | None
     scales: list[Float32]

@@ -11,7 +11,17 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
-from jax_nvfp4.kernels.gemm.sm90.arguments import Exchange, Lane, OutputTile, Ring, Rows, Work
+from jax_nvfp4.kernels.gemm.sm90.arguments import (
+    Call,
+    Exchange,
+    Lane,
+    OutputTile,
+    Place,
+    Ring,
+    Rows,
+    Tile,
+    Work,
+)
 from jax_nvfp4.kernels.ptx import fma_to
 from jax_nvfp4.layout import sm90 as layout
 
@@ -33,6 +43,7 @@ class Epilogue:
         octets: of a tile's rows of x.
         group_octets: of the rows whose sums one of the groups adds up, at most.
         separate_exchange: other CTAs' sums have a place beside the ring.
+        gated: rows of the weight come in pairs, a gate and an up row, each with one output.
     """
 
     def __init__(self, config: GemmConfig):
@@ -43,6 +54,7 @@ class Epilogue:
         self.octets = config.tile_m // 8
         self.group_octets = -(-self.octets // self.k_groups)
         self.separate_exchange = False
+        self.gated = config.epilogue == "gated"
 
     def reduces(self, split: int) -> bool:
         """Whether a tile's sums meet in shared memory before they are stored."""
@@ -194,7 +206,7 @@ class Epilogue:
 
     # Scaling and storing
 
-    def _rows(self, tile_x, lane: Lane, work: Work, m) -> Rows:
+    def _rows(self, tile: Tile, lane: Lane, work: Work, m) -> Rows:
         """The rows of y that a thread stores.
 
         The next octets of a tile's rows go to the next group, of a group's to the next CTA.
@@ -202,42 +214,53 @@ class Epilogue:
         octets = self._cta_octets(work.split)
         first = lane.k_group * self.group_octets + work.rank * octets
         end = cutlass.min(first + octets, (lane.k_group + 1) * self.group_octets)
-        tile_row = tile_x * self.tile_m
-        return Rows(
-            tile_row + first * 8, cutlass.min(tile_row + cutlass.min(end * 8, self.tile_m), m)
-        )
+        row = tile.m_tile * self.tile_m if tile.row is None else tile.row
+        limit = m if tile.end is None else tile.end
+        return Rows(row + first * 8, cutlass.min(row + cutlass.min(end * 8, self.tile_m), limit))
 
     @cute.jit
-    def _constants(self, operands, problem, first_block, thread):
+    def _constants(self, call: Call, place: Place):
         """The scales and the biases of the rows of the weight that a thread sums."""
-        lane = thread % 32
-        g = lane // 4
-        warp_n = self._warp_column(first_block, thread)
+        operands, problem, group = call.operands, call.problem, place.group
+        g = place.thread % 32 // 4
+        row = self._warp_row(place.first_block, place.thread)
+        last = self._last_row(problem.n)
         scales = []
         biases = []
         for b in cutlass.range_constexpr(self.blocks):
             for half in cutlass.range_constexpr(2):
-                at = warp_n + (g // 2) * 8 + b * 4 + half * 2 + g % 2
-                at = cutlass.min(at, problem.n - 1)
-                scales.append(
-                    ops.load_element(operands.w_scale, Float32, at * problem.w_scale_stride)
-                )
-                biases.append(self._bias(operands.bias, problem.bias_dtype, at))
+                at = row + (g // 2) * 8 + b * 4 + half * 2 + g % 2
+                at = cutlass.min(at, last)
+                scale_at = at * problem.w_scale_stride
+                if const_expr(self.gated):
+                    at = self._logical_row(at, half, problem.n)
+                if const_expr(group is not None):
+                    used = Int64(cutlass.max(group, 0))
+                    scale_at = Int64(scale_at) + used * Int64(call.groups.w_scale_stride)
+                    at = Int64(at) + used * Int64(problem.n)
+                scale = ops.load_element(operands.w_scale, Float32, scale_at)
+                bias = self._bias(operands.bias, problem.bias_dtype, at)
+                scales.append(self._or_zero(scale, group))
+                biases.append(self._or_zero(bias, group))
         return scales, biases
 
-    def _row_scales(self, operands, problem, rows: Rows, thread, j):
+    def _or_zero(self, value, group):
+        """`value`, or 0 for rows that are in no group of the weight's."""
+        return value if group is None else ops.select(group < 0, Float32(0.0), value)
+
+    def _row_scales(self, call: Call, place: Place, j):
         """The scales of the two rows of octet `j` that a thread's sums are of.
 
         Rows past the last get the last's.
         """
+        operands, problem = call.operands, call.problem
         stride = problem.x_scale_stride
-        row = rows.first + 8 * j + thread % 4 * 2
+        row = place.rows.first + 8 * j + place.thread % 4 * 2
         scales = []
         for e in range(2):
             index = cutlass.min(row + e, problem.m - 1) * stride
-            scales.append(
-                ops.load_float_or_one(operands.x_scale, operands.w_scale, stride >= 0, index)
-            )
+            scale = ops.load_float_or_one(operands.x_scale, operands.w_scale, stride >= 0, index)
+            scales.append(self._or_zero(scale, place.group))
         return scales
 
     @cute.jit
@@ -252,66 +275,86 @@ class Epilogue:
             value = ops.load_element(bias, Float16, index)
         return value
 
-    def _warp_column(self, first_block, thread):
-        """The first of the columns of y that a warp stores."""
+    def _warp_row(self, first_block, thread):
+        """The first of the rows of the weight that a warp sums, as they are packed."""
         tile = (first_block // 2) * layout.TILE_N
         return tile + (thread // 32) * 32 + (first_block % 2) * 4
 
+    def _last_row(self, n):
+        """The last row of the weight as it is packed: of a gated one, with each half padded."""
+        if not self.gated:
+            return n - 1
+        return cute.ceil_div(n // 2, BLOCK_N) * layout.TILE_N - 1
+
+    def _logical_row(self, row, half, n):
+        """Where a gated weight's row is among [gate; up]; the last's where it is padding.
+
+        Packed, two gates and their two ups follow one another.
+        """
+        return cutlass.min(row // 4 * 2 + row % 2, n // 2 - 1) + half * (n // 2)
+
     @cute.jit
-    def _store(self, sums, tile: OutputTile, operands, problem, thread):
+    def _store(self, sums, tile: OutputTile, call: Call):
         """Scales a thread's share of a tile and stores it from registers.
 
         A lane 4*g + t holds rows g of 8 of the weight for rows 2*t and 2*t + 1 of 8 of x. Once
         transposed it holds row g of x and, the order of the weight's rows being what it is, eight
-        (or four, where the warpgroup has one block) neighboring elements from 8*t.
+        (or four, where the warpgroup has one block) neighboring elements from 8*t. Where each gate
+        and up row have one output it is four (or two) from 4*t.
         """
-        lane = thread % 32
+        problem, place = call.problem, tile.place
+        lane = place.thread % 32
         g, t = lane // 4, lane % 4
-        warp_n = self._warp_column(tile.first_block, thread)
-        column = warp_n + t * 8
+        warp_n = self._warp_row(place.first_block, place.thread)
+        at = (g, warp_n // 2 + t * 4) if self.gated else (g, warp_n + t * 8)
         # A branch for each way of storing, and no branch within: code that is run once, and is
         # long, should at least be contiguous.
-        if problem.n % (4 * self.blocks) != 0:
-            self._store_tile(sums, tile, operands, problem, (thread, g, column), "any")
+        if const_expr(self.gated):
+            if problem.n // 2 % (2 * self.blocks) != 0 or problem.out_dtype == 0:
+                self._store_tile(sums, tile, call, at, "any")
+            else:
+                self._store_tile(sums, tile, call, at, "16-bit")
+        elif problem.n % (4 * self.blocks) != 0:
+            self._store_tile(sums, tile, call, at, "any")
         elif problem.out_dtype == 0:
-            self._store_tile(sums, tile, operands, problem, (thread, g, column), "f32")
+            self._store_tile(sums, tile, call, at, "f32")
         elif problem.out_dtype == 1:
-            self._store_tile(sums, tile, operands, problem, (thread, g, column), "bf16x2")
+            self._store_tile(sums, tile, call, at, "bf16x2")
         else:
-            self._store_tile(sums, tile, operands, problem, (thread, g, column), "f16x2")
+            self._store_tile(sums, tile, call, at, "f16x2")
 
     @cute.jit
-    def _store_tile(
-        self, sums, tile: OutputTile, operands, problem, place, form: cutlass.Constexpr[str]
-    ):
-        """Stores rows in one form: "f32", "bf16x2", "f16x2", or "any", element by element."""
-        thread, g, column = place
-        rows, y, n = tile.rows, operands.y, problem.n
-        out_dtype = problem.out_dtype if form == "any" else FORMS.index(form)
+    def _store_tile(self, sums, tile: OutputTile, call: Call, at, form: cutlass.Constexpr[str]):
+        """Stores rows in one form; the thread has a row of each octet, and columns, from `at` on.
+
+        "f32", "bf16x2", "f16x2", "16-bit" for either of the two, or "any", element by element.
+        """
+        place, problem, y = tile.place, call.problem, call.operands.y
+        g, column = at
+        n = problem.n // 2 if self.gated else problem.n
         for j in cutlass.range_constexpr(tile.octets):
             row_scale = (
-                self._row_scales(operands, problem, rows, thread, j)
-                if tile.row_scales is None
-                else tile.row_scales[j]
+                self._row_scales(call, place, j) if tile.row_scales is None else tile.row_scales[j]
             )
-            words = self._transposed(self._scaled(sums, tile, j, row_scale, out_dtype), form)
-            row = rows.first + 8 * j + g
-            at = Int64(row) * Int64(n) + Int64(column)
+            if const_expr(self.gated):
+                pairs = self._activated(sums, tile, j, row_scale, call.activation)
+            else:
+                out_dtype = FORMS.index(form) if form in FORMS else problem.out_dtype
+                pairs = self._scaled(sums, tile, j, row_scale, out_dtype)
+            words = self._transposed(pairs, form, problem.out_dtype)
+            row = place.rows.first + 8 * j + g
+            index = Int64(row) * Int64(n) + Int64(column)
             if const_expr(form == "any"):
-                if row < rows.end:
+                if row < place.rows.end:
                     for i in cutlass.range_constexpr(len(words)):
                         if column + i < n:
                             self._store_element(
-                                y, problem.out_dtype, at + i, ops.float_of(words[i])
+                                y, problem.out_dtype, index + i, ops.float_of(words[i])
                             )
             else:
-                address = ops.element_address(y, at, 4 if form == "f32" else 2)
-                if row < rows.end and column < n:
-                    if const_expr(len(words) == 2):
-                        ops.store_x2(address, words)
-                    else:
-                        for i in cutlass.range_constexpr(0, len(words), 4):
-                            ops.store_x4(address + 4 * i, words[i : i + 4])
+                address = ops.element_address(y, index, 4 if form == "f32" else 2)
+                if row < place.rows.end and column < n:
+                    ops.store_words(address, words)
 
     def _scaled(self, sums, tile: OutputTile, j, row_scale, out_dtype):
         """A thread's outputs of octet `j`: for each row of the weight those of two rows of x."""
@@ -333,13 +376,35 @@ class Epilogue:
                 )
         return pairs
 
-    def _transposed(self, pairs, form):
+    def _activated(self, sums, tile: OutputTile, j, row_scale, activation):
+        """The same where a gate and an up row have one output."""
+        pairs = []
+        for b in range(self.blocks):
+            pair = []
+            for e in range(2):
+                halves = [
+                    (
+                        row_scale[e] * tile.scales[2 * b + half],
+                        sums[self._flat(j, b, half, e, tile.octets)]
+                        * Float32(ops.ACCUMULATOR_SCALE),
+                        tile.biases[2 * b + half],
+                    )
+                    for half in range(2)
+                ]
+                pair.append(ops.gated(*halves, activation))
+            pairs.append(pair)
+        return pairs
+
+    def _transposed(self, pairs, form, out_dtype):
         """Neighboring elements of a row of y, packed into words, from pairs of a column's.
 
         Float32 goes as two matrices of 16-bit elements, the upper and the lower halves.
         """
         if form in ("bf16x2", "f16x2"):
             return [ops.transpose(ops.round_pair(low, high, form)) for low, high in pairs]
+        if form == "16-bit":
+            both = [[ops.round_pair(*p, f) for f in ("bf16x2", "f16x2")] for p in pairs]
+            return [ops.transpose(ops.select(out_dtype == 1, *words)) for words in both]
         words = []
         for low, high in pairs:
             a, b = ops.bits(low), ops.bits(high)

@@ -23,6 +23,14 @@ programmatic one, so that CTAs set up their barriers while that kernel runs. Unt
 (`griddepcontrol.wait`) they read nothing and only ask for some of the weight to come to the L2
 cache, which is right whatever was launched before.
 
+Gated configs are for weights whose rows are interleaved, two gates and their two ups in turn: a
+thread's rows r and r + 8 of the MMA are then a gate and its up, so that the activation needs no
+exchange, and half as much is stored.
+
+Grouped configs have a weight for each group of rows, and group sizes that only the device knows
+(`groups.py`). Nothing else differs: x is the N side of the MMA and its tensor map reads from any
+row, so that groups need no padding; a tile's rows beyond its group are computed and not stored.
+
 The order in which one output is summed is fixed by K, the split and `k_groups`: columns in rising
 order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same in every config.
 """
@@ -45,14 +53,21 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.gemm.sm90 import groups
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm90.arguments import (
+    Activation,
+    Call,
     Exchange,
+    Groups,
     Lane,
     Operands,
     OutputTile,
+    Place,
     Problem,
     Ring,
+    Tile,
+    TileQueue,
     Work,
 )
 from jax_nvfp4.kernels.gemm.sm90.epilogue import BLOCK_N, WARPGROUP, Epilogue
@@ -71,6 +86,8 @@ RASTER_TILES = 8
 # Registers of a producer's and of a consumer's thread once the warpgroup of producers has handed
 # over, by CTAs of a multiprocessor and warpgroups of consumers in one.
 REGISTERS = {(1, 2): (40, 232), (1, 3): (40, 152), (2, 2): (24, 104), (1, 4): (24, 112)}
+# The same where the producer also finds groups, if that takes more.
+GROUPED_REGISTERS = {(2, 2): (32, 104)}
 # Shared memory of a CTA when a multiprocessor holds so many.
 SMEM_BYTES = {1: 227 * 1024, 2: 113 * 1024, 3: 75 * 1024, 4: 56 * 1024}
 # Shared memory that a CTA asks for so that no other fits beside it on its multiprocessor.
@@ -104,7 +121,8 @@ class GemmSm90(Epilogue):
         # Large tiles need more registers than an even share: the producer, a warpgroup then, hands
         # over most of its own.
         self.moves_registers = self.blocks * self.tile_m >= 64
-        self.registers = REGISTERS.get((config.ctas_per_sm, config.warpgroups))
+        registers = REGISTERS | (GROUPED_REGISTERS if config.grouped else {})
+        self.registers = registers.get((config.ctas_per_sm, config.warpgroups))
         self.producers = WARPGROUP if self.moves_registers else 32
         self.threads = self.consumers + self.producers
         self.dynamic_stages = (
@@ -113,6 +131,8 @@ class GemmSm90(Epilogue):
         self.x_bytes = self.tile_m * TILE_K * 2
         self.stage_bytes = self.x_bytes + self.tile_blocks * (CODE_BYTES + SCALE_BYTES)
         self.smem_bytes = 1024 + self.stages * (self.stage_bytes + 16) + 16
+        if config.grouped:
+            self.smem_bytes += groups.QUEUE_BYTES
         # Whether there is room for other CTAs' sums beside the ring.
         exchange = max(self._exchange_bytes(split) for split in range(1, config.split_k + 1))
         self.separate_exchange = self.smem_bytes + exchange <= SMEM_BYTES[config.ctas_per_sm]
@@ -169,6 +189,8 @@ class GemmSm90(Epilogue):
         bias: cute.Pointer,
         y: cute.Pointer,
         scratch: cute.Pointer,
+        group_sizes: cute.Pointer,
+        group_offset: cute.Pointer,
         m: Int32,
         n: Int32,
         k: Int32,
@@ -178,6 +200,13 @@ class GemmSm90(Epilogue):
         out_dtype: Int32,
         split_k: Int32,
         num_sms: Int32,
+        size_count: Int32,
+        group_count: Int32,
+        w_scale_group_stride: Int32,
+        limit: Float32,
+        alpha: Float32,
+        cubic: Float32,
+        beta: Float32,
         stream: cuda.CUstream,
     ):
         """Encodes the tensor map of x and launches the kernel. See the package's GEMM signature.
@@ -195,9 +224,14 @@ class GemmSm90(Epilogue):
             cute.slice_(self._x_layout(), (None, None, 0)),
             (self.tile_m, TILE_K),
         )
-        tiles = cute.ceil_div(m, self.tile_m) * self._n_tiles(n)
-        pointers = (w, sfw, x_scale, w_scale, bias, y)
+        tiles = self._most_m_tiles(m, size_count) * self._n_tiles(n)
+        operands = (w, sfw, x_scale, w_scale, bias, y)
         integers = (m, n, k, x_scale_stride, w_scale_stride, bias_dtype, out_dtype)
+        grouping = ()
+        if const_expr(self.config.grouped):
+            grouping = (group_sizes, group_offset, size_count, group_count, w_scale_group_stride)
+        activation = (limit, alpha, cubic, beta) if self.gated else ()
+        arguments = (operands, integers, grouping, activation)
         if m > 0 and n > 0:
             for split in cutlass.range_constexpr(1, self.config.split_k + 1):
                 # A launch each: a cluster's size is fixed when it is compiled.
@@ -215,7 +249,7 @@ class GemmSm90(Epilogue):
                     if const_expr(self.dynamic_stages):
                         if 2 * ctas > self.config.ctas_per_sm * num_sms:
                             stages = Int32(SHARED_SM_STAGES)
-                    self.kernel(tma_atom, tma_tensor, pointers, integers, stages, split).launch(
+                    self.kernel(tma_atom, tma_tensor, arguments, stages, split).launch(
                         grid=[ctas, 1, 1],
                         block=[self.threads, 1, 1],
                         cluster=[split, 1, 1],
@@ -231,17 +265,15 @@ class GemmSm90(Epilogue):
         self,
         tma_atom: cute.CopyAtom,
         x_tensor: cute.Tensor,
-        pointers: tuple,
-        integers: tuple,
+        arguments: tuple,
         stages: Int32,
         split: cutlass.Constexpr[int],
     ):
         """The device code; a cluster is `split` CTAs that share a tile."""
         if const_expr(not self.dynamic_stages):
             stages = self.stages
-        operands, problem = Operands(*pointers), Problem(*integers)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        work = self._work(problem, split)
+        call = self._call(arguments, split)
         ring, exchange = self._shared_memory(stages, split)
         if warp == self.consumers // 32:
             cpasync.prefetch_descriptor(tma_atom)
@@ -254,14 +286,37 @@ class GemmSm90(Epilogue):
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_decrease(self.registers[0])
             if warp == self.consumers // 32:
-                self._produce(tma_atom, x_tensor, x_smem, ring, operands, problem, work)
+                if const_expr(self.config.grouped):
+                    self._produce_groups((tma_atom, x_tensor, x_smem), ring, call)
+                else:
+                    self._produce((tma_atom, x_tensor, x_smem), ring, call)
             if const_expr(split > 1):
                 cute.arch.cluster_wait()
         else:
             if const_expr(self.moves_registers):
                 cute.arch.setmaxregister_increase(self.registers[1])
             cute.arch.griddepcontrol_wait()
-            self._consume(x_smem, ring, exchange, operands, problem, work)
+            self._consume(x_smem, ring, exchange, call)
+
+    def _call(self, arguments, split) -> Call:
+        """The kernel's arguments by their names, and the CTA's share of the work."""
+        operands, integers, grouping, activation = arguments
+        problem = Problem(*integers)
+        return Call(
+            Operands(*operands),
+            problem,
+            self._work(problem, split),
+            Groups(*grouping) if grouping else None,
+            Activation(*activation) if activation else None,
+        )
+
+    def _most_m_tiles(self, m, size_count):
+        """Tiles along M, the most that there can be where rows are in groups."""
+        if not self.config.grouped:
+            return cute.ceil_div(m, self.tile_m)
+        # The rows behind all groups are one more. Each group may have a tile that is not full.
+        occupied = cutlass.min(m, size_count + 1)
+        return occupied + (m - occupied) // self.tile_m
 
     def _work(self, problem, split) -> Work:
         """The CTA's share: every `step`-th tile from `first`, and a part of K."""
@@ -286,7 +341,12 @@ class GemmSm90(Epilogue):
             received_sums = smem.allocate(self._exchange_bytes(split), byte_alignment=16)
         barriers = smem.allocate_array(cutlass.Int64, self.stages * 2 + 2)
         full, empty, ready = barriers, barriers + self.stages, barriers + self.stages * 2
-        return Ring(buffers, full, empty, stages), Exchange(received_sums, ready, ready + 1)
+        queue = None
+        if self.config.grouped:
+            tiles = smem.allocate_array(Int32, 4 * groups.QUEUE_SLOTS, byte_alignment=16)
+            sent = smem.allocate_array(cutlass.Int64, 2 * groups.QUEUE_SLOTS)
+            queue = TileQueue(tiles, sent, sent + groups.QUEUE_SLOTS)
+        return Ring(buffers, full, empty, stages, queue), Exchange(received_sums, ready, ready + 1)
 
     @cute.jit
     def _set_up_barriers(self, ring: Ring, exchange: Exchange, split: cutlass.Constexpr[int]):
@@ -295,23 +355,33 @@ class GemmSm90(Epilogue):
             for stage in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(ring.full + stage, 1)
                 cute.arch.mbarrier_init(ring.empty + stage, self.row_groups * WARPGROUP)
+            if const_expr(self.config.grouped):
+                for slot in cutlass.range_constexpr(groups.QUEUE_SLOTS):
+                    cute.arch.mbarrier_init(ring.queue.sent + slot, 1)
+                    cute.arch.mbarrier_init(ring.queue.received + slot, self.consumers)
             if const_expr(split > 1):
                 cute.arch.mbarrier_init(exchange.received, 1)
                 if const_expr(not self.separate_exchange):
                     cute.arch.mbarrier_init(exchange.ready, (split - 1) * self.consumers)
             cute.arch.mbarrier_init_fence()
-            if const_expr(split > 1):
-                cute.arch.mbarrier_arrive_and_expect_tx(
-                    exchange.received, self._exchange_bytes(split)
-                )
+            if const_expr(split > 1 and not self.config.grouped):
+                self._expect_sums(exchange, split)
         if const_expr(split > 1):
             # Waited for before the first access to another CTA.
             cute.arch.cluster_arrive_relaxed()
         cute.arch.sync_threads()
 
+    def _expect_sums(self, exchange: Exchange, split):
+        """Tells the mbarrier how many bytes of sums the other CTAs will send."""
+        cute.arch.mbarrier_arrive_and_expect_tx(exchange.received, self._exchange_bytes(split))
+
     def _n_tiles(self, n):
         """Tiles along N, of the blocks of the weight's whole tiles."""
-        return cute.ceil_div(cute.ceil_div(n, layout.TILE_N) * 2, self.tile_blocks)
+        return cute.ceil_div(self._row_tiles(n) * 2, self.tile_blocks)
+
+    def _row_tiles(self, n):
+        """The weight's tiles of 128 rows; of a gated weight half are gates, each half padded."""
+        return cute.ceil_div(n // 2, BLOCK_N) if self.gated else cute.ceil_div(n, layout.TILE_N)
 
     @cute.jit
     def _tile_coordinates(self, tile, m_tiles, n):
@@ -335,75 +405,137 @@ class GemmSm90(Epilogue):
         return self._code_offset() + self.stages * self.tile_blocks * CODE_BYTES
 
     @cute.jit
-    def _produce(self, tma_atom, x_tensor, x_smem, ring: Ring, operands, problem, work: Work):
+    def _produce(self, x_copy, ring: Ring, call: Call):
         """The producer warp: fills the ring."""
+        work, problem = call.work, call.problem
+        x_to, x_from = self._x_partition(x_copy, None)
+        # A weight that is read once should not push x out of the L2 cache.
+        policy = Int64(ops.EVICT_NORMAL)
+        if work.m_tiles == 1:
+            policy = Int64(ops.EVICT_FIRST)
+        base = ops.shared_address(ring.buffers)
+        last_row = self._last_row_tile(problem)
+        # A launch that is not programmatic would do so for nothing.
+        if work.first < work.tiles and problem.x_scale_stride >= 0:
+            self._prefetch_weight(call, last_row)
+        cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)
+        for index in cutlass.range(work.first, work.tiles, work.step, unroll=1):
+            tile_x, tile_w = self._tile_coordinates(index, work.m_tiles, problem.n)
+            tile = Tile(tile_w, m_tile=tile_x)
+            copies = ((x_copy[0], x_from, x_to), base, last_row, policy)
+            stage, phase = self._load_tile(tile, copies, ring, call, stage, phase)
+
+    @cute.jit
+    def _produce_groups(self, x_copy, ring: Ring, call: Call):
+        """The producer warp where rows are in groups: finds tiles, and fills the ring."""
+        work, problem = call.work, call.problem
+        base = ops.shared_address(ring.buffers)
+        last_row = self._last_row_tile(problem)
+        cute.arch.griddepcontrol_wait()
+        scheduler = groups.make_scheduler(call, self.tile_m, self._n_tiles(problem.n))
+        stage = Int32(0)
+        phase = Int32(1)
+        slot = Int32(0)
+        slot_phase = Int32(1)
+        rows = Int32(0)
+        tiles = Int32(0)
+        next_tile = work.first
+        for chunk in cutlass.range(scheduler.chunks, unroll=1):
+            part = groups.part_of(scheduler, chunk, rows, tiles)
+            for index in cutlass.range(next_tile, part.tiles_end, work.step, unroll=1):
+                found = groups.find(scheduler, part, index)
+                tile_x, tile_w = self._tile_coordinates(found.index, found.m_tiles, problem.n)
+                tile = Tile(tile_w, found.group, found.row + tile_x * self.tile_m, found.end)
+                slot, slot_phase = groups.send_tile(ring.queue, tile, slot, slot_phase)
+                policy = ops.select(
+                    found.m_tiles == 1, Int64(ops.EVICT_FIRST), Int64(ops.EVICT_NORMAL)
+                )
+                x_to, x_from = self._x_partition(x_copy, tile.row)
+                copies = ((x_copy[0], x_from, x_to), base, last_row, policy)
+                stage, phase = self._load_tile(tile, copies, ring, call, stage, phase)
+            next_tile = groups.after(next_tile, part.tiles_end, work.step)
+            rows = part.rows_end
+            tiles = part.tiles_end
+        end = Tile(Int32(0), Int32(0), Int32(0), Int32(groups.NO_TILE))
+        groups.send_tile(ring.queue, end, slot, slot_phase)
+
+    def _x_partition(self, x_copy, first_row):
+        """The ring's stages and the tiles of x, from a row on, as the copy takes them."""
+        tma_atom, x_tensor, x_smem = x_copy
+        if first_row is not None:
+            x_tensor = cute.domain_offset((first_row, 0), x_tensor)
         x_tiles = cute.local_tile(x_tensor, (self.tile_m, TILE_K), (None, None))
-        x_to, x_from = cpasync.tma_partition(
+        return cpasync.tma_partition(
             tma_atom,
             0,
             cute.make_layout(1),
             cute.group_modes(x_smem, 0, 2),
             cute.group_modes(x_tiles, 0, 2),
         )
-        # A weight that is read once should not push x out of the L2 cache.
-        policy = Int64(ops.EVICT_NORMAL)
-        if work.m_tiles == 1:
-            policy = Int64(ops.EVICT_FIRST)
-        base = ops.shared_address(ring.buffers)
-        # The last tile along N may reach past the weight's tiles of 128 rows.
-        last_row = cute.ceil_div(problem.n, layout.TILE_N) - 1
-        # A launch that is not programmatic would do so for nothing.
-        if work.first < work.tiles and problem.x_scale_stride >= 0:
-            self._prefetch_weight(operands, problem, work, last_row)
-        cute.arch.griddepcontrol_wait()
-        stage = Int32(0)
-        phase = Int32(1)
-        for tile in cutlass.range(work.first, work.tiles, work.step, unroll=1):
-            tile_x, tile_w = self._tile_coordinates(tile, work.m_tiles, problem.n)
-            for i in cutlass.range(work.k_count, unroll=1):
-                cute.arch.mbarrier_wait(ring.empty + stage, phase)
-                k_tile = work.k_begin + i
-                barrier = ops.shared_address(ring.full + stage)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.stage_bytes)
-                    for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
-                        slot = stage * self.tile_blocks + part * self.copy_blocks
-                        at = self._weight_at(tile_w, part, last_row, work.k_tiles, k_tile)
-                        ops.bulk_load(
-                            base + self._code_offset() + slot * CODE_BYTES,
-                            ops.element_address(operands.w, at, CODE_BYTES),
-                            Int32(self.copy_blocks * CODE_BYTES),
-                            barrier,
-                            policy,
-                        )
-                        ops.bulk_load(
-                            base + self._scale_offset() + slot * SCALE_BYTES,
-                            ops.element_address(operands.sfw, at, SCALE_BYTES),
-                            Int32(self.copy_blocks * SCALE_BYTES),
-                            barrier,
-                            policy,
-                        )
-                # The copy through the tensor map elects a thread of its own.
-                cute.copy(
-                    tma_atom,
-                    x_from[None, tile_x, k_tile],
-                    x_to[None, stage],
-                    tma_bar_ptr=ring.full + stage,
-                )
-                stage += 1
-                if stage == ring.stages:
-                    stage = Int32(0)
-                    phase ^= 1
+
+    def _last_row_tile(self, problem):
+        """The weight's last tile of 128 rows; the last tile along N may reach past it."""
+        return self._row_tiles(problem.n) - 1
 
     @cute.jit
-    def _prefetch_weight(self, operands, problem, work: Work, last_row):
+    def _load_tile(self, tile: Tile, copies, ring: Ring, call: Call, stage, phase):
+        """Loads all stages of a tile; returns the ring's state."""
+        (tma_atom, x_from, x_to), base, last_row, policy = copies
+        work, operands = call.work, call.operands
+        m_tile = Int32(0) if tile.m_tile is None else tile.m_tile
+        for i in cutlass.range(self._stage_count(tile, work.k_count), unroll=1):
+            cute.arch.mbarrier_wait(ring.empty + stage, phase)
+            k_tile = work.k_begin + i
+            barrier = ops.shared_address(ring.full + stage)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.stage_bytes)
+                for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
+                    slot = stage * self.tile_blocks + part * self.copy_blocks
+                    at = self._weight_at(tile, part, last_row, work.k_tiles, k_tile)
+                    ops.bulk_load(
+                        base + self._code_offset() + slot * CODE_BYTES,
+                        ops.element_address(operands.w, at, CODE_BYTES),
+                        Int32(self.copy_blocks * CODE_BYTES),
+                        barrier,
+                        policy,
+                    )
+                    ops.bulk_load(
+                        base + self._scale_offset() + slot * SCALE_BYTES,
+                        ops.element_address(operands.sfw, at, SCALE_BYTES),
+                        Int32(self.copy_blocks * SCALE_BYTES),
+                        barrier,
+                        policy,
+                    )
+            # The copy through the tensor map elects a thread of its own.
+            cute.copy(
+                tma_atom,
+                x_from[None, m_tile, k_tile],
+                x_to[None, stage],
+                tma_bar_ptr=ring.full + stage,
+            )
+            stage += 1
+            if stage == ring.stages:
+                stage = Int32(0)
+                phase ^= 1
+        return stage, phase
+
+    def _stage_count(self, tile: Tile, k_count):
+        """Stages of a tile: none where its rows are in no group of the weight's."""
+        return k_count if tile.group is None else ops.select(tile.group < 0, Int32(0), k_count)
+
+    @cute.jit
+    def _prefetch_weight(self, call: Call, last_row):
         """Asks for the first stages' part of the weight to come to the L2 cache."""
-        _, tile_w = self._tile_coordinates(work.first, work.m_tiles, problem.n)
+        operands, work = call.operands, call.work
+        _, tile_w = self._tile_coordinates(work.first, work.m_tiles, call.problem.n)
+        tile = Tile(tile_w)
         ahead = cutlass.min(work.k_count, min(STAGES_AHEAD, self.stages))
         for i in cutlass.range(ahead, unroll=1):
             with cute.arch.elect_one():
                 for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
-                    at = self._weight_at(tile_w, part, last_row, work.k_tiles, work.k_begin + i)
+                    at = self._weight_at(tile, part, last_row, work.k_tiles, work.k_begin + i)
                     ops.bulk_prefetch(
                         ops.element_address(operands.w, at, CODE_BYTES),
                         Int32(self.copy_blocks * CODE_BYTES),
@@ -413,16 +545,19 @@ class GemmSm90(Epilogue):
                         Int32(self.copy_blocks * SCALE_BYTES),
                     )
 
-    def _weight_at(self, tile_w, part, last_row, k_tiles, k_tile):
+    def _weight_at(self, tile: Tile, part, last_row, k_tiles, k_tile):
         """Where a copy's part of a tile of the weight is, in blocks."""
-        block = tile_w * self.tile_blocks + part * self.copy_blocks
-        at = Int64(cutlass.min(block // 2, last_row)) * Int64(k_tiles)
+        block = tile.column * self.tile_blocks + part * self.copy_blocks
+        row = Int64(cutlass.min(block // 2, last_row))
+        if tile.group is not None:
+            row += Int64(tile.group) * Int64(last_row + 1)
+        at = row * Int64(k_tiles)
         return (at + Int64(k_tile)) * 2 + Int64(block % 2)
 
     @cute.jit
-    def _consume(self, x_smem, ring: Ring, exchange: Exchange, operands, problem, work: Work):
-        """A consumer warpgroup: decodes, multiplies, and stores or leaves the sums."""
-        split = work.split
+    def _consume(self, x_smem, ring: Ring, exchange: Exchange, call: Call):
+        """A consumer warpgroup: works through tiles."""
+        work, problem = call.work, call.problem
         thread = cute.arch.thread_idx()[0]
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         thread = thread % WARPGROUP
@@ -433,51 +568,77 @@ class GemmSm90(Epilogue):
         )
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         exponent = ops.scale_exponent(problem.n)
-        lane = Lane(thread, group // self.row_groups, group % self.row_groups)
-        k_count = (work.k_count - lane.k_group + self.k_groups - 1) // self.k_groups
+        k_group, row_group = group // self.row_groups, group % self.row_groups
+        k_count = (work.k_count - k_group + self.k_groups - 1) // self.k_groups
+        lane = Lane(thread, k_group, row_group, k_count, exponent)
+        mma = (tiled_mma, sums, x_fragments)
+        shared = (ring, exchange)
         stage = lane.k_group
         phase = Int32(0)
+        if const_expr(self.config.grouped):
+            slot = Int32(0)
+            slot_phase = Int32(0)
+            column, of_group, row, end = groups.receive_tile(ring.queue, slot, slot_phase)
+            if const_expr(work.split > 1):
+                # A cluster has one tile, or none: then no sums come, and nobody else waits.
+                if end == groups.NO_TILE:
+                    cute.arch.cluster_wait()
+                elif cute.arch.thread_idx()[0] == 0:
+                    self._expect_sums(exchange, work.split)
+            while end != groups.NO_TILE:
+                tile = Tile(column, of_group, row, end)
+                stage, phase = self._consume_tile(tile, mma, shared, lane, call, stage, phase)
+                slot ^= 1
+                if slot == 0:
+                    slot_phase ^= 1
+                column, of_group, row, end = groups.receive_tile(ring.queue, slot, slot_phase)
+        else:
+            for index in cutlass.range(work.first, work.tiles, work.step, unroll=1):
+                tile_x, tile_w = self._tile_coordinates(index, work.m_tiles, problem.n)
+                tile = Tile(tile_w, m_tile=tile_x)
+                stage, phase = self._consume_tile(tile, mma, shared, lane, call, stage, phase)
+
+    @cute.jit
+    def _consume_tile(self, tile: Tile, mma, shared, lane: Lane, call: Call, stage, phase):
+        """Decodes, multiplies, and stores or leaves a tile's sums; returns the ring's state."""
+        ring, exchange = shared
+        work, sums = call.work, mma[1]
+        split = work.split
         flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
         # A thread's share of the tile. What scales it is loaded before the multiplication if there
         # are registers to hold it; else after it, if possible before the sums of others come.
         octets = self._cta_octets(split)
         early = self.blocks == 1 and (self.reduces(split) or self.tile_m <= 64)
         rows_early = self.blocks == 1 and octets <= (4 if self.reduces(split) else 8)
-        for tile in cutlass.range(work.first, work.tiles, work.step, unroll=1):
-            tile_x, tile_w = self._tile_coordinates(tile, work.m_tiles, problem.n)
-            first_block = tile_w * self.tile_blocks + lane.row_group * self.blocks
-            rows = self._rows(tile_x, lane, work, problem.m)
-            if const_expr(early):
-                constants = self._constants(operands, problem, first_block, thread)
-            if const_expr(rows_early):
-                row_scales = [
-                    self._row_scales(operands, problem, rows, thread, j) for j in range(octets)
-                ]
-            sums.fill(0.0)
-            stage, phase = self._multiply(
-                (tiled_mma, sums, x_fragments), ring, lane, k_count, stage, phase, exponent
-            )
-            if const_expr(not early):
-                constants = self._constants(operands, problem, first_block, thread)
-            share = flat
-            if const_expr(self.reduces(split)):
-                if const_expr(not rows_early):
-                    row_scales = [
-                        self._row_scales(operands, problem, rows, thread, j) for j in range(octets)
-                    ]
-                # The only tile of this cluster.
-                share = self._reduce(flat, ring, exchange, lane, work.rank, split)
-            elif const_expr(not rows_early):
-                row_scales = None
-            tile = OutputTile(rows, first_block, octets, row_scales, *constants)
-            self._store(share, tile, operands, problem, thread)
+        first_block = tile.column * self.tile_blocks + lane.row_group * self.blocks
+        rows = self._rows(tile, lane, work, call.problem.m)
+        place = Place(rows, first_block, lane.thread, tile.group)
+        if const_expr(early):
+            constants = self._constants(call, place)
+        if const_expr(rows_early):
+            row_scales = [self._row_scales(call, place, j) for j in range(octets)]
+        sums.fill(0.0)
+        stage, phase = self._multiply(
+            mma, ring, lane, self._stage_count(tile, lane.k_count), stage, phase
+        )
+        if const_expr(not early):
+            constants = self._constants(call, place)
+        share = flat
+        if const_expr(self.reduces(split)):
+            if const_expr(not rows_early):
+                row_scales = [self._row_scales(call, place, j) for j in range(octets)]
+            # The only tile of this cluster.
+            share = self._reduce(flat, ring, exchange, lane, work.rank, split)
+        elif const_expr(not rows_early):
+            row_scales = None
+        self._store(share, OutputTile(place, octets, row_scales, *constants), call)
+        return stage, phase
 
     @cute.jit
-    def _multiply(self, mma, ring: Ring, lane: Lane, k_count, stage, phase, exponent):
+    def _multiply(self, mma, ring: Ring, lane: Lane, k_count, stage, phase):
         """Adds a tile's products to the sums; returns the ring's state."""
         tiled_mma, sums, x_fragments = mma
         thread = lane.thread
-        bf16 = self.dtype is BFloat16
         shape = tiled_mma.partition_shape_A((64 * self.blocks, 16 * self.group_steps))
         fragments = [cute.make_rmem_tensor(shape, self.dtype) for _ in range(2)]
         registers = []
@@ -513,7 +674,7 @@ class GemmSm90(Epilogue):
                     cute.arch.sync_warp()
                     ops.arrive_if(releases, ops.shared_address(ring.empty + last))
                     releases = one
-                self._decode_group(registers[part % 2], part, codes, scales, exponent, bf16)
+                self._decode_group(registers[part % 2], part, codes, scales, lane.exponent)
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(self.group_steps):
                     cute.gemm(
@@ -534,8 +695,9 @@ class GemmSm90(Epilogue):
         ops.arrive_if(releases, ops.shared_address(ring.empty + last))
         return stage, phase
 
-    def _decode_group(self, registers, part, codes, scales, exponent, bf16):
+    def _decode_group(self, registers, part, codes, scales, exponent):
         """Decodes the weights of group `part` of a stage's steps into a set of A registers."""
+        bf16 = self.dtype is BFloat16
         for pair in range(self.group_steps // 2):
             p = part * (self.group_steps // 2) + pair
             word = 2 * p % 4
@@ -550,15 +712,23 @@ class GemmSm90(Epilogue):
 
 
 def _arguments(config: GemmConfig) -> tuple:
-    """Arguments to compile with: aligned addresses that nothing reads, and integers."""
+    """Arguments to compile with: aligned addresses that nothing reads, and numbers."""
     dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
 
     def pointer(element):
         return make_ptr(element, 1024, cute.AddressSpace.gmem, assumed_align=16)
 
     types = (dtype, Uint8, Uint8, Uint8, Float32, Float32, Uint8, Uint8, Uint8)
-    integers = (1, 1, 64, 0, 0, -1, 1, 1, 132)
-    return (*map(pointer, types), *map(Int32, integers), cuda.CUstream(0))
+    indices = [make_ptr(Int32, 1024, cute.AddressSpace.gmem, assumed_align=4) for _ in range(2)]
+    integers = (1, 1, 64, 0, 0, -1, 1, 1, 132, 0, 0, 0)
+    floats = (1.0, 1.0, 0.0, 0.0)
+    return (
+        *map(pointer, types),
+        *indices,
+        *map(Int32, integers),
+        *map(Float32, floats),
+        cuda.CUstream(0),
+    )
 
 
 def variants(arch: str) -> list[KernelVariant]:
