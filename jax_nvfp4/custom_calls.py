@@ -56,7 +56,9 @@ if _extension is not None:
 
 @functools.cache
 def manifest() -> dict[str, Any]:
-    """What is built in: {"dsl_version": str, "kernels": [{"name", "op", "arch", "config", ...}]}.
+    """The kernels that are built in, and by which compiler.
+
+    {"dsl_version": str, "kernels": [{"name", "op", "arch", "config", ...}]}
 
     Each kernel has its resources too: `registers` a thread, static `shared_bytes` a CTA,
     `stack_bytes` a thread (where spills would be).
@@ -78,7 +80,7 @@ def arches() -> tuple[str, ...]:
 
 
 def available(arch: str) -> bool:
-    """Whether kernels for `arch` are built in."""
+    """Tells whether kernels for `arch` are built in."""
     return bool(kernels(arch))
 
 
@@ -145,7 +147,7 @@ def _quantize_results(
     out_format: OutFormat | int,
     num_sms: int,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What a quantize kernel writes for an x of a shape: its results, and scratch memory."""
+    """The results and the scratch memory of a quantize kernel for an x of a shape."""
     m, k = shape
     if out_format == OutFormat.LINEAR:
         data = jax.ShapeDtypeStruct((m, _padded(k, 16) // 2), jnp.uint8)
@@ -234,7 +236,7 @@ def _gate_attributes(gate: Gate | None) -> dict[str, np.float32]:
 def _gemm_results(
     m: int, n: int, k: int, config: GemmConfig, split_k: int, out_dtype: DTypeLike, num_sms: int
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What a GEMM kernel writes: y, and scratch memory."""
+    """The results and the scratch memory of a GEMM kernel."""
     problem = GemmProblem(m=m, n=n, k=k, arch=config.arch, x_dtype=config.x_dtype)
     return (
         jax.ShapeDtypeStruct((m, n // 2 if config.epilogue == "gated" else n), out_dtype),

@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-BLOCK = 16
-"""Elements that share one block scale."""
+from jax_nvfp4.config.quantize import BLOCK as BLOCK
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench` measures: linear, the quantizer, one call, a stack of layers.
+"""The measurements of `bench`: linear, the quantizer, one call, a stack of layers.
 
 Each is a class whose instances have their programs compiled when they are made, and measure when
 they are asked to.
@@ -38,7 +38,7 @@ class NotCredibleError(Exception):
 
 
 def _plan(m: int, n: int, k: int, scaling: Scaling, invariant: bool = False) -> LinearPlan:
-    """What `linear` of bfloat16 runs on this machine."""
+    """The plan of `linear` of bfloat16 on this machine."""
     arch = local_arch()
     spec = LinearSpec(arch, n, k, scaling, False, "bfloat16", invariant)
     return plan_linear(spec, m, "bfloat16", arch=arch, limits=limits(arch))
@@ -56,7 +56,7 @@ def _activation(m: int, n: int, k: int, invariant: bool = False) -> Any:
 
 
 def _same_kernel(m: int, n: int, k: int) -> bool:
-    """Whether `batch_invariant=True` would run the very same kernel, split alike."""
+    """Tells whether `batch_invariant=True` would run the very same kernel, split alike."""
     plans = [_plan(m, n, k, _scaling(m, n, k, invariant), invariant) for invariant in (False, True)]
     kernels = [(plan.gemm, plan.split_k, plan.quantize) for plan in plans]
     return plans[0].gemm is not None and kernels[0] == kernels[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of `bench` found, and the tables that show it."""
+"""The results of a run of `bench`, and the tables that show them."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def quantize_line(row: QuantizeRow, copy_ceiling: float) -> str:
 
 
 def call_lines(call: dict[str, float]) -> list[str]:
-    """What one custom call costs."""
+    """The cost of one custom call."""
     return [f"  {name:<44} {seconds * 1e6:8.2f}" for name, seconds in call.items()]
 
 

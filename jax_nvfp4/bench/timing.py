@@ -30,7 +30,7 @@ _MOST_CALLS = 64
 
 
 def on_gpu() -> bool:
-    """Whether the default device is a GPU."""
+    """Tells whether the default device is a GPU."""
     return jax.local_devices()[0].platform == "gpu"
 
 
@@ -290,7 +290,7 @@ def measure(run: Callable[[], Any], *, best: bool = False) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the device does at most, as measured here.
+    """The most that the device does, as measured here.
 
     Attributes:
         read: bytes a second that a reduction reads.

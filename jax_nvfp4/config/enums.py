@@ -9,7 +9,7 @@ import enum
 
 
 class Scaling(enum.IntEnum):
-    """Where the global scale of a quantized array comes from: the kernels' `scaling` argument.
+    """The source of a quantized array's global scale: the kernels' `scaling` argument.
 
     Users name TOKEN, TENSOR, STATIC (by the scale itself) and NONE. The others stand for them where
     an operation is divided over devices or batched, or say the shape of what is given.
@@ -52,7 +52,7 @@ class Scaling(enum.IntEnum):
 
 
 class OutFormat(enum.IntEnum):
-    """What a quantize kernel writes: its `out_format` argument."""
+    """The form of what a quantize kernel writes: its `out_format` argument."""
 
     LINEAR = 0
     """Codes and row-major block scales, rows padded to 16 columns."""

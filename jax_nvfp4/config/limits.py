@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device can hold, as far as the choice of a kernel depends on it."""
+"""Limits of a device, as far as the choice of a kernel depends on them."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a device can hold.
+    """The limits of a device.
 
     Attributes:
         num_sms: its multiprocessors.

@@ -33,6 +33,7 @@ X_DTYPES = ("float32", "bfloat16", "float16")
 
 
 BLOCK = 16
+"""Elements of a block: those that have a block scale in common."""
 SHARED_ROW = 16384
 """The longest tensor of one row that is left to a "rows" kernel, faster than "grid" up to it."""
 MAX_CTAS = 256

@@ -18,10 +18,9 @@ import numpy as np
 from jax import lax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
+from jax_nvfp4.config.quantize import BLOCK
 from jax_nvfp4.layout import sm90, swizzle
 from jax_nvfp4.layout.gated import Interleaving
-
-_BLOCK = 16
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 """Those of the codes and of the scales."""
@@ -71,7 +70,7 @@ class Order:
     def shapes(self, n: int, k: int, *, gated: bool = False) -> Shapes:
         """The shapes that `pack` gives to the codes and the scales of a weight (n, k)."""
         rows = self.gated.rows(n) if gated else n
-        codes, scales = self.matrix_shapes(rows, -(-k // _BLOCK))
+        codes, scales = self.matrix_shapes(rows, -(-k // BLOCK))
         return codes, (*scales, *self._marks(gated))
 
     def _marks(self, gated: bool) -> tuple[int, ...]:
@@ -117,7 +116,7 @@ class Order:
         rows = self.gated.rows(n) if gated else n
         unmarked = scale_bits.ndim - len(self._marks(gated))
         scale_bits = scale_bits.reshape(scale_bits.shape[:unmarked])
-        data, scale_bits = self.unpack_matrix(data, scale_bits, n=rows, blocks=-(-k // _BLOCK))
+        data, scale_bits = self.unpack_matrix(data, scale_bits, n=rows, blocks=-(-k // BLOCK))
         if gated:
             data, scale_bits = (self.gated.deinterleave(p, -2, n) for p in (data, scale_bits))
         return data, lax.bitcast_convert_type(scale_bits, jnp.float8_e4m3fn)
@@ -162,11 +161,11 @@ def _unpack_swizzled(
 
 
 def _swizzled_shapes(n: int, blocks: int) -> Shapes:
-    rows, columns = -(-n // swizzle.ROWS), -(-blocks * _BLOCK // _SCALE_TILE)
+    rows, columns = -(-n // swizzle.ROWS), -(-blocks * BLOCK // _SCALE_TILE)
     return (rows * swizzle.ROWS, columns * _SCALE_TILE // 2), swizzle.swizzled_shape(n, blocks)
 
 
-_SCALE_TILE = swizzle.COLUMNS * _BLOCK
+_SCALE_TILE = swizzle.COLUMNS * BLOCK
 """Columns that a tile of scales spans."""
 
 _GATED_MARKS = 2
@@ -174,7 +173,7 @@ _GATED_MARKS = 2
 _REFERENCE = Order(
     x_dtype="bfloat16",
     row_tile=1,
-    k_multiple=_BLOCK,
+    k_multiple=BLOCK,
     scale_tiled=False,
     marks=1,
     # No order of its own is needed: pairs let any number of devices divide a weight.

@@ -34,9 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_nvfp4.config.quantize import BLOCK
+
 TILE_N = 128
 TILE_K = 128
-BLOCK = 16
 
 # By how much a word is rotated to the left to bring a register's bits to their places: the first,
 # second and third register of the even and of the odd step of a pair.

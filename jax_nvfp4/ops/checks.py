@@ -14,7 +14,7 @@ DynamicScaling = Literal["tensor", "token"]
 ActivationScale = DynamicScaling | ArrayLike | None
 
 DYNAMIC = {"tensor": Scaling.TENSOR, "token": Scaling.TOKEN}
-"""What users call the scalings that follow from the data."""
+"""The names that users give to the scalings that follow from the data."""
 
 
 def as_array(name: str, value: Any, expected: str) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels serve a device, and what is said where none do."""
+"""Finds the kernels that serve a device; warns where there are none."""
 
 import functools
 import warnings
@@ -30,7 +30,7 @@ def _warn_once(message: str) -> None:
 
 
 def _served(arch: str, gpu: str) -> bool:
-    """Whether kernels for `arch` are built in; says so once where they are not."""
+    """Tells whether kernels for `arch` are built in; warns once where they are not."""
     if arch != REFERENCE and custom_calls.available(arch):
         return True
     built = ", ".join(custom_calls.arches()) or "none"

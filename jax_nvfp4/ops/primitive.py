@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the primitives share: registration, output types, and batching by a loop."""
+"""Registration, output types and batching by a loop: the primitives share them."""
 
 import functools
 from collections.abc import Callable, Sequence

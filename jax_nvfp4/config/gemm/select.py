@@ -23,7 +23,7 @@ def configs(arch: str) -> tuple[GemmConfig, ...]:
 
 
 def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
-    """Whether a row of a table takes a problem, and the GPU runs its kernel."""
+    """A row of a table takes a problem, and the GPU runs its kernel."""
     return (
         rule.config.arch in runnable_arches(problem.arch)
         and rule.config.x_dtype == problem.x_dtype
@@ -60,7 +60,7 @@ def select(problem: GemmProblem, num_sms: int) -> tuple[GemmConfig, int]:
 
 
 def serves(problem: GemmProblem, num_sms: int) -> bool:
-    """Whether the arch's table has a row for a problem."""
+    """The arch's table has a row for a problem."""
     return rule_for(problem, num_sms) is not None
 
 

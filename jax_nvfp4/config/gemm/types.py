@@ -26,7 +26,7 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class GemmProblem:
-    """What a GEMM call asks for: `y (m, n) = alpha * x (m, k) @ w (n, k).T + bias`.
+    """A GEMM call: `y (m, n) = alpha * x (m, k) @ w (n, k).T + bias`.
 
     Attributes:
         m: rows of x, 0 or more.

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr, range_constexpr
 
 from jax_nvfp4.config.enums import OutFormat
+from jax_nvfp4.config.quantize import BLOCK
 from jax_nvfp4.kernels.quantize import ptx as ops
 
 SCALE_TILE_BYTES = 512  # block scales of 128 rows by 64 columns
@@ -137,30 +138,30 @@ class BlockQuantizer:
     def __init__(self, dtype: str, units: int, hardware: bool):
         self.dtype = dtype
         self.item = 4 if dtype == "float32" else 2
-        self.block_words = ops.BLOCK * self.item // 4
+        self.block_words = BLOCK * self.item // 4
         self.units = units
         self.hardware = hardware
 
     @cute.jit
     def load(self, call: Call, place: Place):
         """The words of a block; zeros past the end of its row and where it is not active."""
-        column = place.block * ops.BLOCK
+        column = place.block * BLOCK
         address = call.x + (Int64(place.row) * call.k + column) * self.item
         words = []
         if const_expr(call.vector):
             step = 16 // self.item
-            for i in range_constexpr(ops.BLOCK // step):
+            for i in range_constexpr(BLOCK // step):
                 inside = place.active & (column + i * step < call.k)
                 words.extend(ops.load_16_bytes(address + 16 * i, inside))
         else:
             elements = []
-            for i in range_constexpr(ops.BLOCK):
+            for i in range_constexpr(BLOCK):
                 inside = place.active & (column + i < call.k)
                 elements.append(ops.load_element(address + self.item * i, inside, self.item))
             if const_expr(self.item == 4):
                 words = elements
             else:
-                words = [elements[i] | (elements[i + 1] << 16) for i in range(0, ops.BLOCK, 2)]
+                words = [elements[i] | (elements[i + 1] << 16) for i in range(0, BLOCK, 2)]
         return words
 
     @cute.jit
@@ -202,7 +203,7 @@ class BlockQuantizer:
         # All elements of a zero block are zeros, some perhaps by being tiny: 0 keeps their signs.
         inverse = ops.select_f32(zero, Float32(0.0), inverse)
 
-        values = cute.make_rmem_tensor((ops.BLOCK,), Float32)
+        values = cute.make_rmem_tensor((BLOCK,), Float32)
         for i, value in enumerate(ops.to_f32(words, self.dtype)):
             values[i] = value
         # A tiny element must give a zero. It may give more only where 2**-100 * inverse can reach
@@ -210,7 +211,7 @@ class BlockQuantizer:
         tiny_matters = inverse > Float32(2.0**97)
         if const_expr(self.hardware):
             for _ in cutlass.range(ops.times(tiny_matters), unroll=1):
-                for i in range_constexpr(ops.BLOCK):
+                for i in range_constexpr(BLOCK):
                     word = ops.bits(values[i])
                     tiny = (word & Int32(0x7FFFFFFF)) < ops.SMALLEST_BITS
                     values[i] = ops.from_bits(ops.select(tiny, word & Int32(-(1 << 31)), word))
@@ -221,7 +222,7 @@ class BlockQuantizer:
             unusual = (scaled < Float32(2.0**-6)) | (scaled > Float32(512.0)) | tiny_matters
             for _ in cutlass.range(ops.times(unusual & ~zero), unroll=1):
                 limit = ops.maximum(ops.mul(step, Float32(6.5)), Float32(1.625 * 2.0**-126))
-                for i in range_constexpr(ops.BLOCK):
+                for i in range_constexpr(BLOCK):
                     magnitude = ops.from_bits(ops.bits(values[i]) & Int32(0x7FFFFFFF))
                     tiny = magnitude < Float32(2.0**-100)
                     cut = ops.minimum(magnitude, limit)
@@ -252,12 +253,12 @@ class BlockQuantizer:
         if const_expr(call.values):
             words = ops.block_values(codes[0], scale) + ops.block_values(codes[1], scale)
             words = [ops.select(bad, Int32(ops.NAN_VALUES), word) for word in words]
-            address = call.data + Int64(place.unit) * (2 * ops.BLOCK)
+            address = call.data + Int64(place.unit) * (2 * BLOCK)
             ops.store_16_bytes(address, *words[:4])
             ops.store_16_bytes(address + 16, *words[4:])
         else:
             words = [ops.select(bad, Int32(ops.NAN_CODES), word) for word in codes]
-            ops.store_8_bytes(call.data + Int64(place.unit) * (ops.BLOCK // 2), *words)
+            ops.store_8_bytes(call.data + Int64(place.unit) * (BLOCK // 2), *words)
             address = call.block_scale + Int64(place.unit)
             if call.swizzled:
                 address = swizzled_address(call, place.row, place.block)
@@ -278,8 +279,8 @@ class BlockQuantizer:
         """The words of a block by its number; past the last, those of the last or zeros."""
         if call.whole is None:
             return self.load(call, place_of(unit, divisor, units))
-        address = call.x + Int64(cutlass.min(unit, units - 1)) * (ops.BLOCK * self.item)
-        loads = range(ops.BLOCK * self.item // 16)
+        address = call.x + Int64(cutlass.min(unit, units - 1)) * (BLOCK * self.item)
+        loads = range(BLOCK * self.item // 16)
         return [word for i in loads for word in ops.load_16_bytes_always(address + 16 * i)]
 
     @cute.jit
@@ -313,7 +314,7 @@ class BlockQuantizer:
             low = ops.select(bad, Int32(ops.NAN_CODES), low)
             high = ops.select(bad, Int32(ops.NAN_CODES), high)
             byte = ops.select(bad, Int32(ops.NAN_SCALE), byte)
-        ops.store_8_bytes_if(call.data + Int64(unit) * (ops.BLOCK // 2), low, high, active)
+        ops.store_8_bytes_if(call.data + Int64(unit) * (BLOCK // 2), low, high, active)
         address = call.block_scale + Int64(unit)
         if const_expr(call.whole == OutFormat.OPERAND):
             multiplier, shift = divisor

@@ -38,8 +38,7 @@ from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import QuantizeConfig
 from jax_nvfp4.config.enums import OutFormat
-from jax_nvfp4.config.quantize import quantize_configs
-from jax_nvfp4.kernels.quantize import ptx as ops
+from jax_nvfp4.config.quantize import BLOCK, quantize_configs
 from jax_nvfp4.kernels.quantize.base import QuantizeKernel, Request, Shape
 from jax_nvfp4.kernels.quantize.flat import FlatKernel
 from jax_nvfp4.kernels.quantize.grid import GridKernel
@@ -71,7 +70,7 @@ class QuantizeHost:
     """
 
     def __init__(self, config: QuantizeConfig):
-        units = config.elements_per_thread // ops.BLOCK
+        units = config.elements_per_thread // BLOCK
         min_ctas = MIN_CTAS[config.kind, config.x_dtype == "float32"]
         self.kernel = KINDS[config.kind](config, Shape(units, config.threads, min_ctas))
 
@@ -110,7 +109,7 @@ class QuantizeHost:
         vector = ((k * self.kernel.item) % 16 == 0) & aligned
         request = Request(pointers, sizes, pad_items, scaling, out_format, num_sms, vector, stream)
         if const_expr(isinstance(self.kernel, GridKernel) and self.kernel.item == 2):
-            whole = aligned & (k == blocks * ops.BLOCK)
+            whole = aligned & (k == blocks * BLOCK)
             whole = whole & ~self.kernel.fits_cluster(m * blocks, num_sms)
             if whole & (out_format == OutFormat.LINEAR):
                 self.kernel.launch_whole(request, OutFormat.LINEAR)

@@ -16,7 +16,6 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 from jax_nvfp4.kernels.ptx import asm, permute
 
-BLOCK = 16
 INF_BITS = 0x7F800000
 SMALLEST_BITS = (127 - 100) << 23  # the bits of 2**-100: a smaller magnitude counts as zero
 FLT_MAX = 3.4028234663852886e38

@@ -79,7 +79,7 @@ def _in_order(operands: Operands, chosen: LinearPlan, to: Order) -> Operands:
 
 
 def _after(y: jax.Array, chosen: LinearPlan, of: Order) -> jax.Array:
-    """What XLA does to the kernel's result: columns [gate; up] again, and the activation."""
+    """Puts the columns of the kernel's result in the order [gate; up], and activates them."""
     spec = chosen.spec
     if spec.gated and chosen.gate is None:
         y = of.gated.deinterleave(y, -1, spec.n).reshape(y.shape[0], 2, spec.n // 2)

@@ -38,7 +38,7 @@ _SCALINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class LinearPlan:
-    """What a call of `linear` runs; its `str` is for people.
+    """The kernels that a call of `linear` runs, and why; its `str` is for people.
 
     Attributes:
         spec: what is static in the call.

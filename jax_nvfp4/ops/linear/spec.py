@@ -44,7 +44,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
-    """What is static in a call of `linear`.
+    """The static part of a call of `linear`.
 
     Attributes:
         arch: the order the weight is in; None: canonical, to be repacked in the graph as needed.

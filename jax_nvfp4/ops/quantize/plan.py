@@ -10,7 +10,7 @@ from jax_nvfp4.config.quantize import SHARED_ROW, select_quantize
 
 @dataclasses.dataclass(frozen=True)
 class QuantizePlan:
-    """What a quantization by a kernel runs.
+    """The kernel that a quantization runs, and how.
 
     Attributes:
         config: the kernel.

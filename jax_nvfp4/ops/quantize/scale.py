@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a global scale when the rows of x are joined, divided over devices or batched.
+"""Follows a global scale when the rows of x are joined, divided over devices or batched.
 
 `scale_or_amax` is the operand of STATIC and AMAX scaling: the global scale, or the amax of data of
 which x is a part. It is None for the other scalings.

@@ -32,7 +32,7 @@ _Spec = tuple[tuple[str, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What the axes of a primitive's operands and results are made of.
+    """The factors that the axes of a primitive's operands and results are made of.
 
     An array is described by one name for each axis. An axis that is the product of two factors is
     described by both, the one that varies slower first: ("tiles", "rows_of_tile").

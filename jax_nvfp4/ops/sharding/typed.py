@@ -13,11 +13,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 Entry = str | tuple[str, ...] | None
-"""What divides an axis of an array: an element of a PartitionSpec."""
+"""The mesh axes that divide an axis of an array: an element of a PartitionSpec."""
 
 
 def entries(array: jax.Array) -> tuple[Entry, ...]:
-    """What divides each axis of an array, as its type says; None on automatic axes."""
+    """The entry of each axis of an array, as its type says; None on automatic axes."""
     spec = jax.typeof(array).sharding.spec.partitions
     return (*spec, *[None] * (array.ndim - len(spec)))
 
