@@ -105,7 +105,7 @@ def quantize(
         wins = error < best[1]
         return (jnp.where(wins, bits, best[0]), jnp.where(wins, error, best[1])), None
 
-    start = choices[0], jnp.full_like(y[..., 0], jnp.inf)
+    start = choices[0], jnp.full_like(y[..., 0], numerics.FLT_MAX)
     (bits, _), _ = lax.scan(better, start, choices)
     if weights is not None:
         bad = numerics.with_ndim(jnp.isnan(weights).any(-1), bits.ndim)

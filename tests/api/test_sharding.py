@@ -282,6 +282,26 @@ def test_abstract_mesh(mesh):
     assert lowered.out_info.shape == (M, N)
 
 
+def test_a_scale_that_devices_agreed_on_varies_over_none(mesh):
+    """What comes out varies over the mesh axes of what it depends on, and over no other."""
+    whole = nvfp4.quantize(KERNEL)
+
+    def part(rows, row_scales):
+        agreed = jax.lax.pmax(nvfp4.global_scale(rows), ("x", "y"))
+        stacked = jax.vmap(lambda r: nvfp4.quantize(r, global_scale=agreed))(rows[None])
+        given = [nvfp4.quantize(rows, global_scale=scale) for scale in (agreed, row_scales)]
+        return *(jax.tree.leaves(t) for t in given), stacked.global_scale[0]
+
+    rows, everywhere = P(("x", "y")), P()
+    out_specs = ([rows, rows, everywhere], [rows, rows, rows], everywhere)
+    row_scales = jnp.full(N, whole.global_scale)
+    function = jax.shard_map(part, mesh=mesh, in_specs=(rows, rows), out_specs=out_specs)
+    scalar, by_row, stacked = jax.jit(function)(KERNEL, row_scales)
+    assert_same(scalar, jax.tree.leaves(whole))
+    assert_same(by_row[:2], jax.tree.leaves(whole)[:2])
+    assert stacked == whole.global_scale
+
+
 def test_who_divides(mesh):
     def calls(function, *args):
         return jax.jit(function).lower(*args).as_text().count("@CustomSPMDPartitioning")
