@@ -59,17 +59,28 @@ def checkpoints(tmp_path_factory):
             wide = quantize(np.repeat(plain, 4, axis=1))
             tensors[f"layer.{i}.weight"] = wide
         tensors["f8"] = plain.view(ml_dtypes.float8_e4m3fn)
-        tensors |= {f"experts.{i}.up.weight": wide for i in range(3)}  # a stack of 96 MiB
         save_checkpoint(folder / name, tensors, shard_bytes=3 * LARGEST)
+        stack = {f"experts.{i}.up.weight": wide for i in range(4)}
+        save_checkpoint(folder / f"{name} stack", stack, shard_bytes=3 * LARGEST)
     return folder
+
+
+def measure(mode, small, large):
+    command = [sys.executable, "-c", SCRIPT, mode, small, large]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("mode", ["keep", "drop"])
 def test_peak_beyond_what_is_returned_is_below_twice_the_largest_tensor(mode, checkpoints):
-    command = [sys.executable, "-c", SCRIPT, mode, checkpoints / "small", checkpoints / "large"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    measured = json.loads(result.stdout)
+    measured = measure(mode, checkpoints / "small", checkpoints / "large")
     if mode == "keep":
-        assert measured["returned"] > 9 * LARGEST  # the test measures what it means to
+        assert measured["returned"] > 6 * LARGEST  # the test measures what it means to
     assert measured["extra"] < 2 * LARGEST, measured
     print(f"{mode}: {measured['extra'] / MIB:.1f} MiB beyond what is returned")
+
+
+def test_peak_beyond_a_stack_of_experts_is_below_two_experts(checkpoints):
+    measured = measure("keep", checkpoints / "small stack", checkpoints / "large stack")
+    assert measured["returned"] > 4 * LARGEST
+    assert measured["extra"] < 2 * LARGEST, measured
