@@ -57,11 +57,13 @@ def find(folder: Folder) -> Description | None:
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model configuration without its descriptions of a quantization, at any depth."""
-    return {
-        name: without(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if name not in KEYS
-    }
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without(value)
+        return [clean(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return {name: clean(value) for name, value in config.items() if name not in KEYS}
 
 
 def nested(where: str, config: Mapping[str, Any]) -> Iterator[Description]:
@@ -76,16 +78,17 @@ def nested(where: str, config: Mapping[str, Any]) -> Iterator[Description]:
                 raise CheckpointError(f"{where}: {name} must be an object, got {value!r:.60}")
             if value:
                 yield Description(f"{where}: {name}", value)
-        elif isinstance(value, dict):
-            yield from nested(f"{where}: {name}", value)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict) and name not in KEYS:
+                yield from nested(f"{where}: {name}", inner)
 
 
 def fields(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """All fields of a model configuration that are not objects, at any depth."""
     found = []
     for name, value in config.items():
-        if isinstance(value, dict):
-            found += fields(value)
-        else:
+        inner = value if isinstance(value, list) else [value]
+        found += [field for one in inner if isinstance(one, dict) for field in fields(one)]
+        if not isinstance(value, dict):
             found.append((name, value))
     return found

@@ -56,6 +56,8 @@ DTYPES = {
     }.items()
 }
 
+_DEEPEST = 100  # levels of JSON; no configuration has as many
+
 # XLA's CPU client takes a host buffer as its own, without a copy, at this alignment.
 _ALIGNMENT = 64
 
@@ -221,6 +223,12 @@ def parse_json(where: object, text: str | bytes) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    inner: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        values = (v.values() if isinstance(v, dict) else v for v in inner)
+        inner = [v for some in values for v in some if isinstance(v, dict | list)]
+    if inner:
+        raise CheckpointError(f"{where}: not valid JSON: nested too deep")
     return value
 
 

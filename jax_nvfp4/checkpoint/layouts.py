@@ -32,9 +32,10 @@ MARKER = "comfy_quant"
 _HEADER = "_quantization_metadata"
 _LARGEST_MARKER = 65536
 _SUSPECT = re.compile(
-    "swizzl|layout|nibble|interleav|shuffl|rotat|rot$|hadamard|transform|transpos|permut"
+    "swizzl|layout|nibble|interleav|shuffl|rotat|rot$|hadamard|transform(?!er)|transpos|permut"
 )
-_NO_CHANGE = (None, False, 0, "", "none", "linear", "row_major", "row-major")
+_SUSPECT_IN_HEADER = re.compile("swizzl|nibble|scale_layout")  # it holds much else
+_NO_CHANGE = (None, False, 0, "", "none", "false", "linear", "row_major", "row-major")
 # Fused projections under the names of the FLUX models' authors, whose files are in ComfyUI's order.
 _AUTHORS_NAMES = re.compile(
     r"(^|\.)(double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12])$"
@@ -73,6 +74,8 @@ def find(folder: Folder, description: Description | None) -> Callable[[str], Lay
         CheckpointError: the description names an order that is not known, or a marker is damaged.
     """
     default = _described(description)
+    for shard, metadata in folder.metadata.items():
+        _refuse_unknown(f"{shard}: the header", metadata, known=(), suspect=_SUSPECT_IN_HEADER)
     marked = _markers(folder)
     listed, ambiguous = _listed(folder, description)
 
@@ -87,7 +90,7 @@ def find(folder: Folder, description: Description | None) -> Callable[[str], Lay
                     "in which order its bytes are cannot be told"
                 )
             return _of_comfy(where, listed[layer])
-        if listed or any(_is_nvfp4(content) for content in marked.values()):
+        if (marked or listed) and description is None:
             raise CheckpointError(
                 f"{where} is not among the layers that the file lists for ComfyUI; in which order "
                 "its bytes are cannot be told"
@@ -171,13 +174,13 @@ def _listed(
             if not isinstance(content, dict):
                 raise CheckpointError(f"{where}: layer {name!r} must be an object")
             layer = _with_prefix(folder.entries, name)
-            if content.get("format") == "nvfp4":
-                if description is not None:
-                    scale = folder.entries.get(f"{layer}.weight_scale")
-                    if scale is not None and len(scale.shape) == 2 and _is_ragged(scale.shape):
-                        continue
-                    ambiguous.add(layer)
-                listed[layer] = content
+            if description is not None:
+                scale = folder.entries.get(f"{layer}.weight_scale")
+                linear = scale is not None and len(scale.shape) == 2 and _is_ragged(scale.shape)
+                if linear or not _is_nvfp4(content):
+                    continue
+                ambiguous.add(layer)
+            listed[layer] = content
     return listed, ambiguous
 
 
@@ -216,12 +219,18 @@ def _choice(where: str, content: Mapping[str, Any], key: str, no: str, yes: str)
     return value.lower() == yes
 
 
-def _refuse_unknown(where: str, content: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _refuse_unknown(
+    where: str,
+    content: Mapping[str, Any],
+    known: tuple[str, ...],
+    suspect: re.Pattern[str] = _SUSPECT,
+) -> None:
     """Refuses what may speak of an order of bytes, or of weights that were rotated."""
     for key, value in content.items():
-        if key in known or not isinstance(key, str) or not _SUSPECT.search(key.lower()):
+        if key in known or not isinstance(key, str) or not suspect.search(key.lower()):
             continue
         if isinstance(value, dict | list) and not value:
             continue
+        value = value.lower() if isinstance(value, str) else value
         if isinstance(value, dict | list) or value not in _NO_CHANGE:
             raise CheckpointError(f"{where}: {key} = {value!r:.60} is not supported")

@@ -160,6 +160,7 @@ def iter_checkpoint(
     fmt = detect(folder)
     wanted = where or (lambda key: True)
     outputs = _outputs(folder, fmt, None if dequantize_fp8 is None else jnp.dtype(dequantize_fp8))
+    outputs = _distinct(folder, outputs)
     if stack_experts:
         outputs = experts.stack(outputs)
     return Pairs(_tensors(outputs, wanted, placement), kv_cache_of(folder))
@@ -260,6 +261,19 @@ def _outputs(folder: Folder, fmt: Format, fp8: np.dtype[Any] | None) -> Iterator
             yield Output(item.name, False, read_fp8)
         elif item.name not in consumed:
             yield Output(item.name, False, functools.partial(_read_one, item))
+
+
+def _distinct(folder: Folder, outputs: Iterable[Output]) -> Iterator[Output]:
+    """Refuses a key that comes twice: a weight that was left beside its quantized form."""
+    seen = set()
+    for output in outputs:
+        if output.key in seen:
+            raise CheckpointError(
+                f"{folder.path}: tensor {output.key!r} is there twice, as it is and as a part of a "
+                "quantized layer"
+            )
+        seen.add(output.key)
+        yield output
 
 
 def _read_one(entry: Entry) -> tuple[np.ndarray]:

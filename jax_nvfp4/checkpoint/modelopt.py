@@ -62,8 +62,11 @@ def claims(parts: Mapping[str, Entry]) -> bool:
     """Whether the tensors of a layer have names that no other format gives them."""
     if "weight_scale_2" in parts:
         return True
-    weight = parts.get("weight")
-    return weight is not None and weight.dtype == np.uint8 and _has_block_scale(parts)
+    weight, scale = parts.get("weight"), parts.get("weight_scale")
+    if weight is None or scale is None or weight.dtype != np.uint8 or len(weight.shape) < 2:
+        return False
+    blocks = (*weight.shape[:-1], weight.shape[-1] * 2 // BLOCK)
+    return _has_block_scale(parts) or (scale.dtype.itemsize == 1 and scale.shape == blocks)
 
 
 def lost_its_weight(parts: Mapping[str, Entry]) -> bool:
@@ -83,10 +86,12 @@ def describe(folder: Folder, description: Description | None) -> Description | N
         CheckpointError: the two are there and name different algorithms or methods.
     """
     path = folder.path / CONFIG_FILE
-    own = Description(str(path), section(path, folder.json(CONFIG_FILE), "quantization"))
+    content = folder.json(CONFIG_FILE)
+    flat = content if "quant_algo" in content else {}
+    own = Description(str(path), section(path, content, "quantization") or flat)
     if description is None:
         return own if own.content else None
-    method, content = description.content.get("quant_method"), description.content
+    method, content = description.content.get("quant_method"), dict(description.content)
     inner = section(description.where, content, "quantization")
     if method == "modelopt" or (method is None and ("quant_algo" in content or inner)):
         theirs = Description(description.where, inner or content)

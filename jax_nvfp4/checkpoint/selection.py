@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jax_nvfp4.checkpoint import descriptions
 from jax_nvfp4.checkpoint.errors import CheckpointError
 from jax_nvfp4.checkpoint.files import Entry, Folder
 from jax_nvfp4.checkpoint.formats import split_name
@@ -155,10 +156,8 @@ def _is_inside(parts: Sequence[str]) -> bool:
 
 def _numbers(config: Mapping[str, Any], suffix: str) -> Iterator[int]:
     """The numbers under names that end so, at any depth."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, suffix)
-        elif name.endswith(suffix) and "type" not in name and isinstance(value, int) and value > 1:
+    for name, value in descriptions.fields(config):
+        if name.endswith(suffix) and "type" not in name and isinstance(value, int) and value > 1:
             yield value
 
 
@@ -277,5 +276,6 @@ def _models(config: Mapping[str, Any], where: str = "the model") -> Iterator[tup
         if isinstance(name, str) and name.startswith(_TRANSPOSED_ARCHITECTURES):
             yield where, name
     for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _models(value, f"its {name!r}")
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _models(inner, f"its {name!r}")

@@ -29,7 +29,7 @@ import numpy as np
 from jax_nvfp4.checkpoint import CheckpointError
 from jax_nvfp4.checkpoint import experts as stacks
 from jax_nvfp4.checkpoint.files import open_folder
-from jax_nvfp4.checkpoint.load import _outputs, detect, kv_cache_of
+from jax_nvfp4.checkpoint.load import _distinct, _outputs, detect, kv_cache_of
 
 SLOW = 5.0
 _CODES = {"U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F32": np.float32, "F16": np.float16}
@@ -192,6 +192,7 @@ def load(folder, stack=False):
     opened = open_folder(folder)
     outputs = _outputs(opened, detect(opened), np.dtype(np.float32) if stack else None)
     kv_cache_of(opened)
+    outputs = _distinct(opened, outputs)
     outputs = stacks.stack(outputs) if stack else outputs
     return {output.key: (output.quantized, output.read()) for output in outputs}
 

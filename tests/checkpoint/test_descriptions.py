@@ -218,6 +218,37 @@ def description(**more):
     return content | {"format": "nvfp4-pack-quantized"} | more
 
 
+def test_a_weight_that_was_left_beside_its_quantized_form(weight, tmp_path):
+    tensors = compressed("a", weight) | {"a.weight": np.ones((40, 48), np.float32)}
+    refuse(folder(tmp_path, tensors), "tensor 'a.weight' is there twice")
+
+
+def test_block_scales_as_plain_bytes_are_no_plain_tensors(weight, tmp_path):
+    tensors = modelopt("a", weight)
+    tensors["a.weight_scale"] = tensors["a.weight_scale"].view(np.uint8)
+    del tensors["a.weight_scale_2"]
+    refuse(folder(tmp_path, tensors), "'a.weight_scale_2' is missing")
+
+
+def test_flat_file_of_modelopt(weight, tmp_path):
+    refuse(folder(tmp_path, modelopt("a", weight), hf={"quant_algo": "W4A8"}), "'W4A8'")
+
+
+def test_configurations_nested_without_end(weight, tmp_path):
+    """Deep, and not too deep for the parser."""
+    path = folder(tmp_path, modelopt("a", weight))
+    for depth in (150, 900):
+        for opening, closing in (('{"a":', "}"), ("[", "]")):
+            text = opening * depth + "1" + closing * depth
+            (path / "config.json").write_text(f'{{"b": {text}}}')
+            refuse(path, "config.json", "nested too deep")
+
+
+def test_descriptions_in_lists(weight, tmp_path):
+    config = {"models": [{"quantization_config": description(transform_config={"a": 1})}]}
+    refuse(folder(tmp_path, compressed("a", weight), config), "transform_config")
+
+
 @pytest.mark.parametrize("wrap", ["text_config", "llm_config", "thinker_config.text_config"])
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_descriptions_of_composite_models(wrap, key, weight, tmp_path):
