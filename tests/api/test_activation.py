@@ -65,8 +65,16 @@ def sums(x, w, bias, scaling):
     return exact, 2.0**-18 * magnitude + 2.0**-22 * np.abs(exact)
 
 
-@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    ("name", "out_dtype"),
+    [
+        ("swiglu", "bfloat16"),
+        ("swiglu", "float16"),
+        ("clamped", "float32"),
+        ("gpt-oss", "bfloat16"),
+        ("geglu", "float32"),
+    ],
+)
 def test_gated_against_float64(name, out_dtype):
     activation, fields = GATED[name]
     scaling = None if out_dtype == "bfloat16" else "token"
@@ -99,16 +107,14 @@ def test_gated_against_float64(name, out_dtype):
 @pytest.mark.parametrize("name", oracle.ACTIVATIONS)
 def test_plain_against_float64(name):
     z, spread = sums(X, GATE, np.asarray(BIAS)[:I], "token")
-    for out_dtype in ("float32", "bfloat16"):
-        w = nvfp4.repack(GATE, ARCHES[-1])
-        y = nvfp4.linear(X, w, BIAS[:I], activation=name, out_dtype=out_dtype)
-        oracle.assert_activated_close(
-            np.asarray(y), oracle.ACTIVATIONS[name], (z,), (spread,), scale=np.abs(z)
-        )
+    w, out_dtype = nvfp4.repack(GATE, ARCHES[-1]), "bfloat16" if name == "relu2" else "float32"
+    y = nvfp4.linear(X, w, BIAS[:I], activation=name, out_dtype=out_dtype)
+    oracle.assert_activated_close(
+        np.asarray(y), oracle.ACTIVATIONS[name], (z,), (spread,), scale=np.abs(z)
+    )
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("half", [1, I])
+@pytest.mark.parametrize(("arch", "half"), [(a, (I, 1)[i % 2]) for i, a in enumerate(ARCHES)])
 def test_a_gated_weight_is_its_halves_side_by_side(arch, half):
     gate, up = weight(half, 3), weight(half, 4, 1000.0)
     bias = jnp.resize(BIAS, 2 * half)
@@ -143,8 +149,10 @@ def test_nan_passes_the_clamps_and_stays_in_its_row(name):
 # ---- Transformations ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["canonical", ARCHES[-1]])
-@pytest.mark.parametrize("activation", [nvfp4.SwiGLU(limit=2.0, alpha=1.5, beta=0.5), "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("activation", "arch"),
+    [(nvfp4.SwiGLU(limit=2.0, alpha=1.5, beta=0.5), ARCHES[-1]), ("gelu_tanh", "canonical")],
+)
 def test_the_gradient_is_straight_through_the_activation(activation, arch):
     is_gated = activation != "gelu_tanh"
     w = nvfp4.gate_up(GATE, weight(I, 2)) if is_gated else GATE

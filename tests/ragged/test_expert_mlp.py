@@ -83,13 +83,20 @@ def test_plain_experts_and_dtypes():
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("tokens,top_k", [(0, 2), (3, 0)])
+def test_no_tokens_and_no_experts(tokens, top_k):
+    choice = jnp.zeros((tokens, top_k))
+    y = mlp(X[:tokens], W13, W2, choice.astype(jnp.int32), choice)
+    np.testing.assert_array_equal(y, np.zeros((tokens, K)))
+
+
 def test_gradient():
     """Of the weights of the router exactly, of x and the biases through the activation."""
     indices = jnp.clip(INDICES, 0, E - 1)
-    d13, d2 = W13.dequantize(), W2.dequantize()
+    dense_weights = jax.jit(lambda *ws: [w.dequantize() for w in ws])(W13, W2)
     how = {"activation_scale": None, "batch_invariant": False}
 
-    def dense(x, weights, b13, b2):
+    def dense(x, weights, b13, b2, d13, d2):
         y = 0
         for j in range(TOP_K):
             z = jnp.einsum("tk,tnk->tn", x, d13[indices[:, j]]) + b13[indices[:, j]]
@@ -99,12 +106,13 @@ def test_gradient():
             y = y + weights[:, j, None] * z
         return y
 
-    def of(f):
+    def of(f):  # what is an argument is no constant for XLA to fold
         return jax.jit(jax.grad(lambda *a: (f(*a) * X).sum(), (0, 1, 2, 3)))
 
     x = X.astype(jnp.bfloat16).astype(jnp.float32)
-    ours = lambda x, w, b13, b2: mlp(x, W13, W2, indices, w, b13, b2, **how)  # noqa: E731
-    found, wanted = of(ours)(x, WEIGHTS, B13, B2), of(dense)(x, WEIGHTS, B13, B2)
+    ours = lambda x, w, b13, b2, w13, w2: mlp(x, w13, w2, indices, w, b13, b2, **how)  # noqa: E731
+    found = of(ours)(x, WEIGHTS, B13, B2, W13, W2)
+    wanted = of(dense)(x, WEIGHTS, B13, B2, *dense_weights)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * float(jnp.abs(b).max()))
 

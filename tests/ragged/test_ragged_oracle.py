@@ -20,7 +20,7 @@ from ragged_cases import random_weights
 
 import jax_nvfp4 as nvfp4
 
-PROBLEMS = int(os.environ.get("JAX_NVFP4_RAGGED_PROBLEMS", "24"))
+PROBLEMS = int(os.environ.get("JAX_NVFP4_RAGGED_PROBLEMS", "20"))
 PACKED = this_machine.arches()[min(1, len(this_machine.arches()) - 1)]
 NAN = np.float32(np.nan)
 
@@ -38,12 +38,12 @@ GATED = {
 SHAPES = [
     (40, 8, 2 * 80, 32, "swiglu", "token", "bfloat16", False, PACKED),
     (33, 128, 24, 80, None, "static", "float32", False, "canonical"),
-    (17, 1, 2 * 352, 48, "clamped", None, "float16", False, "reference"),
     (64, 512, 16, 352, "relu2", "groups", "float32", True, PACKED),
-    (29, 8, 8, 2880, None, "token", "bfloat16", True, "canonical"),
     (50, 8, 2 * 40, 704, "geglu", "tensor", "float32", False, PACKED),
 ]
 MORE = [
+    (17, 1, 2 * 352, 48, "clamped", None, "float16", False, "reference"),
+    (29, 8, 8, 2880, None, "token", "bfloat16", True, "canonical"),
     (21, 4, 640, 64, "silu", "token", "float16", False, PACKED),
     (90, 16, 24, 768, None, None, "bfloat16", False, PACKED),
     (64, 3, 1408, 32, "gelu_tanh", "tensor", "float32", True, "reference"),

@@ -122,7 +122,8 @@ def expert_mlp(
         out_dtype=jnp.float32,
         batch_invariant=batch_invariant,
     )
-    rows = _permuted(rows, jnp.argsort(order, stable=True)).reshape(*indices.shape, -1)
+    rows = _permuted(rows, jnp.argsort(order, stable=True))
+    rows = rows.reshape(*indices.shape, w2.shape[1])
     return _combined(rows, jnp.where(is_held, weights, 0)).astype(dtype)
 
 
