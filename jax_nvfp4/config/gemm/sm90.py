@@ -10,6 +10,7 @@ the L2 cache.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 
@@ -196,156 +197,184 @@ _ORDER = (
 )
 
 
-def _rules(x_dtype: str) -> tuple[Rule, ...]:
-    def rule(when: When, name: str, split: Split, reason: str) -> Rule:
-        return Rule(when, _named(name, x_dtype), split, reason)
+class _Row(NamedTuple):
+    """A row of a table, for any dtype of x: `Rule` with the config's name for the config."""
 
-    rules = [
-        rule(_invariant(16), "small_m_16x64", _invariant_split, _ORDER),
-        rule(_invariant(32), "small_m_32x128", _invariant_split, _ORDER),
-        rule(_invariant(64), "small_m_64x128", _invariant_split, _ORDER),
-        rule(_invariant(None, _wide_wins), "tile_128x256", _invariant_split, _ORDER),
-        rule(_invariant(None), "tile_128x128", _invariant_split, _ORDER),
-    ]
-    if x_dtype == "bfloat16":
-        rules.insert(0, rule(_invariant(8), "small_m_8x64", _invariant_split, _ORDER))
-        rules += [
-            rule(
-                _rows(8, _many(3)),
-                "small_m_8x64",
-                _whole_k,
-                "many or short tiles: CTAs that go on to the next tile load it while they store"
-                " (24576x1536: 11.0 us, intra_split_k 13.5; 57344x8192: 92 us, 97; 28672x4096:"
-                " 24.8 us, 26.0)",
-            ),
-            rule(
-                _rows(8),
-                "intra_split_k_8x64",
-                _split_to_fill(8, 64, 2),
-                "eight warps for 64 rows keep up with memory on every multiprocessor; clusters of"
-                " two fit everywhere, larger ones leave multiprocessors idle",
-            ),
-            rule(
-                _rows(16, _many(3)),
-                "small_m_16x64",
-                _whole_k,
-                "as for 8 rows (28672x4096: 25.1 us, intra_split_k 27.1)",
-            ),
-            rule(_rows(16), "intra_split_k_16x64", _split_to_fill(16, 64, 2), "as for 8 rows"),
-            rule(
-                _rows(32, _one_wave(64)),
-                "intra_split_k_32x64",
-                _split_to_fill(32, 64, 2),
-                "sixteen warps hide the decode (8192x8192: 17.1 us, small_m_32x128 19.0)",
-            ),
-            rule(
-                _rows(32),
-                "small_m_32x128",
-                _whole_k,
-                "more tiles than multiprocessors: two CTAs overlap one's stores with the other's"
-                " loads (28672x4096: 29.8 us, intra_split_k_32x64 35.2)",
-            ),
-            rule(
-                _rows(128, lambda p, sms: _tiles(p, 64, 64) <= sms),
-                "intra_split_k_64x64",
-                _split_to_fill(64, 64, 2),
-                "the most multiprocessors, and the least to exchange (64 rows: 4096x4096 7.2 us,"
-                " intra_split_k_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
-                " 128 rows: 4096x4096 10.0, 10.7)",
-            ),
-            rule(
-                _rows(64, _one_wave(128)),
-                "intra_split_k_64x128",
-                _whole_k,
-                "sixteen warps hide the decode, on one tile for each multiprocessor",
-            ),
-            rule(
-                _rows(64, _one_wave(192)),
-                "tile_64x192",
-                _whole_k,
-                "one tile for each multiprocessor (24576x1536: 13.4 us, small_m_64x128 14.8)",
-            ),
-            rule(
-                _rows(64),
-                "small_m_64x128",
-                _whole_k,
-                "as for 32 rows (28672x4096: 30.2 us, intra_split_k_64x128 33.2)",
-            ),
-        ]
-    else:
-        rules += [
-            rule(
-                _rows(16, _many(3)), "small_m_16x64", _whole_k, "as bfloat16; decoding costs more"
-            ),
-            rule(_rows(16), "intra_split_k_16x64", _split_to_fill(16, 64, 2), "as bfloat16"),
-            rule(
-                _rows(32),
-                "small_m_32x128",
-                _split_to_fill(32, 128, 2),
-                "x is read once for 128 rows of the weight",
-            ),
-            rule(
-                _rows(64),
-                "small_m_64x128",
-                _split_to_fill(64, 128, 2),
-                "x is read once for 128 rows of the weight",
-            ),
-        ]
-    if x_dtype == "float16":
-        rules.append(
-            rule(
-                _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
-                "small_m_64x128",
-                _split_to_fill(64, 128, 2),
-                "two tiles of 64 rows fill more multiprocessors than one of 128"
-                " (4096x4096: 11.5 us, 14.7)",
-            )
-        )
-    else:
-        rules += [
-            rule(
-                _rows(128, lambda p, sms: 2 * _tiles(p, 64, 192) <= sms),
-                "tile_64x192",
-                _split_to_fill(64, 192, 2),
-                "the same where tiles of 128 would be too many (6144x4096: 14.2 us, 128x128 15.0)",
-            ),
-            rule(
-                lambda p, sms: 2 * _tiles(p, 128, 192) <= sms < 2 * _tiles(p, 128, 128),
-                "tile_128x192",
-                _split_to_fill(128, 192, 2),
-                "K split over two CTAs fills the multiprocessors (6144x4096, 256 rows: 22.0 us,"
-                " 128x128 23.4)",
-            ),
-            rule(
-                lambda p, sms: _tiles(p, 128, 192) <= sms < _tiles(p, 128, 128),
-                "tile_128x192",
-                _whole_k,
-                "one tile for each multiprocessor (24576x1536, 128 rows: 18.5 us, 128x256 20.0)",
-            ),
-        ]
-    rules += [
-        rule(
-            _wide_wins,
-            "tile_128x256",
-            _whole_k,
-            "fewest bytes from the L2 cache for a product (28672x4096, 2048 rows: 602 us,"
-            " 128x128 700)",
-        ),
-        rule(
-            _rows(None),
-            "tile_128x128",
-            _split_to_fill(128, 128, 3),
-            "fewer waves, or a wave that is fuller, than with 128x256",
-        ),
-    ]
-    return tuple(rules)
+    when: When
+    config: str
+    split_k: Split
+    reason: str
 
 
-def _gated_rules() -> tuple[Rule, ...]:
-    """A gated weight is as long as a plain one of as many rows, and stores half as much."""
-    gated = {c.name.replace("gated_", ""): c for c in CONFIGS if c.epilogue == "gated"}
+_INVARIANT_8 = _Row(_invariant(8), "small_m_8x64", _invariant_split, _ORDER)
+_INVARIANT = (
+    _Row(_invariant(16), "small_m_16x64", _invariant_split, _ORDER),
+    _Row(_invariant(32), "small_m_32x128", _invariant_split, _ORDER),
+    _Row(_invariant(64), "small_m_64x128", _invariant_split, _ORDER),
+    _Row(_invariant(None, _wide_wins), "tile_128x256", _invariant_split, _ORDER),
+    _Row(_invariant(None), "tile_128x128", _invariant_split, _ORDER),
+)
+"""Batch-invariant calls."""
+
+_FEW_BFLOAT16 = (
+    _Row(
+        _rows(8, _many(3)),
+        "small_m_8x64",
+        _whole_k,
+        "many or short tiles: CTAs that go on to the next tile load it while they store"
+        " (24576x1536: 11.0 us, intra_split_k 13.5; 57344x8192: 92 us, 97; 28672x4096:"
+        " 24.8 us, 26.0)",
+    ),
+    _Row(
+        _rows(8),
+        "intra_split_k_8x64",
+        _split_to_fill(8, 64, 2),
+        "eight warps for 64 rows keep up with memory on every multiprocessor; clusters of"
+        " two fit everywhere, larger ones leave multiprocessors idle",
+    ),
+    _Row(
+        _rows(16, _many(3)),
+        "small_m_16x64",
+        _whole_k,
+        "many or short tiles, as for 8 rows (28672x4096: 25.1 us, intra_split_k 27.1)",
+    ),
+    _Row(
+        _rows(16),
+        "intra_split_k_16x64",
+        _split_to_fill(16, 64, 2),
+        "eight warps for 64 rows keep up with memory, as for 8 rows of x",
+    ),
+    _Row(
+        _rows(32, _one_wave(64)),
+        "intra_split_k_32x64",
+        _split_to_fill(32, 64, 2),
+        "sixteen warps hide the decode (8192x8192: 17.1 us, small_m_32x128 19.0)",
+    ),
+    _Row(
+        _rows(32),
+        "small_m_32x128",
+        _whole_k,
+        "more tiles than multiprocessors: two CTAs overlap one's stores with the other's"
+        " loads (28672x4096: 29.8 us, intra_split_k_32x64 35.2)",
+    ),
+    _Row(
+        _rows(128, lambda p, sms: _tiles(p, 64, 64) <= sms),
+        "intra_split_k_64x64",
+        _split_to_fill(64, 64, 2),
+        "the most multiprocessors, and the least to exchange (64 rows: 4096x4096 7.2 us,"
+        " intra_split_k_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
+        " 128 rows: 4096x4096 10.0, 10.7)",
+    ),
+    _Row(
+        _rows(64, _one_wave(128)),
+        "intra_split_k_64x128",
+        _whole_k,
+        "sixteen warps hide the decode, on one tile for each multiprocessor",
+    ),
+    _Row(
+        _rows(64, _one_wave(192)),
+        "tile_64x192",
+        _whole_k,
+        "one tile for each multiprocessor (24576x1536: 13.4 us, small_m_64x128 14.8)",
+    ),
+    _Row(
+        _rows(64),
+        "small_m_64x128",
+        _whole_k,
+        "more tiles than multiprocessors, as for 32 rows (28672x4096: 30.2 us,"
+        " intra_split_k_64x128 33.2)",
+    ),
+)
+"""Up to 64 rows; up to 128 where K is split over all multiprocessors."""
+
+_FEW_FLOAT16 = (
+    _Row(
+        _rows(16, _many(3)),
+        "small_m_16x64",
+        _whole_k,
+        "many or short tiles, as in bfloat16, although decoding costs more",
+    ),
+    _Row(
+        _rows(16),
+        "intra_split_k_16x64",
+        _split_to_fill(16, 64, 2),
+        "eight warps for 64 rows keep up with memory, as in bfloat16",
+    ),
+    _Row(
+        _rows(32),
+        "small_m_32x128",
+        _split_to_fill(32, 128, 2),
+        "x is read once for 128 rows of the weight",
+    ),
+    _Row(
+        _rows(64),
+        "small_m_64x128",
+        _split_to_fill(64, 128, 2),
+        "x is read once for 128 rows of the weight",
+    ),
+)
+"""Up to 64 rows of float16, of which there are fewer kernels."""
+
+_BETWEEN_FLOAT16 = (
+    _Row(
+        _rows(128, lambda p, sms: 2 * _tiles(p, 64, 128) <= sms),
+        "small_m_64x128",
+        _split_to_fill(64, 128, 2),
+        "two tiles of 64 rows fill more multiprocessors than one of 128 (4096x4096: 11.5 us, 14.7)",
+    ),
+)
+"""Up to 128 rows."""
+
+_BETWEEN_BFLOAT16 = (
+    _Row(
+        _rows(128, lambda p, sms: 2 * _tiles(p, 64, 192) <= sms),
+        "tile_64x192",
+        _split_to_fill(64, 192, 2),
+        "a wave of tiles of 192 where those of 128 are too many (6144x4096: 14.2 us, 128x128 15.0)",
+    ),
+    _Row(
+        lambda p, sms: 2 * _tiles(p, 128, 192) <= sms < 2 * _tiles(p, 128, 128),
+        "tile_128x192",
+        _split_to_fill(128, 192, 2),
+        "K split over two CTAs fills the multiprocessors (6144x4096, 256 rows: 22.0 us,"
+        " 128x128 23.4)",
+    ),
+    _Row(
+        lambda p, sms: _tiles(p, 128, 192) <= sms < _tiles(p, 128, 128),
+        "tile_128x192",
+        _whole_k,
+        "one tile for each multiprocessor (24576x1536, 128 rows: 18.5 us, 128x256 20.0)",
+    ),
+)
+"""Numbers of tiles that 192 rows of the weight divide best."""
+
+_MANY = (
+    _Row(
+        _wide_wins,
+        "tile_128x256",
+        _whole_k,
+        "fewest bytes from the L2 cache for a product (28672x4096, 2048 rows: 602 us, 128x128 700)",
+    ),
+    _Row(
+        _rows(None),
+        "tile_128x128",
+        _split_to_fill(128, 128, 3),
+        "fewer waves, or a wave that is fuller, than with 128x256",
+    ),
+)
+"""All else."""
+
+_ROWS = {
+    "bfloat16": (_INVARIANT_8, *_INVARIANT, *_FEW_BFLOAT16, *_BETWEEN_BFLOAT16, *_MANY),
+    "float16": (*_INVARIANT, *_FEW_FLOAT16, *_BETWEEN_FLOAT16, *_MANY),
+}
+"""The tables of plain weights, by the dtype of x."""
+
+
+def _rules(x_dtype: str, epilogue: str = "plain") -> tuple[Rule, ...]:
     return tuple(
-        dataclasses.replace(rule, config=gated[rule.config.name]) for rule in _rules("bfloat16")
+        Rule(row.when, _named(row.config, x_dtype, epilogue), row.split_k, row.reason)
+        for row in _ROWS[x_dtype]
     )
 
 
@@ -416,7 +445,8 @@ def _grouped_rules(x_dtype: str, epilogue: str) -> tuple[Rule, ...]:
 
 RULES: tuple[Rule, ...] = (
     *(r for x_dtype in _SHORT for r in _rules(x_dtype)),
-    *_gated_rules(),
+    # A gated weight is as long as a plain one of as many rows, and stores half as much.
+    *_rules("bfloat16", "gated"),
     *_grouped_rules("bfloat16", "plain"),
     *_grouped_rules("bfloat16", "gated"),
     *_grouped_rules("float16", "plain"),
