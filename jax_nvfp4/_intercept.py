@@ -2,7 +2,6 @@
 """Unmodified linen models on NVFP4 kernels: what Flax's own layers then compute."""
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,9 +79,8 @@ def _prepared(
         if getattr(module, field, None) is not None:
             raise ValueError(f"{name} has a {field} of its own, and its kernel is in NVFP4")
     bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
-    dtypes = [kernel.dtype] if bias is None else [kernel.dtype, bias.dtype]
     inputs, compute = _layer.cast_inputs(
-        name, jnp.asarray(inputs), module.dtype, functools.reduce(jnp.promote_types, dtypes)
+        name, jnp.asarray(inputs), module.dtype, kernel.dtype, bias
     )
     preferred = getattr(module, "preferred_element_type", None)
     return inputs, bias, How(how.activation_scale, how.batch_invariant, preferred or compute)

@@ -108,7 +108,7 @@ def box_like(
     if isinstance(weight, Nvfp4Kernel):
         axes = (weight.batch, weight.free, weight.contracting)
     stacked, rows, columns = (tuple(box.names[a] for a in places) for places in axes)
-    of_data = (*stacked, _one_name(rows), _one_name(columns))
+    of_data = (*stacked, one_name(rows), one_name(columns))
     parts = weight.weight if isinstance(weight, Nvfp4Kernel) else weight
 
     def put(path: Any, leaf: Any) -> Any:
@@ -119,7 +119,7 @@ def box_like(
     return Nvfp4Kernel(boxed, weight.axes) if isinstance(weight, Nvfp4Kernel) else boxed
 
 
-def _one_name(names: tuple[Any, ...]) -> Any:
+def one_name(names: tuple[Any, ...]) -> Any:
     """The name of an axis that several became."""
     given = [name for name in names if name is not None]
     if len(given) < 2:

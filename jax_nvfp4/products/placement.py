@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.layout.orders import order
@@ -18,7 +18,7 @@ from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 _Entry = tuple[str, ...]
 
 
-def shardings(params: Any, mesh: Mesh, specs: Any) -> Any:
+def shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
     """The shardings of params with NVFP4 weights, from those of the dense params.
 
     They are for `jax.device_put`, `jax.jit` and `jax_nvfp4.load_params`; values do not depend on
@@ -64,7 +64,7 @@ def _is_weight(node: Any) -> bool:
     return isinstance(node, Nvfp4Tensor | RepackedWeight | Nvfp4Kernel)
 
 
-def _of_leaf(name: str, mesh: Mesh, spec: PartitionSpec, leaf: Any) -> Any:
+def _of_leaf(name: str, mesh: Mesh | AbstractMesh, spec: PartitionSpec, leaf: Any) -> Any:
     """The sharding of an array, or a weight with the shardings of its parts."""
     if len(spec) > len(leaf.shape):
         raise ValueError(
@@ -104,7 +104,9 @@ def _of_matrix(
     return [entries[place] for place in kernel.batch], rows, columns
 
 
-def _of_parts(weight: Weight, mesh: Mesh, lead: list[_Entry], rows: _Entry, columns: _Entry) -> Any:
+def _of_parts(
+    weight: Weight, mesh: Mesh | AbstractMesh, lead: list[_Entry], rows: _Entry, columns: _Entry
+) -> Any:
     """A weight with the shardings of its parts.
 
     Args:
@@ -144,7 +146,7 @@ def _divisible(weight: Weight, n: int, k: int) -> tuple[int, int]:
     return n // in_order.row_tile if whole else 1, 1
 
 
-def _cut(entry: _Entry, count: int, mesh: Mesh) -> _Entry:
+def _cut(entry: _Entry, count: int, mesh: Mesh | AbstractMesh) -> _Entry:
     """The first mesh axes of an entry that together divide `count`."""
     kept: list[str] = []
     for axis in entry:
