@@ -112,7 +112,9 @@ def test_batch_axes_bias_and_static_scales():
 
 def test_gradients_and_filters():
     layer = Nvfp4Einsum.from_layer(nnx.Einsum("bd,df->bf", (32, 8), (8,), rngs=nnx.Rngs(0)))
-    grads = nnx.grad(lambda layer, x: layer(x).sum(), nnx.DiffState(0, nnx.Param))(layer, X[0])
+    grads = nnx.grad(lambda layer, x: layer(x).sum(), argnums=nnx.DiffState(0, nnx.Param))(
+        layer, X[0]
+    )
     np.testing.assert_array_equal(jax.tree.leaves(grads)[0], jnp.full(8, 3.0))
     parts = jax.tree.leaves(nnx.state(layer, QuantizedParam))
     assert len(parts) == 3
