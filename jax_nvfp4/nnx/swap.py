@@ -95,7 +95,10 @@ def quantize_model(
             _put(holder, key, old, new)
     report = _report(params, swapped, reasons)
     if not swapped:
-        raise ValueError(f"no nnx.{_NAMES} of the model was chosen to be quantized:\n{report}")
+        raise ValueError(
+            f"no nnx.Linear layer (nor a LinearGeneral or Einsum) of the model was chosen to be "
+            f"quantized:\n{report}"
+        )
     return report
 
 
