@@ -46,8 +46,9 @@ class DotGeneral:
         lhs, rhs = _quantized(self.weight, lhs, rhs, (lhs_sum, lhs_batch), (rhs_sum, rhs_batch))
         if not _has_weight(lhs, rhs):
             return lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
-        how = {"activation_scale": self.activation_scale, "batch_invariant": self.batch_invariant}
-        return api.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs, **how)
+        kwargs |= dataclasses.asdict(self)
+        del kwargs["weight"]
+        return api.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
 
 
 @jax.tree_util.register_static
@@ -72,8 +73,9 @@ class Einsum:
             )
         if not _has_weight(*operands):
             return jnp.einsum(subscripts, *operands, **kwargs)
-        how = {"activation_scale": self.activation_scale, "batch_invariant": self.batch_invariant}
-        return api.einsum(subscripts, *operands, **kwargs, **how)
+        kwargs |= dataclasses.asdict(self)
+        del kwargs["weight"]
+        return api.einsum(subscripts, *operands, **kwargs)
 
 
 def _has_weight(*operands: Any) -> bool:

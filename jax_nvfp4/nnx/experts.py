@@ -148,12 +148,12 @@ class Nvfp4Experts(nnx.Module):
             TypeError: a dtype is not one we compute in.
             ValueError: shapes do not go together.
         """
-        biases = (None if b is None else b[...] for b in (self.b13, self.b2))
+        b13, b2 = (None if b is None else b[...] for b in (self.b13, self.b2))
         return _layer.apply_experts(
             self,
             jnp.asarray(inputs),
             expert_indices,
             expert_weights,
             (arrays(self.w13), arrays(self.w2)),
-            tuple(biases),
+            (b13, b2),
         )

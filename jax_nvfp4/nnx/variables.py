@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_nvfp4 import params
-from jax_nvfp4.products.kernel import quantize_kernel
+from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.products.placement import shardings
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
@@ -62,7 +62,11 @@ def _leading(names: Any, part: Any) -> Any:
 
 
 def variables(
-    weight: Weight, metadata: Mapping[str, Any], names: Any = None, *, placed: bool = False
+    weight: Weight | Nvfp4Kernel,
+    metadata: Mapping[str, Any],
+    names: Any = None,
+    *,
+    placed: bool = False,
 ) -> Any:
     """A weight with a variable for each part.
 
