@@ -191,12 +191,23 @@ def _while(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> list[An
         moving = [v for i, v in enumerate(values) if i not in fixed]
         return _arrays(interpreter, moving, "a while loop's carry")
 
-    def go_on(moving: list[Any]) -> Any:
+    def each_goes_on(moving: list[Any]) -> Any:
         (result,) = interpreter.held(test, [*of_test, *full(moving)])
         return result
 
+    def go_on(moving: list[Any]) -> Any:
+        return jnp.any(each_goes_on(moving))
+
     def step(moving: list[Any]) -> list[Any]:
-        return moving_of(interpreter.held(body, [*of_body, *full(moving)]))
+        after = moving_of(interpreter.held(body, [*of_body, *full(moving)]))
+        goes_on = each_goes_on(moving) if test.out_avals[0].shape else None
+        if goes_on is None:
+            return after
+        # Under vmap a program may hold loops that end at different steps.
+        return [
+            jnp.where(goes_on.reshape(goes_on.shape + (1,) * (v.ndim - goes_on.ndim)), v, old)
+            for v, old in zip(after, moving, strict=True)
+        ]
 
     return full(lax.while_loop(go_on, step, moving_of(carry)))
 

@@ -137,6 +137,19 @@ def test_while_loop_and_cond():
     check(fn, weights(even=(D, D), odd=(D, D)), X, 3)
 
 
+def test_loops_under_vmap_end_at_their_own_steps():
+    def fn(p, xs, ns):
+        def one(x, n):
+            def step(state):
+                return (state[0] + 1, jnp.tanh(state[1] @ p["w"]))
+
+            return lax.while_loop(lambda state: state[0] < n, step, (0, x))[1]
+
+        return jax.vmap(one)(xs, ns)
+
+    check(fn, weights(w=(D, D)), X, jnp.asarray([3, 0, 1, 2]))
+
+
 def test_vmap_of_the_program_and_batched_weights():
     def fn(p, xs):
         one = jax.vmap(lambda x: x @ p["shared"])(xs)
