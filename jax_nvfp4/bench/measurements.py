@@ -104,7 +104,7 @@ def _picked(m: int) -> np.ndarray:
 
 
 def check_result(y: np.ndarray, expected: np.ndarray, limit: float) -> None:
-    """A fast wrong answer is no figure.
+    """Rejects wrong results, however fast they came.
 
     Args:
         y: rows of a product.
@@ -121,7 +121,7 @@ def check_result(y: np.ndarray, expected: np.ndarray, limit: float) -> None:
 def check_time(
     seconds: float, weight_bytes: float, most: Ceilings, flops: float | None = None
 ) -> None:
-    """A time that the device does not allow is no figure: calls were joined, left out or cached.
+    """Rejects times that exceed hardware limits: calls were joined, left out or cached.
 
     Args:
         seconds: of a call.
