@@ -9,14 +9,14 @@ One persistent kernel, specialized by warp:
     warps 0-3   epilogue: accumulators from tensor memory, scales and bias, y to global memory
     warp 4      MMA: block scales from shared to tensor memory, tcgen05.mma
     warp 5      loads: TMA of both operands and both scale operands into a ring of stages, and the
-                queries for the next tile (`gemm_sm100_ops.Tiles`)
+                queries for the next tile (`ptx.Tiles`)
 
 In the MMA's terms A is the operand of its M side (128 rows for each CTA) and B that of its N side.
 "2cta" configs run tcgen05.mma on two CTAs (256 rows of A, which is x) and store y by TMA. "swap"
 configs make the weight A and the tokens a narrow B, so that few tokens waste no tensor-core rows;
 a cluster of CTAs may then split K, the partial sums meeting in distributed shared memory in a
 fixed order. An MMA multiplies 64 elements along K or, in sm_103a's configs, 96
-(`gemm_sm100_k96`).
+(`k96`).
 
 Scale tiles hold 128 rows by 64 elements of K in 512 contiguous bytes, and the tiles of one row
 block follow each other along K. The tensor maps of the scales therefore have three dimensions
@@ -105,7 +105,7 @@ class GemmSm100:
 
     @cute.jit
     def launch(self, operands, scales, out, k: Int32, split_k: Int32, num_sms: Int32, stream):
-        """Encodes the tensor maps and launches the kernel; arguments as of `gemm_host`."""
+        """Encodes the tensor maps and launches the kernel; arguments as of `gemm.host`."""
         x, sfx, w, sfw = operands
         x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype = scales
         y, _, m, n, out_dtype = out
