@@ -142,7 +142,8 @@ def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) 
     `jax_nvfp4.linen.intercept`.
 
     Args:
-        params: a params tree, boxed with partitioning metadata or not.
+        params: a params tree, boxed with partitioning metadata or not; abstract leaves
+            (`jax.eval_shape`) become abstract weights.
         where: given the path of a leaf as strings and the (unboxed) leaf, what to do with it. By
             default each leaf named "kernel" with two axes is a Dense kernel.
 
@@ -188,6 +189,8 @@ def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) 
 
 def _as_chosen(name: str, kernel: Any, choice: Any) -> Nvfp4Tensor | Nvfp4Kernel | None:
     """A leaf as `where` of `quantize_params` wants it; None: it stays."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda kernel: _as_chosen(name, kernel, choice), kernel)
     if isinstance(choice, bool | np.bool_):
         if not choice:
             return None

@@ -2,13 +2,11 @@
 """The swap of a model's layers for those with NVFP4 kernels."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path as File
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -204,11 +202,7 @@ def repack_model(model: nnx.Module, arch: str | None = None) -> None:
     if not kernels:
         raise ValueError("no Nvfp4Linear layer in the model to repack; see quantize_model")
     for layer, name in kernels:
-        kernel = arrays(getattr(layer, name))
-        if isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct):
-            kernel = jax.eval_shape(functools.partial(repack, arch=arch), kernel)
-        else:
-            kernel = repack(kernel, arch)
+        kernel = repack(arrays(getattr(layer, name)), arch)
         if isinstance(layer, Nvfp4Experts):  # others make variables of what they are given
             kernel = nnx.data(variables(kernel, {}, placed=True))
         setattr(layer, name, kernel)

@@ -21,7 +21,7 @@ def repack(weight: Any, arch: str | None = None) -> Any:
     Args:
         weight: an Nvfp4Tensor (..., N, K), or any pytree with such tensors in it: a whole params
             tree. Weights that are repacked for another architecture are repacked for this one;
-            other leaves are returned as they are.
+            other leaves are returned as they are. Abstract weights become abstract ones.
         arch: "sm_90a", "sm_100f", "sm_103a", "sm_120f" or "reference"; that of this machine's
             default device if None.
 
@@ -42,6 +42,8 @@ def repack(weight: Any, arch: str | None = None) -> Any:
     def one(node: Any) -> Any:
         if not _is_weight(node) or getattr(node, "arch", None) == arch:
             return node
+        if isinstance(node.data, jax.ShapeDtypeStruct):
+            return jax.eval_shape(one, node)
         node.check()
         if node.ndim < 2:
             raise ValueError(f"a weight must have shape (..., N, K); got {node.shape}")

@@ -123,6 +123,20 @@ def test_abstract_model_is_repacked_and_sharded():
     assert kernel.arch == "sm_90a" and kernel.shape == (48, 32)
 
 
+def test_abstract_params():
+    model = nn.Dense(16)
+    abstract = jax.eval_shape(model.init, KEY, X)
+    expected = nvfp4.repack(nvfp4.quantize_params(model.init(KEY, X)), "sm_100f")
+    got = nvfp4.repack(nvfp4.quantize_params(abstract), "sm_100f")
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    axes = nvfp4.quantize_params(abstract, lambda path, leaf: path[-1] == "kernel" and (0,))
+    assert axes["params"]["kernel"].shape == (32, 16)
+    with pytest.raises(TypeError, match="int32"):
+        nvfp4.quantize_params({"kernel": jax.ShapeDtypeStruct((16, 16), jnp.int32)})
+
+
 # ---- Stacked layers -----------------------------------------------------------------------------
 
 
