@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from jax_nvfp4.conversion.calibrate import calibrate
     from jax_nvfp4.conversion.convert import convert
     from jax_nvfp4.conversion.load import load_params
-    from jax_nvfp4.linen import Nvfp4Dense
+    from jax_nvfp4.linen import Nvfp4Dense, Nvfp4Experts
 
 __all__ = [
     "Calibration",
     "GeGLU",
     "Nvfp4Dense",
+    "Nvfp4Experts",
     "Nvfp4Kernel",
     "Nvfp4Tensor",
     "RepackedWeight",
@@ -71,6 +72,7 @@ _LAZY = {
     "convert": "jax_nvfp4.conversion.convert",
     "load_params": "jax_nvfp4.conversion.load",
     "Nvfp4Dense": "jax_nvfp4.linen",
+    "Nvfp4Experts": "jax_nvfp4.linen",
     "iter_checkpoint": "jax_nvfp4.checkpoint",
     "load_checkpoint": "jax_nvfp4.checkpoint",
     "save_checkpoint": "jax_nvfp4.checkpoint",
