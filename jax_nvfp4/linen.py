@@ -219,13 +219,12 @@ class Nvfp4Experts(nn.Module):
         def init(key: jax.Array) -> dict[str, Any]:
             wide, narrow = (experts, k, hidden), (experts, hidden, k)
             keys = jax.random.split(key, 3)
-            shapes = (wide if is_gated else None, wide, narrow)
-            return params.quantize_experts(
-                *(
-                    s and self.kernel_init(one, s, self.param_dtype)
-                    for one, s in zip(keys, shapes, strict=True)
-                )
-            )
+
+            def make(key: jax.Array, shape: tuple[int, ...]) -> Any:
+                return self.kernel_init(key, shape, self.param_dtype)
+
+            gate = make(keys[0], wide) if is_gated else None
+            return params.quantize_experts(gate, make(keys[1], wide), make(keys[2], narrow))
 
         if self.has_variable("params", "w13"):
             # Not through `param`, which would refuse a RepackedWeight for its parts' shapes.

@@ -12,6 +12,7 @@ The performance model behind the table is in `kernels/NOTES.md`; no row has been
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from jax_nvfp4.config.gemm import sm120
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
@@ -24,7 +25,7 @@ _REFERENCE_SMS = 148
 
 
 def _config(
-    suffix: str, kind: str, tile_m: int, tile_n: int, stages: int, **rest: int
+    suffix: str, kind: str, tile_m: int, tile_n: int, stages: int, **rest: Any
 ) -> GemmConfig:
     swap = kind == "swap"
     return GemmConfig(

@@ -10,7 +10,7 @@ the L2 cache.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 
@@ -22,7 +22,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def _config(
-    kind: str, x_dtype: str, tile_m: int, tile_n: int, stages: int, **rest: int
+    kind: str, x_dtype: str, tile_m: int, tile_n: int, stages: int, **rest: Any
 ) -> GemmConfig:
     return GemmConfig(
         name=f"gemm_sm90a_{kind}_{_SHORT[x_dtype]}_{tile_m}x{tile_n}",
@@ -398,6 +398,7 @@ def _grouped_rules(x_dtype: str, epilogue: str) -> tuple[Rule, ...]:
     def rule(when: When, name: str, split: Split, reason: str) -> Rule:
         return Rule(when, _named(name, x_dtype, epilogue, True), split, reason)
 
+    tiles: tuple[tuple[str, float], ...]
     if x_dtype == "float16":
         tiles = (("small_m_16x64", 10.0), ("small_m_64x128", 64.0))
     else:
