@@ -77,7 +77,7 @@ _LAZY = {
     "load_checkpoint": "jax_nvfp4.checkpoint",
     "save_checkpoint": "jax_nvfp4.checkpoint",
 }
-_LAZY_MODULES = ("checkpoint", "linen", "nnx")
+_LAZY_MODULES = ("adapters", "checkpoint", "linen", "nnx")
 
 
 def __getattr__(name: str) -> Any:
