@@ -432,10 +432,8 @@ def main() -> int:
     chat = f"<|im_start|>user\n{args.prompt}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer.encode(chat).ids
     example = jnp.asarray([prompt]), empty_cache(c, 1, len(prompt)), jnp.int32(0)
-    run, quantized, report = jax_nvfp4.convert(
-        apply, params, *example, activation_scale=None, search="sweep"
-    )
-    print(f"{jax.devices()[0].device_kind}; W4A16, search: sweep\n{report}\n\n> {args.prompt}")
+    run, quantized, report = jax_nvfp4.convert(apply, params, *example, activation_scale=None)
+    print(f"{jax.devices()[0].device_kind}, W4A16\n{report}\n\n> {args.prompt}")
     stop = tokenizer.token_to_id("<|im_end|>")
     stream(generate(run, quantized, c, prompt, args.tokens, stop), tokenizer)
     if args.only_text:
