@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products that end with an activation, of gated weights and plain ones, and fused projections."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.layout.orders import order
+from jax_nvfp4.ops.linear import cuda as on_gpu
+from jax_nvfp4.ops.linear.reference import reference as linear_by_xla
+from jax_nvfp4.ops.linear.spec import LinearSpec, Operands
 
 GATED = {
     "swiglu": (nvfp4.SwiGLU(), {}),
@@ -144,6 +150,40 @@ def test_nan_passes_the_clamps_and_stays_in_its_row(name):
     y = np.asarray(linear(X.at[2, 3].set(np.nan)))
     assert np.isnan(y[2]).all()
     np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(linear(X.at[2].set(0)), 2, 0))
+
+
+@pytest.mark.parametrize("activation", [None, nvfp4.SwiGLU()])
+@pytest.mark.parametrize("arch", [None, "sm_100f"])
+def test_around_a_kernel_without_the_activation(monkeypatch, arch, activation):
+    """What XLA does before and after a kernel to which a gated weight is a plain one."""
+    w = nvfp4.gate_up(GATE, UP)
+    w = w if arch is None else nvfp4.repack(w, arch)
+    spec = LinearSpec(
+        arch, 2 * I, K, Scaling.TOKEN, True, "bfloat16", False, gated=True, activation=activation
+    )
+    flat = Operands(X, w.data, w.block_scale, w.global_scale, BIAS.reshape(2, I), None).flat()
+
+    def kernel(operands, chosen, groups):
+        assert chosen.gate is None
+        assert groups.operands is None
+        plain = dataclasses.replace(
+            spec,
+            arch=chosen.arch,
+            n=chosen.gemm_n,
+            out_dtype=chosen.gemm_out_dtype,
+            gated=False,
+            activation=None,
+        )
+        # To the kernel a scale is a byte, whatever axes of length 1 mark the order.
+        scales = operands.block_scale.reshape(order(chosen.arch).shapes(plain.n, K)[1])
+        return linear_by_xla(*operands._replace(block_scale=scales).flat(), spec=plain)[0]
+
+    for name in ("_one_call", "_gemm_call"):
+        monkeypatch.setattr(on_gpu, name, kernel)
+    monkeypatch.setattr(on_gpu.device, "kernel_arch", lambda asked: "sm_100f")
+    found = jax.jit(functools.partial(on_gpu.cuda, spec=spec))(*flat)
+    expected = jax.jit(functools.partial(linear_by_xla, spec=spec))(*flat)
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 # ---- Transformations ----------------------------------------------------------------------------
