@@ -245,7 +245,8 @@ def _rows_to_batch(
             scale.reshape(*scale.shape, *[1] * (len(lead) + 1 - scale.ndim)), (*lead, n)
         )
         scale = apart(of_rows)
-    result = Nvfp4Tensor(apart(tensor.data), apart(tensor.block_scale), scale, k=k)
+    parts = apart(tensor.data), apart(tensor.block_scale), scale
+    result = Nvfp4Tensor(*parts, k=k, dtype=tensor.dtype)
     return result, axes.with_batch(len(lead), chosen)
 
 

@@ -189,12 +189,13 @@ def test_each_matrix_of_a_stack_is_multiplied_as_linear_does(activation):
         ("bfloat16", "bfloat16", "float32"),
     ],
 )
-def test_dtypes_are_those_of_the_dense_product(of_x, of_w, preferred):
-    x = jax.ShapeDtypeStruct((2, 16), of_x)
+@pytest.mark.parametrize("form", ["mk,kn->mn", "nk,kn->n"])
+def test_dtypes_are_those_of_the_dense_product(of_x, of_w, preferred, form):
+    x = jax.ShapeDtypeStruct((3, 16), of_x)
     w = jax.ShapeDtypeStruct((16, 3), of_w)
 
     def product(einsum, x, w):
-        return einsum("mk,kn->mn", x, w, preferred_element_type=preferred)
+        return einsum(form, x, w, preferred_element_type=preferred)
 
     expected = jax.eval_shape(functools.partial(product, jnp.einsum), x, w)
     y = jax.eval_shape(lambda x, w: product(nvfp4.einsum, x, nvfp4.quantize_kernel(w)), x, w)
