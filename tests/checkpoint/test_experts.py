@@ -320,3 +320,27 @@ def test_8_bit_layers_whose_scale_is_not_known(tmp_path):
     tensors["b.weight_scale"] = np.array(np.nan, np.float32)
     with pytest.raises(CheckpointError, match=r"'b.weight_scale' has NaN"):
         load_checkpoint(write(tmp_path, tensors), dequantize_fp8=jnp.bfloat16)
+
+
+def test_a_stack_is_what_ragged_linear_takes(experts, tmp_path):
+    """One call loads the weights; gate and up keep scales of their own when they are joined."""
+    from jax_nvfp4 import gate_up, ragged_linear
+
+    tensors = one_by_one(experts, bias=False)
+    tensors |= {
+        name.replace("up_proj", "gate_proj"): np.asarray(3 * value, value.dtype)
+        if "scale_2" in name
+        else value
+        for name, value in tensors.items()
+    }
+    loaded = load_checkpoint(write(tmp_path, tensors), stack_experts=True)
+    gate, up = (loaded[f"{P}.{name}_proj.weight"] for name in ("gate", "up"))
+    x = jnp.asarray(normal(5, K), jnp.bfloat16)
+    sizes = jnp.zeros(G, jnp.int32).at[jnp.array([1, 11])].set(jnp.array([2, 3]))
+    weight = gate_up(gate, up)
+    y = ragged_linear(x, weight, sizes, activation_scale=None, out_dtype=jnp.float32)
+    for rows, g in ((slice(0, 2), 1), (slice(2, 5), 11)):
+        dense = np.concatenate([gate.dequantize()[g], up.dequantize()[g]]).astype(np.float64)
+        exact = np.float64(x[rows]) @ dense.T
+        bound = 2**-18 * (np.abs(np.float64(x[rows])) @ np.abs(dense).T)
+        assert np.all(np.abs(y[rows] - exact) <= bound + np.spacing(np.float32(np.abs(exact))))
