@@ -111,3 +111,21 @@ def test_a_product_on_a_mesh_is_that_of_one_device(sizes, arch, kind):
         with jax.set_mesh(mesh):
             y = product(jax.device_put(x, NamedSharding(mesh, P(None, "x"))), placed)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@this_machine.each_mesh()
+def test_a_part_in_shard_map_is_a_kernel_of_its_own_shape(sizes):
+    mesh = this_machine.mesh(sizes)
+    parts = sizes[1]
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 4, 16)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 64)), jnp.float32)
+    heads = nvfp4.quantize_kernel(w)
+    specs = jax.tree.map(lambda s: s.spec, nvfp4.shardings(heads, mesh, P(None, "y")))
+
+    def product(x, part):
+        assert part.shape == (64, 4 // parts, 16)
+        return nvfp4.einsum("bd,dnh->bnh", x, part)
+
+    divided = jax.shard_map(product, mesh=mesh, in_specs=(P(), specs), out_specs=P(None, "y"))
+    y = jax.jit(divided)(x, heads)
+    np.testing.assert_allclose(y, nvfp4.einsum("bd,dnh->bnh", x, heads), rtol=1e-5, atol=1e-5)
