@@ -344,7 +344,7 @@ class RepackedWeight:
         if self.gated:
             parts = (n // 2, n // 2)
             if global_scale.ndim == self.ndim - 1:
-                global_scale = order(self.arch).gated.deinterleave(global_scale, -1, n)
+                global_scale = _deinterleave(self.arch, global_scale, n)
         return Nvfp4Tensor(
             data,
             block_scale,
@@ -425,6 +425,11 @@ def _unpack(
     arch: str, data: jax.Array, block_scale: jax.Array, n: int, k: int, gated: bool
 ) -> tuple[jax.Array, jax.Array]:
     return order(arch).unpack(data, block_scale, n, k, gated=gated)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _deinterleave(arch: str, global_scale: jax.Array, n: int) -> jax.Array:
+    return order(arch).gated.deinterleave(global_scale, -1, n)
 
 
 def _blocks(k: int) -> int:

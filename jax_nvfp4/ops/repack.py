@@ -73,6 +73,11 @@ def _pack(
     return order(arch).pack(data, block_scale, gated=gated)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _interleave(to: Order, scale: jax.Array) -> jax.Array:
+    return to.gated.interleave(scale, -1)
+
+
 def _is_weight(node: Any) -> bool:
     return isinstance(node, Nvfp4Tensor | RepackedWeight)
 
@@ -91,7 +96,7 @@ def _interleaved(node: Nvfp4Tensor, to: Order) -> jax.Array:
         return scale
     parts = (*scale.shape[:-1], _row_parts(scale.shape[-1], to, gated=True))
     (result,) = typed.call(
-        lambda scale: (to.gated.interleave(scale, -1),),
+        lambda scale: (_interleave(to, scale),),
         (scale,),
         lambda: ((typed.entries(scale), parts),),
     )

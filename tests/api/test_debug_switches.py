@@ -169,3 +169,9 @@ def test_repack_compiles_once_for_a_shape(caplog):
                 jax.block_until_ready(jax.tree.leaves(nvfp4.repack(weight, arch)))
             finished = [m for m in caplog.messages if "Finished XLA compilation" in m]
             assert len(finished) == programs, caplog.messages
+    gated = nvfp4.gate_up(*[nvfp4.quantize(jnp.ones((48, 112)), scaling="token")] * 2)
+    caplog.clear()
+    with jax.log_compiles(True):
+        jax.block_until_ready(jax.tree.leaves(nvfp4.repack(gated, "sm_90a")))
+    finished = [m for m in caplog.messages if "Finished XLA compilation" in m]
+    assert len(finished) <= 2  # the codes, and the scales of the rows
