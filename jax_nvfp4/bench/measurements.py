@@ -340,6 +340,7 @@ class Call:
     def __init__(self, compiler: Compiler) -> None:
         """Has the programs compiled."""
         size = self._SIZE
+        self._calls = CHAIN if on_gpu() else min(CHAIN, 10)  # a CPU's are compiled one by one
         self._activation = _activation(1, size, size)
         make = functools.partial(_make_weight, shape=(size, size))
         self._make = compiler.add(make, _KEY)
@@ -348,13 +349,15 @@ class Call:
         one = jax.jit(self._once)
 
         def chain(x: jax.Array, w: Any) -> jax.Array:
-            for _ in range(CHAIN):
+            for _ in range(self._calls):
                 x = one(x, w)  # each result is the next one's input
             return x
 
         self._chains = {
-            f"in a chain of {CHAIN}": compiler.add(chain, x, w),
-            f"in a chain of {CHAIN}, without a CUDA graph": compiler.add(chain, x, w, graph=False),
+            f"in a chain of {self._calls}": compiler.add(chain, x, w),
+            f"in a chain of {self._calls}, without a CUDA graph": compiler.add(
+                chain, x, w, graph=False
+            ),
         }
 
     def _once(self, x: jax.Array, w: Any) -> jax.Array:
@@ -365,7 +368,7 @@ class Call:
         _, w = self._make.result()(_key(0))
         x = jnp.ones((1, self._SIZE), jnp.bfloat16)
         figures = {
-            name: measure(functools.partial(program.result(), x, w)) / CHAIN
+            name: measure(functools.partial(program.result(), x, w)) / self._calls
             for name, program in self._chains.items()
         }
         figures["a jit of one call, waited for"] = _waited_for(jax.jit(self._once), x, w)

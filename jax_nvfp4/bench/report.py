@@ -99,6 +99,7 @@ class Report:
         quantize: the quantizer.
         call: what one custom call costs, by the way in which it is called.
         stack: layers of a model, one after another.
+        model: steps of a whole model.
         errors: results that were wrong, and times that cannot be.
     """
 
@@ -111,6 +112,7 @@ class Report:
     quantize: list[QuantizeRow] = dataclasses.field(default_factory=list)
     call: dict[str, float] = dataclasses.field(default_factory=dict)
     stack: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: list[Any] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -122,8 +124,18 @@ speedup: bf16's time over W4A16's and over W4A4's. R: share of the read ceiling 
 Without a kernel for 16-bit activations, W4A4 stands in for W4A16."""
 LINEAR_HEAD = (
     f"{'N':>6} {'K':>6} {'M':>5} {'MB':>6} | {'W4A16':>8} {'W4A4':>8} {'bf16':>8} | "
-    f"{'speedup':>7} {'W4A4':>6} | {'R':>5} {'TF/s':>6} | {'invar.':>8} {'cost':>6}"
+    f"{'speedup':>7} {'W4A4':>6} | {'R':>5} {'TF/s':>7} | {'invar.':>8} {'cost':>6}"
 )
+
+
+def ceilings_line(most: Ceilings) -> str:
+    """What the device does at most, in units that suit it."""
+    dot = most.multiply
+    speed = f"{dot / 1e12:.0f} TFLOP/s" if dot >= 1e13 else f"{dot / 1e9:.0f} GFLOP/s"
+    return (
+        f"ceilings: read {most.read / 1e12:.3g} TB/s, copy {most.copy / 1e12:.3g} TB/s (read and "
+        f"written), bf16 dot {speed}"
+    )
 
 
 def _us(seconds: float | None) -> str:
@@ -138,12 +150,12 @@ def linear_line(row: LinearRow, read_ceiling: float) -> str:
     """A line of the table of the layer."""
     main = row.main
     reached = f"{row.bytes / main / read_ceiling:.2f}" if main else "-"
-    speed = f"{row.flops / main / 1e12:.0f}" if main else "-"
+    speed = f"{row.flops / main / 1e12:.3g}" if main else "-"
     return (
         f"{row.n:>6} {row.k:>6} {row.m:>5} {row.weight_bytes / 1e6:>6.0f} | "
         f"{_us(row.w4a16):>8} {_us(row.w4a4):>8} {_us(row.bf16):>8} | "
         f"{_ratio(row.bf16, main):>7} {_ratio(row.bf16, row.w4a4):>6} | "
-        f"{reached:>5} {speed:>6} | {_us(row.invariant):>8} {_ratio(row.invariant, main):>6}"
+        f"{reached:>5} {speed:>7} | {_us(row.invariant):>8} {_ratio(row.invariant, main):>6}"
     )
 
 

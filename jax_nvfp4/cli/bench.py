@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jax_nvfp4.cli import COMMANDS, BadInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax_nvfp4.bench.model import Sizes
     from jax_nvfp4.bench.report import Report
     from jax_nvfp4.bench.timing import Compiler
 
@@ -25,6 +28,12 @@ call, and a stack of Llama-8B-sized layers at batch 1. Weights come from memory 
 cache, everything runs inside jit, captured into CUDA graphs. The ceilings that figures are held
 against are measured in the same run; a time that they do not allow, or a wrong result, is an error
 and not a figure.
+
+With --model, times the steps of a whole decoder with random weights instead: text generated in one
+loop on the device, and a prompt read, in bf16 and in NVFP4, with q k v, and gate and up, apart and
+joined to one product each; and says what memory that takes.
+
+On a CPU the sizes are such that a run takes a minute.
 """
 
 # (N, K) of the linear layers of three models.
@@ -39,7 +48,64 @@ _QUICK_SHAPES = ((4096, 4096), (28672, 4096), (8192, 28672))
 _QUICK_ROWS = (1, 16, 64, 256, 2048)
 _QUICK_QUANTIZE = ((1024, 4096), (8192, 8192))
 
+_CPU_SHAPES = ((2048, 1024), (4096, 2048))
+_CPU_ROWS = (1, 64)
+_CPU_QUANTIZE = ((256, 1024), (1024, 1024))
+
 _MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What is measured where the options do not say."""
+
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    quantize_shapes: tuple[tuple[int, int], ...]
+    layers: int
+    layer_width: tuple[int, ...] = (4096, 6144, 14336)
+    rotate_mb: int = 512
+    model: str = "llama-8b"
+    prompt: int = 2048
+    cache: int = 1024
+    steps: int = 64
+
+    def overridden(self, args: argparse.Namespace) -> Defaults:
+        """The same with what the options say."""
+        said = {
+            "shapes": tuple(args.shape or ()),
+            "rows": args.rows,
+            "quantize_shapes": tuple(args.quantize_shape or ()),
+            "layers": args.layers,
+            "layer_width": args.layer_width,
+            "rotate_mb": args.rotate_mb,
+            "model": args.model or None,
+            "prompt": args.prompt,
+            "cache": args.cache,
+            "steps": args.steps,
+        }
+        said = {name: value for name, value in said.items() if value not in (None, ())}
+        return dataclasses.replace(self, **said)
+
+
+def defaults(on_gpu: bool, quick: bool) -> Defaults:
+    """The defaults: those of three models on a GPU, and on a CPU what it does in a minute."""
+    if not on_gpu:
+        return Defaults(
+            _CPU_SHAPES,
+            _CPU_ROWS,
+            _CPU_QUANTIZE,
+            layers=2,
+            layer_width=(512, 768, 1536),
+            rotate_mb=4,
+            model="tiny",
+            prompt=64,
+            cache=64,
+            steps=4,
+        )
+    if quick:
+        return Defaults(_QUICK_SHAPES, _QUICK_ROWS, _QUICK_QUANTIZE, layers=8)
+    return Defaults(sum(SHAPES.values(), ()), ROWS, QUANTIZE_SHAPES, layers=32)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -84,16 +150,32 @@ def add_parser(commands: Any) -> None:
         "--layer-width",
         type=_numbers,
         metavar="D,QKV,FF",
-        default=(4096, 6144, 14336),
         help="width of the model, of q, k and v together, and of the feed-forward layer",
     )
     parser.add_argument(
         "--rotate-mb",
         type=int,
-        default=512,
         metavar="MB",
-        help="size of the weights that take turns (default: 512)",
+        help="size of the weights that take turns (default: 512; 4 on a CPU)",
     )
+    parser.add_argument(
+        "--model",
+        nargs="?",
+        const="",
+        metavar="SIZES",
+        help="time a whole decoder: llama-8b, tiny, or LAYERS,WIDTH,HEADS,KV_HEADS,HIDDEN,VOCAB "
+        "(default: llama-8b; tiny on a CPU)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=_numbers,
+        metavar="B,B,...",
+        default=(1, 8, 32),
+        help="sequences that the model generates at once (default: 1,8,32)",
+    )
+    parser.add_argument("--prompt", type=int, help="tokens that the model reads")
+    parser.add_argument("--cache", type=int, help="positions of the model's cache, half full")
+    parser.add_argument("--steps", type=int, help="tokens that a call of the model generates")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the roofline (PNG)")
 
@@ -107,11 +189,18 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from jax_nvfp4.bench import timing
-    from jax_nvfp4.bench.report import Report
+    from jax_nvfp4.bench.report import Report, ceilings_line
     from jax_nvfp4.ops.device import local_arch
 
-    if len(args.layer_width) != 3:
-        raise BadInputError(f"--layer-width takes three numbers, got {len(args.layer_width)}")
+    chosen = defaults(timing.on_gpu(), args.quick).overridden(args)
+    if len(chosen.layer_width) != 3:
+        raise BadInputError(f"--layer-width takes three numbers, got {len(chosen.layer_width)}")
+    sizes = None if args.model is None else _model_sizes(chosen.model)
+    if chosen.prompt < 2 or chosen.steps < 2 or 2 * chosen.steps > chosen.cache:
+        raise BadInputError(
+            "--prompt and --steps must be at least 2, and --steps at most half of --cache; got "
+            f"{chosen.prompt}, {chosen.steps} and {chosen.cache}"
+        )
     for path in (args.json, args.plot):
         if path is not None and not path.resolve().parent.is_dir():
             raise BadInputError(f"{path}: there is no folder {path.resolve().parent}")
@@ -122,16 +211,20 @@ def run(args: argparse.Namespace) -> int:
     versions = _versions()
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(f"{device.device_kind}, arch {arch}, {date}\n{shown}", flush=True)
-    most = timing.ceilings(2 * args.rotate_mb * _MIB)
-    print(
-        f"ceilings: read {most.read / 1e12:.2f} TB/s, copy {most.copy / 1e12:.2f} TB/s (read and "
-        f"written), bf16 dot {most.multiply / 1e12:.0f} TFLOP/s",
-        flush=True,
-    )
+    most = timing.ceilings(2 * chosen.rotate_mb * _MIB)
+    print(ceilings_line(most), flush=True)
     report = Report(device.device_kind, arch, date, versions, most)
-    with timing.Compiler() as compiler:
-        _measure(report, args, compiler)
-    if args.plot:
+
+    def save() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    if sizes is not None:
+        _measure_model(report, chosen, sizes, args.batches, save)
+    else:
+        with timing.Compiler() as compiler:
+            _measure(report, chosen, compiler, save)
+    if args.plot and sizes is None:
         from jax_nvfp4.bench import roofline
 
         roofline.plot(report, args.plot)
@@ -140,28 +233,64 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.errors else 0
 
 
-def _measure(report: Report, args: argparse.Namespace, compiler: Compiler) -> None:
+def _model_sizes(text: str) -> Sizes:
+    """The sizes of a model by the name of a preset or as six numbers."""
+    from jax_nvfp4.bench.model import PRESETS, Sizes
+
+    if text in PRESETS:
+        return PRESETS[text]
+    if not re.fullmatch(r"\d+(,\d+){5}", text):
+        raise BadInputError(
+            f"--model takes {', '.join(PRESETS)} or "
+            f"LAYERS,WIDTH,HEADS,KV_HEADS,HIDDEN,VOCAB; got {text!r}"
+        )
+    sizes = Sizes(*map(int, text.split(",")))
+    if sizes.problem:
+        raise BadInputError(f"--model: {sizes.problem}")
+    return sizes
+
+
+def _measure_model(
+    report: Report,
+    chosen: Defaults,
+    sizes: Sizes,
+    batches: tuple[int, ...],
+    save: Callable[[], None],
+) -> None:
+    """Fills the report with the steps of a model and prints them as they come."""
+    from jax_nvfp4.bench import model
+
+    started = time.perf_counter()
+    print(f"\n{sizes}, random weights, cache of {chosen.cache}\n{model.NOTE}\n{model.HEAD}")
+
+    def say(text: str) -> None:
+        print(f"{text} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
+
+    uses = model.Uses(batches, chosen.cache, chosen.steps, chosen.prompt)
+    for row in model.measure(sizes, uses, say):
+        report.model.append(row)
+        print(model.line(row, report.model), flush=True)
+        save()
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+def _measure(
+    report: Report, chosen: Defaults, compiler: Compiler, save: Callable[[], None]
+) -> None:
     """Fills the report and prints it as it grows; the file is up to date after each part."""
     from jax_nvfp4.bench import measurements
     from jax_nvfp4.bench import report as tables
 
-    shapes = args.shape or (_QUICK_SHAPES if args.quick else sum(SHAPES.values(), ()))
-    rows = args.rows or (_QUICK_ROWS if args.quick else ROWS)
-    quantize_shapes = args.quantize_shape or (_QUICK_QUANTIZE if args.quick else QUANTIZE_SHAPES)
-    layers = args.layers if args.layers is not None else (8 if args.quick else 32)
-    rotate, most = args.rotate_mb * _MIB, report.ceilings
-
-    def save() -> None:
-        if args.json:
-            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-
+    shapes, rows, quantize_shapes = chosen.shapes, chosen.rows, chosen.quantize_shapes
+    layers, rotate, most = chosen.layers, chosen.rotate_mb * _MIB, report.ceilings
     started = time.perf_counter()
     linear = [measurements.Linear(compiler, n, k, rows, rotate, most) for n, k in shapes]
     quantize = [measurements.Quantize(compiler, m, k, rotate, most) for m, k in quantize_shapes]
     call = measurements.Call(compiler)
     stack = None
     if layers:
-        stack = measurements.Stack(compiler, layers, args.layer_width, most)
+        width, qkv, hidden = chosen.layer_width
+        stack = measurements.Stack(compiler, layers, (width, qkv, hidden), most)
     count = compiler.wait(_progress)
     print(f"{count} programs compiled in {time.perf_counter() - started:.0f} s")
 
@@ -190,10 +319,12 @@ def _measure(report: Report, args: argparse.Namespace, compiler: Compiler) -> No
 
 
 def _progress(ready: int, of: int) -> None:
-    """Says on a terminal how far the compiler is."""
+    """Says how far the compiler is: in one line of a terminal, or in ten lines elsewhere."""
     if sys.stderr.isatty():
         end = "\n" if ready == of else ""
         print(f"\r{ready} of {of} programs compiled", end=end, file=sys.stderr, flush=True)
+    elif ready * 10 // of > (ready - 1) * 10 // of:
+        print(f"{ready} of {of} programs compiled", file=sys.stderr, flush=True)
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench` on whatever device there is, with shapes small enough for a CPU."""
 
+import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_nvfp4 import cli
-from jax_nvfp4.bench import measurements, timing
+from jax_nvfp4.bench import measurements, model, timing
 from jax_nvfp4.bench.report import LinearRow, QuantizeRow, linear_line, stack_lines
 from jax_nvfp4.cli import bench
 
@@ -43,6 +45,62 @@ def test_tables_json_and_picture_agree(
     row = report["linear"][1]
     assert f"{row['bf16'] * 1e6:.1f}" in printed
     assert f"{row['invariant'] / row['w4a16']:.2f}x" in printed
+
+
+def test_the_steps_of_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = model.Sizes(layers=1, width=64, heads=4, kv_heads=2, hidden=96, vocab=128)
+    figures = tmp_path / "model.json"
+    options = ["--batches", "2", "--prompt", "6", "--cache", "8", "--steps", "2"]
+    options += ["--rotate-mb", "1", "--json", str(figures)]
+    assert cli.main(["bench", "--model", "1,64,4,2,96,128", *options]) == 0
+    rows = json.loads(figures.read_text())["model"]
+    assert [(r["name"], r["fused"], r["batch"], r["prompt"]) for r in rows] == [
+        (name, fused, *use)
+        for fused in (False, True)
+        for name in ("bf16", "W4A16", "W4A4")
+        for use in ((2, 0), (1, 6))
+    ]
+    linears = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 96 + 64 * 128
+    rest = 128 * 64 + 3 * 64  # the embedding and the norms
+    for r in rows:
+        assert r["seconds"] > 0
+        assert r["program_bytes"] > r["weight_bytes"]
+        products = 5 if r["fused"] else 8
+        packed = linears * 9 // 16 + 4 * products
+        assert r["weight_bytes"] == 2 * rest + (2 * linears if r["name"] == "bf16" else packed)
+    printed = capsys.readouterr().out
+    assert str(sizes) in printed
+    assert len([line for line in printed.splitlines() if "GB" in line]) == len(rows)
+
+
+def test_a_model_reads_and_generates_alike() -> None:
+    """A prompt in one call, and the same prompt token by token, fused and not, with one result."""
+    sizes = model.Sizes(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocab=64)
+    tokens = jnp.asarray([[5, 9, 33, 2]])
+    for fused in (False, True):
+        apply, params = model.make(sizes, fused)
+        step = jax.jit(apply)
+        at_once, _ = step(params, tokens, model.empty_cache(sizes, 1, 4), jnp.int32(0))
+        cache = model.empty_cache(sizes, 1, 4)
+        for i in range(4):
+            logits, cache = step(params, tokens[:, i : i + 1], cache, jnp.int32(i))
+        assert logits.shape == (1, 64)
+        error = jnp.linalg.norm((logits - at_once).astype(jnp.float32))
+        assert error < 0.05 * jnp.linalg.norm(at_once.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_defaults_and_options(on_gpu: bool) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    chosen = bench.defaults(on_gpu, quick=False)
+    assert chosen.overridden(parser.parse_args(["bench"])) == chosen
+    options = ["bench", "--layers", "0", "--rows", "3", "--shape", "8x16", "--model"]
+    changed = chosen.overridden(parser.parse_args(options))
+    expected = dataclasses.replace(chosen, layers=0, rows=(3,), shapes=((8, 16),))
+    assert changed == expected
+    weights = sum(n * k for n, k in chosen.shapes) * len(chosen.rows)
+    assert (weights < 1e8) == (not on_gpu)  # what a CPU does in a minute
 
 
 def test_what_cannot_be_is_an_error_and_no_figure(
@@ -185,6 +243,10 @@ def test_a_program_that_does_not_compile_says_so_when_it_is_asked_for(
         (["--shape", "64"], "expected NxK"),
         (["--rows", "1,x"], "expected numbers with commas"),
         (["--layer-width", "4,5"], "takes three numbers, got 2"),
+        (["--model", "7b"], "--model takes llama-8b, tiny or LAYERS"),
+        (["--model", "1,64,3,1,8,8"], "the width must be an even multiple of heads"),
+        (["--model", "0,64,4,2,8,8"], "each size must be at least 1"),
+        (["--model", "tiny", "--cache", "8", "--steps", "5"], "--steps at most half of --cache"),
         (["--json", "no/such/folder/file.json"], "there is no folder"),
     ],
 )
