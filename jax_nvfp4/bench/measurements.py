@@ -319,7 +319,8 @@ class Quantize:
             loop.results = None
             moved = self._bytes(name)
             from_memory = loop.plan.distinct * moved >= self._rotate
-            if from_memory and moved / took > 1.15 * self._most.copy:
+            slack = 1.15 if on_gpu() else 10  # a CPU's caches hold what takes turns
+            if from_memory and moved / took > slack * self._most.copy:
                 errors.append(
                     f"quantize, {name}, {self.m}x{self.k}: {took * 1e6:.1f} us would be "
                     f"{moved / took / 1e12:.2f} TB/s; a copy reaches {self._most.copy / 1e12:.2f}"

@@ -191,7 +191,7 @@ def stack_lines(stack: dict[str, Any]) -> list[str]:
     for name, value in seconds.items():
         size = stack["bytes"]["bf16" if name == "bf16" else "nvfp4"]
         lines.append(
-            f"  {name:<6} {value * 1e3:8.3f} ms  {size / value / 1e12:5.2f} TB/s of weights  "
+            f"  {name:<6} {value * 1e3:8.3f} ms  {size / value / 1e12:5.3g} TB/s of weights  "
             f"{_ratio(seconds.get('bf16'), value):>6}"
         )
     return lines
