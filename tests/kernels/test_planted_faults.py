@@ -40,7 +40,7 @@ SEEDS = 4
 CONFIGS = {c.name: c for c in (*QUANTIZE_CONFIGS, *(c for a in ARCHES for c in configs(a)))}
 # (m, n, tiles of K, split, output dtype, bias dtype, stride of x's scales, of the weight's)
 GEMMS = {
-    "gemm_sm90a_turns_bf16_8x64": ((3, 67, 49, 2, 1, 0, 1, 1),),
+    "gemm_sm90a_intra_split_k_bf16_8x64": ((3, 67, 49, 2, 1, 0, 1, 1),),
     # A cluster of two CTAs that takes more tiles than there are places for answers.
     "gemm_sm100f_swap_t32": ((90, 250, 3, 2, 1, 0, 1, 1), (29, 100, 19, 1, 2, 1, -1, 0)),
     "gemm_sm100f_2cta_t256x128": ((300, 264, 3, 1, 1, 0, 1, 1), (40, 75, 9, 1, 2, 1, -1, 0)),
@@ -93,7 +93,7 @@ def equivalent(name, mutant):
         # A loop over tiles, or over parts of rows, that runs once; one that spins until a message
         # comes, which is there or is asked for again; one that prefetches or waits for the last
         # stages, which nothing depends on.
-        one_tile = "_turns_" in name and "setp.lt.s32" in mutant.before
+        one_tile = "_intra_split_k_" in name and "setp.lt.s32" in mutant.before
         spins = "_grid_" in name and "setp.eq" in mutant.before
         start = index
         while not re.match(r"\s*\$\w+:", mutant.lines[start]):
