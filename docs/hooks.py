@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pages and pictures that follow from the code, each time the site is built.
 
-Nothing here is typed in by hand: orders in memory come from the index maps that pack weights, the
-map of kernels from the selection tables, speeds from the bench's JSON in `docs/data/`.
+The swizzle comes from the index map that packs scales, the map of kernels from the selection
+tables, speeds from the bench's JSON in `docs/data/`.
 """
 
 import html
@@ -73,7 +73,8 @@ def format_picture() -> str:
     parts += [text(620, 55, "scale")]
     fields = (
         ("element, e2m1: 4 bits", COLORS[0], (("sign", 1), ("exponent", 2), ("mantissa", 1))),
-        ("block scale, e4m3: 8 bits", COLORS[1], (("sign: 0", 1), ("exponent", 4), ("mantissa", 3))),
+        ("block scale, e4m3: 8 bits", COLORS[1],
+         (("sign: 0", 1), ("exponent", 4), ("mantissa", 3))),
         ("global scale, float32: one for the tensor, or for each row", COLORS[4],
          (("sign: 0", 1), ("exponent", 8), ("mantissa", 23))),
     )  # fmt: skip
@@ -99,31 +100,27 @@ def swizzle_picture() -> str:
     low = swizzle.swizzle((number % 256).astype(np.uint8)).reshape(-1).astype(int)
     high = swizzle.swizzle((number // 256).astype(np.uint8)).reshape(-1).astype(int)
     order = low + 256 * high
-    parts = [text(20, 22, "bytes of a tile, 16 a line: row of the weight (color: rows / 32)", "start")]
+    parts = [text(20, 22, "a tile of 512 bytes, 16 a line (color: row / 32)", "start")]
     for line in range(8):
         for byte in range(16):
             row, column = divmod(int(order[line * 16 + byte]), 4)
             x, y = 20 + 42 * byte, 34 + 24 * line
             parts.append(rect(x, y, 40, 22, COLORS[row // 32], 'fill-opacity="0.35"'))
             parts.append(text(x + 20, y + 15, f"{row}.{column}", extra='font-size="10"'))
-    parts.append(text(20, 250, "row.column; the other 24 lines follow with rows 8 to 31, 40 to 63, ...",
+    parts.append(text(20, 250, "row.column; 24 lines more follow: rows 8 to 31, 40 to 63, ...",
                       "start"))  # fmt: skip
     return svg(712, 266, parts)
 
 
 def registers_picture() -> str:
-    """Which rows of a tile the threads of a warpgroup hold, on sm_90a (see `layout.sm90`)."""
-    parts = [text(20, 22, "sm_90a, a tile of 128 rows: the warp (color) and the rows r of its 16 that "
-                          "hold each row", "start")]  # fmt: skip
-    for warp in range(4):
-        for r in range(8):
-            for block in range(2):
-                for half in range(2):
-                    row = 32 * warp + 8 * (r // 2) + 4 * block + 2 * half + r % 2
-                    x, y = 20 + 42 * (row % 16), 34 + 26 * (row // 16)
-                    parts.append(rect(x, y, 40, 24, COLORS[warp], 'fill-opacity="0.35"'))
-                    name = f"{block}: r{r + 8 * half}"
-                    parts.append(text(x + 20, y + 16, name, extra='font-size="10"'))
+    """Which rows of a tile the threads of a warpgroup hold, by the formula of `layout.sm90`."""
+    title = "the warp (color) and the row r of its 16 that hold each row of a tile"
+    parts = [text(20, 22, title, "start")]
+    for warp, r, block, half in np.ndindex(4, 8, 2, 2):
+        row = 32 * warp + 8 * (r // 2) + 4 * block + 2 * half + r % 2
+        x, y = 20 + 42 * (row % 16), 34 + 26 * (row // 16)
+        parts.append(rect(x, y, 40, 24, COLORS[warp], 'fill-opacity="0.35"'))
+        parts.append(text(x + 20, y + 16, f"{block}: r{r + 8 * half}", extra='font-size="10"'))
     parts.append(text(20, 260, "block of 64 rows: row r of the MMA's fragment", "start"))
     return svg(712, 276, parts)
 
