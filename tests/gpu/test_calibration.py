@@ -188,7 +188,8 @@ class DeviceKernel:
             elif value is None:
                 boxes.append(ctypes.c_void_p(0))
             else:
-                boxes.append(ctypes.c_int32(int(value)))
+                number = ctypes.c_float if isinstance(value, float) else ctypes.c_int32
+                boxes.append(number(value))
         status = ctypes.c_int32()
         self._call(self.entry, [*boxes, ctypes.c_void_p(0), status], len(boxes) + 2)
         if status.value:

@@ -204,7 +204,8 @@ def test_sizes_may_change_between_runs_of_one_program(count: int) -> None:
             operands = w.operands()
             unused = jnp.asarray(sizes == 0)
             operands["w_scale"] = jnp.where(unused[:, None], jnp.nan, operands["w_scale"])
-            operands["sfw"] = jnp.where(unused[:, None, None], jnp.uint8(255), operands["sfw"])
+            of_group = unused.reshape(-1, *[1] * (operands["sfw"].ndim - 1))
+            operands["sfw"] = jnp.where(of_group, jnp.uint8(255), operands["sfw"])
             poisoned, poisoned_scale = np.array(x), np.array(x_scale)
             poisoned[total:], poisoned_scale[total:] = np.nan, np.nan
             groups = (jnp.asarray(sizes, jnp.int32), jnp.zeros(1, jnp.int32))
