@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
 from jax_nvfp4.conversion.rules import batch_first, rule
@@ -282,9 +283,12 @@ def _custom_vjp(interpreter: "Interpreter", eqn: Any, operands: list[Any]) -> li
         residuals, operands = saved
         residuals = interpreter.values(residuals)
         results = backward_of.call_wrapped(*residuals, *cotangents)
+        if isinstance(results, tuple) and len(results) == 2 and isinstance(results[0], list):
+            results, _ = results  # newer versions of JAX: and what the rule logs
         # None: no gradient, which is what an NVFP4 weight has.
+        zeros = (ad.Zero, SymbolicZero)
         return tuple(
-            None if _is_view(operand) or not hasattr(result, "dtype") else result
+            None if _is_view(operand) or isinstance(result, zeros) else result
             for operand, result in zip(operands, results, strict=True)
         )
 
