@@ -362,4 +362,5 @@ def launches(config, case):
     pointers = [one, one, one, one, None, one, None, one, one]
     integers = [case.m, case.n, case.k, -1, 0, -1, case.out, case.split, case.sms]
     path = kernel_objects.folder() / f"{config.name}.o"
-    return record_launches(path, ptx_of(config.name), [*pointers, *integers], GlobalMemory())
+    arguments = [*pointers, *NO_GROUPS, *integers, *NO_GROUPS_NO_GATE]
+    return record_launches(path, ptx_of(config.name), arguments, GlobalMemory())
