@@ -53,7 +53,8 @@ int main(int, char** argv) {
   major_version = std::atoi(argv[1]);
   minor_version = std::atoi(argv[2]);
   for (char** arch = argv + 3; *arch; ++arch) {
-    jax_nvfp4::Kernel kernel(jax_nvfp4::Op::kGemm, "k", *arch, "any", Init, Load, nullptr);
+    jax_nvfp4::Kernel kernel(jax_nvfp4::Op::kGemm, "k", *arch, "bfloat16", false, false, Init, Load,
+                             nullptr);
     loaded = 0;
     const bool failed = kernel.Load(0).failure();
     if (failed == (loaded > 0)) return 1;
