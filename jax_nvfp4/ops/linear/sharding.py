@@ -79,6 +79,41 @@ def rows_of(spec: LinearSpec, data: Any, block_scale: Any) -> Rows:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The factors of K in x and in a weight as it is stored, and their sizes."""
+
+    of_x: Any
+    of_data: Any
+    of_block_scale: tuple[str, ...]
+    sizes: dict[str, int]
+    divisible: tuple[str, ...]
+
+
+def columns_of(spec: LinearSpec, data: Any, block_scale: Any) -> Columns:
+    """How K may be divided: into parts of whole blocks, where the order keeps columns in place.
+
+    Args:
+        spec: of the call.
+        data: aval of one matrix of codes as it is stored.
+        block_scale: likewise, of its block scales.
+    """
+    in_order = order(spec.arch or REFERENCE).canonical
+    whole = in_order and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant
+    of_scales = ("blocks",) if whole else ()
+    rest = {
+        f"scale_k{i}": block_scale.shape[i] for i in range(1 + len(of_scales), block_scale.ndim)
+    }
+    if whole:
+        sizes = {"blocks": spec.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
+        of_x: Any = ("blocks", "elements")
+        of_data: Any = ("blocks", "codes")
+    else:
+        sizes = {"k": spec.k, "packed_k": data.shape[1]}
+        of_x, of_data = "k", "packed_k"
+    return Columns(of_x, of_data, (*of_scales, *rest), sizes | rest, of_scales)
+
+
 def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     """Rows of x and of the weight may be divided; K where each device's part is whole blocks.
 
@@ -88,38 +123,20 @@ def factors(*flat: Any, spec: LinearSpec) -> partition.Factors:
     depend on the number of rows, and are not for `batch_invariant`.
     """
     x, data, block_scale, w_scale, bias, scale_or_amax = spec.operands(flat)
-    of_weight = order(spec.arch or REFERENCE)
     of_x = partition.leading(x)
-    rows = rows_of(spec, data, block_scale)
-    of_data, of_scales = [rows.of_data], [rows.of_scales]
-    sizes = dict(zip(of_x, x.shape, strict=False)) | rows.sizes
-    divisible = [*of_x, *rows.divisible]
-
-    columns: Any = "k"
-    if of_weight.canonical and spec.k % numerics.BLOCK == 0 and not spec.batch_invariant:
-        sizes |= {"blocks": spec.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
-        divisible.append("blocks")
-        columns = ("blocks", "elements")
-        of_data.append(("blocks", "codes"))
-        of_scales.append("blocks")
-    else:
-        sizes |= {"k": spec.k, "packed_k": data.shape[1]}
-        of_data.append("packed_k")
-    for axis in range(len(of_scales), block_scale.ndim):
-        of_scales.append(f"scale_k{axis}")
-        sizes[of_scales[-1]] = block_scale.shape[axis]
+    rows, columns = rows_of(spec, data, block_scale), columns_of(spec, data, block_scale)
     return partition.Factors(
         operands=(
-            (*of_x, columns),
-            tuple(of_data),
-            tuple(of_scales),
+            (*of_x, columns.of_x),
+            (rows.of_data, columns.of_data),
+            (rows.of_scales, *columns.of_block_scale),
             (rows.of_global_scale,) if w_scale.ndim else (),
             *([rows.of_bias] if bias is not None else []),
             *([tuple(of_x) if scale_or_amax.ndim else ()] if scale_or_amax is not None else []),
         ),
         results=((*of_x, *rows.of_result),),
-        sizes=sizes,
-        divisible=tuple(divisible),
+        sizes=dict(zip(of_x, x.shape, strict=False)) | rows.sizes | columns.sizes,
+        divisible=(*of_x, *rows.divisible, *columns.divisible),
     )
 
 

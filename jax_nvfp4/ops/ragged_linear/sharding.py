@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nvfp4 import numerics
-from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.config.enums import Scaling
-from jax_nvfp4.layout.orders import order
 from jax_nvfp4.ops.linear.reference import finish
-from jax_nvfp4.ops.linear.sharding import rows_of
+from jax_nvfp4.ops.linear.sharding import columns_of, rows_of
 from jax_nvfp4.ops.ragged_linear.reference import scale_or_amax_of
 from jax_nvfp4.ops.ragged_linear.spec import RaggedSpec, ranges
 from jax_nvfp4.ops.sharding import partition
@@ -35,30 +33,13 @@ def factors(*flat: Any, spec: RaggedSpec) -> partition.Factors:
     def matrix(part: Any) -> Any:
         return jax.ShapeDtypeStruct(part.shape[1:], part.dtype)
 
-    rows = rows_of(each, matrix(data), matrix(block_scale))
-    of_data, of_scales = ["g", rows.of_data], ["g", rows.of_scales]
-    factor_sizes = {"m": x.shape[0], "g": spec.groups, "s": operands.sizes.shape[0]} | rows.sizes
-    divisible = ["g", *rows.divisible]
-
-    columns: Any = "k"
-    in_order = order(each.arch or REFERENCE).canonical
-    if in_order and each.k % numerics.BLOCK == 0 and not each.batch_invariant:
-        factor_sizes |= {"blocks": each.k // numerics.BLOCK, "elements": numerics.BLOCK, "codes": 8}
-        divisible.append("blocks")
-        columns = ("blocks", "elements")
-        of_data.append(("blocks", "codes"))
-        of_scales.append("blocks")
-    else:
-        factor_sizes |= {"k": each.k, "packed_k": data.shape[2]}
-        of_data.append("packed_k")
-    for axis in range(len(of_scales), block_scale.ndim):
-        of_scales.append(f"scale_k{axis}")
-        factor_sizes[of_scales[-1]] = block_scale.shape[axis]
+    stored = matrix(data), matrix(block_scale)
+    rows, columns = rows_of(each, *stored), columns_of(each, *stored)
     given = operands.scale_or_amax
     names = operands._replace(
-        x=("m", columns),
-        data=tuple(of_data),
-        block_scale=tuple(of_scales),
+        x=("m", columns.of_x),
+        data=("g", rows.of_data, columns.of_data),
+        block_scale=("g", rows.of_scales, *columns.of_block_scale),
         w_scale=("g", rows.of_global_scale)[: operands.w_scale.ndim],
         sizes=("s",),
         offset=None if operands.offset is None else (),
@@ -68,8 +49,10 @@ def factors(*flat: Any, spec: RaggedSpec) -> partition.Factors:
     return partition.Factors(
         operands=names.flat(),
         results=(("m", *rows.of_result),),
-        sizes=factor_sizes,
-        divisible=tuple(divisible),
+        sizes={"m": x.shape[0], "g": spec.groups, "s": operands.sizes.shape[0]}
+        | rows.sizes
+        | columns.sizes,
+        divisible=("g", *rows.divisible, *columns.divisible),
     )
 
 
