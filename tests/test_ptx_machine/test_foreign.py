@@ -63,6 +63,14 @@ def run(gemm, dtype, shape, **options):
     return y, amax[0], (x64, w64)
 
 
+def with_ordered_answers(text: str) -> str:
+    """The PTX with releases where warps that have read an answer of launch control arrive.
+
+    Their arrivals are relaxed, which does not order the reads before the next answer.
+    """
+    return text.replace("mbarrier.arrive.relaxed.cluster.", "mbarrier.arrive.release.cluster.")
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "shape", [(128, 128, 256), (200, 352, 416), (3, 40, 96), (72, 136, 1568)], ids=str
@@ -70,12 +78,11 @@ def run(gemm, dtype, shape, **options):
 def test_product(compiled, name, shape):
     arch, _, dtype = CASES[name]
     path, text = compiled(*CASES[name])
-    # Accumulators are handed over with tcgen05.fence::before_thread_sync alone. And warps that have
-    # read an answer of launch control say so by relaxed arrivals, which do not order their reads
-    # before the next answer; as releases they would. Scopes are the CTA's where the other is meant.
+    # Accumulators are handed over with tcgen05.fence::before_thread_sync alone, and scopes are the
+    # CTA's where the other is meant.
     options = {} if arch == "sm_120f" else {"tensor_fences": False, "scopes": False}
-    ordered = text.replace("mbarrier.arrive.relaxed.cluster.", "mbarrier.arrive.release.cluster.")
     everything, few = {"resident_clusters": 160}, {"resident_clusters": 1}  # few: launch control
+    ordered = with_ordered_answers(text)
     for seed, (ptx, resident) in enumerate([(text, everything), (ordered, few), (ordered, few)]):
         y, _, factors = run((path, ptx), dtype, shape, schedule_seed=seed, **resident, **options)
         foreign.check_product(y, factors)
@@ -93,8 +100,10 @@ SHAPE = (200, 352, 416)
 def test_scopes_that_do_not_reach_the_other_cta_are_seen(compiled):
     """The epilogue of a pair hands its accumulators to the other CTA at the CTA's scope."""
     path, text = compiled(*CASES["tcgen05-pair"])
+    # One resident pair, so that it computes a second tile in the same accumulators.
+    gemm = path, with_ordered_answers(text)
     with pytest.raises(PtxError, match=r"tensor memory that warp \d of CTA rank 1 loaded: no sync"):
-        run((path, text), "Float32", SHAPE, tensor_fences=False)
+        run(gemm, "BFloat16", SHAPE, resident_clusters=1, tensor_fences=False)
 
 
 @pytest.mark.parametrize("kernel", ["amax_128x128_1x1", "amax_256x128_2x1"])
