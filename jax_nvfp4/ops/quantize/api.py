@@ -58,7 +58,7 @@ def quantize(
             scanned over, have one each: `jax.vmap(quantize)(x)`.
         global_scale: float32, a scalar or one per row (`x.shape[:-1]`), to use in place of a
             computed one; it multiplies on dequantization, and may be traced. A value that is not in
-            [2**-110, 2**110] makes the result NaN.
+            [2^-110, 2^110] makes the result NaN.
         search: how to choose block scales for a smaller error, for weights: "4over6" tries two for
             each block, "sweep" nine. None takes the scale that maps the block's amax to 6. The
             result is an ordinary NVFP4 tensor.
