@@ -12,15 +12,7 @@ import numpy as np
 
 from jax_nvfp4.calibration import Calibration, InputStatistics
 from jax_nvfp4.conversion.analysis import Analyzer, Layout, Record
-from jax_nvfp4.conversion.program import (
-    Converted,
-    ConvertedLeaf,
-    JoinedLeaf,
-    LeafPlan,
-    Traced,
-    is_converted,
-    nbytes,
-)
+from jax_nvfp4.conversion.program import Converted, LeafPlan, Traced, nbytes
 from jax_nvfp4.conversion.report import LeafReport, Report
 from jax_nvfp4.conversion.selection import Path, Where, decide, join
 from jax_nvfp4.conversion.view import Leaf, View, whole
@@ -31,6 +23,7 @@ from jax_nvfp4.ops.device import local_arch
 from jax_nvfp4.ops.repack import repack as repack_weight
 from jax_nvfp4.products.axes import KernelAxes
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
+from jax_nvfp4.products.leaf import ConvertedLeaf, JoinedLeaf, is_converted
 from jax_nvfp4.tensor import FLOATS
 
 

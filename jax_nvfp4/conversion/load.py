@@ -14,11 +14,11 @@ import numpy as np
 
 from jax_nvfp4.checkpoint import iter_checkpoint
 from jax_nvfp4.conversion.convert import path_of
-from jax_nvfp4.conversion.program import ConvertedLeaf, JoinedLeaf, is_converted
 from jax_nvfp4.ops.concatenate import concatenate
 from jax_nvfp4.ops.quantize.api import quantize
 from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.products.kernel import Nvfp4Kernel
+from jax_nvfp4.products.leaf import ConvertedLeaf, JoinedLeaf, is_converted
 from jax_nvfp4.tensor import FLOATS, Nvfp4Tensor, RepackedWeight
 
 Name = Any  # str | Sequence[str] | tuple[str, tuple[int, ...]]
@@ -35,7 +35,9 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
     Each tensor of the file is read once, and brought into the layout that its leaf needs: the codes
     and scales of an NVFP4 tensor become those of an NVFP4 kernel as they are, a 16-bit tensor is
     quantized for one, an NVFP4 tensor is dequantized for a dense leaf. So an unmodified model runs
-    an NVFP4 checkpoint, and no 16-bit copy of a quantized weight is ever made.
+    an NVFP4 checkpoint, and no 16-bit copy of a quantized weight is ever made: but for a leaf that
+    `convert(tied="copy")` keeps as both, which takes both from the one tensor. Leaves that
+    `convert(fuse=True)` joined are named one by one, as if they were not.
 
     A file has its matrices as (N, K), (outputs, inputs), as PyTorch does. N runs over the free axes
     of a kernel, and K over those that products sum over, each in their order: a tensor (H * D, E)
@@ -61,8 +63,9 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
         The params.
 
     Raises:
-        ValueError: a leaf has no name or a wrong one, a shape does not fit or fits in two ways, or
-            the checkpoint needs its activations scaled first (`pre_quant_scale`).
+        ValueError: a leaf has no name or a wrong one, or a joined leaf more than one; a shape does
+            not fit or fits in two ways; or the checkpoint needs its activations scaled first
+            (`pre_quant_scale`).
         CheckpointError: the checkpoint is damaged, or not supported.
         FileNotFoundError: there is no checkpoint.
     """
@@ -70,14 +73,12 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
     name_of = _name_of(names)
     results: list[Any] = [leaf for _, leaf in keyed]
     pending: dict[str, list[_Pending]] = {}
+    joined = _joined(keyed, name_of)
     for i, (key_path, leaf) in enumerate(keyed):
         leaf_path = path_of(key_path)
-        if isinstance(leaf, JoinedLeaf):
-            raise ValueError(
-                f"{'.'.join(leaf_path)} is joined with {leaf.into} (fuse=True); params are loaded "
-                f"into the kernels of each leaf: convert without fuse"
-            )
-        name = name_of(leaf_path)
+        name = None if isinstance(leaf, JoinedLeaf) else name_of(leaf_path)
+        if others := joined.get(".".join(leaf_path)):
+            name = _together(leaf_path, [name, *others])
         if name is not None:
             item = _Pending(i, leaf_path, leaf, *_tensors_of(leaf_path, leaf, name))
             for tensor in item.wanted:
@@ -129,6 +130,29 @@ def _name_of(names: Names) -> Callable[[tuple[str, ...]], Name | None]:
     return name_of
 
 
+def _joined(
+    keyed: Sequence[Any], name_of: Callable[[tuple[str, ...]], Name | None]
+) -> dict[str, list[Name | None]]:
+    """The names of the leaves whose rows are in the kernel of another, by the name of that one."""
+    result: dict[str, list[Name | None]] = {}
+    for key_path, leaf in keyed:
+        if isinstance(leaf, JoinedLeaf):
+            result.setdefault(leaf.into, []).append(name_of(path_of(key_path)))
+    return result
+
+
+def _together(path: tuple[str, ...], names: Sequence[Name | None]) -> Name | None:
+    """The name of a kernel that several leaves share: their tensors, one after another in rows."""
+    if all(name is None for name in names):
+        return None
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{'.'.join(path)} shares its kernel with other leaves (fuse=True): each needs the "
+            f"name of one tensor; got {names}"
+        )
+    return list(names)
+
+
 def _filled(name: Name, parts: Sequence[str]) -> Name:
     """A name with its `*` replaced by the parts of a path, in their order."""
 
@@ -168,8 +192,7 @@ def _tensors_of(
     lead = tuple(_stacked_shape(leaf)[:count])
     if len(lead) < count:
         raise ValueError(
-            f"{joined} of shape {leaf.shape} has {len(lead)} stacked axes for the {count} '{{}}' "
-            f"of {parts[0]!r}"
+            f"{joined} has {len(lead)} stacked axes for the {count} '{{}}' of {parts[0]!r}"
         )
     names = [part.format(*index) for index in np.ndindex(*lead) for part in parts]
     if len(set(names)) != len(names):
@@ -180,6 +203,13 @@ def _tensors_of(
 def _kernel_of(leaf: Any) -> Nvfp4Kernel | None:
     kernel = leaf.kernel if isinstance(leaf, ConvertedLeaf) else leaf
     return kernel if isinstance(kernel, Nvfp4Kernel) else None
+
+
+def _dense_of(leaf: Any) -> Any:
+    """The dense array of a leaf, None where it has a kernel alone."""
+    if isinstance(leaf, ConvertedLeaf):
+        return leaf.dense
+    return None if isinstance(leaf, Nvfp4Kernel) else leaf
 
 
 def _stacked_shape(leaf: Any) -> tuple[int, ...]:
@@ -200,7 +230,8 @@ class _Pending:
         lead: the leading axes that they are stacked along.
         parts: how many there are for each index of these.
         permutation: of the axes of each tensor, before anything else.
-        found: those that were read, each as it goes into the leaf.
+        found: those that were read, each as it goes into the leaf's kernel, or into the dense leaf.
+        copies: the same for the dense copy of a leaf that has a kernel too (tied="copy").
     """
 
     number: int
@@ -211,13 +242,9 @@ class _Pending:
     parts: int
     permutation: tuple[int, ...] | None
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
+    copies: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.leaf, ConvertedLeaf) and self.leaf.dense is not None:
-            raise ValueError(
-                f"{self.name} keeps a dense copy beside its NVFP4 kernel, which no checkpoint "
-                f"holds; load the dense params, and convert those"
-            )
         if isinstance(self.leaf, ConvertedLeaf) and self.leaf.input_scale is not None:
             self.wanted += [_input_scale(name) for name in self.wanted]
 
@@ -236,11 +263,13 @@ class _Pending:
                     f"{key} is in NVFP4, whose axes cannot be permuted for {self.name}"
                 )
             tensor = tensor.transpose(self.permutation)
-        kernel = _kernel_of(self.leaf)
-        if kernel is None:
-            if isinstance(tensor, Nvfp4Tensor):
-                tensor = tensor.dequantize(self.leaf.dtype)
-            return tensor.astype(self.leaf.dtype)
+        kernel, dense = _kernel_of(self.leaf), _dense_of(self.leaf)
+        if dense is not None:
+            is_nvfp4 = isinstance(tensor, Nvfp4Tensor)
+            copy = tensor.dequantize(dense.dtype) if is_nvfp4 else tensor.astype(dense.dtype)
+            if kernel is None:
+                return copy
+            self.copies[key] = copy
         if not isinstance(tensor, Nvfp4Tensor):
             if tensor.dtype not in FLOATS:
                 raise ValueError(f"{key}, for {self.name}, is {tensor.dtype.name}, no weight")
@@ -254,8 +283,10 @@ class _Pending:
 
     def finish(self) -> Any:
         """The leaf, once all of its tensors are there."""
-        half = len(self.wanted) // (2 if isinstance(self.leaf, ConvertedLeaf) else 1)
-        tensors = [self.found[name] for name in self.wanted[:half]]
+        is_static = isinstance(self.leaf, ConvertedLeaf) and self.leaf.input_scale is not None
+        half = len(self.wanted) // (2 if is_static else 1)
+        names = self.wanted[:half]
+        tensors = [self.found[name] for name in names]
         kernel = _kernel_of(self.leaf)
         if kernel is None:
             result = _placed(self._dense(tensors), self.leaf)
@@ -265,12 +296,22 @@ class _Pending:
                 weight = repack(weight, kernel.weight.arch)
             result = dataclasses.replace(kernel, weight=_placed(weight, kernel.weight))
         if isinstance(self.leaf, ConvertedLeaf):
-            shape = self.leaf.input_scale.shape
-            scales = jnp.stack([self.found[name].reshape(()) for name in self.wanted[half:]])
-            scales = scales.reshape(*self.lead, self.parts).max(-1) if self.lead else scales.max()
-            result = ConvertedLeaf(result, None, jnp.broadcast_to(scales, shape))
+            copy = self.leaf.dense
+            if copy is not None:
+                copy = _placed(self._dense([self.copies[name] for name in names]), copy)
+            result = ConvertedLeaf(result, copy, self._input_scale(self.wanted[half:]))
         self.found.clear()
+        self.copies.clear()
         return result
+
+    def _input_scale(self, names: Sequence[str]) -> jax.Array | None:
+        """The static scale of a leaf's inputs, the largest of those of the parts of its rows."""
+        like = self.leaf.input_scale
+        if like is None:
+            return None
+        scales = jnp.stack([self.found[name].reshape(()) for name in names])
+        scales = scales.reshape(*self.lead, self.parts).max(-1) if self.lead else scales.max()
+        return _placed(jnp.broadcast_to(scales, like.shape), like)
 
     def _weight(self, kernel: Nvfp4Kernel, tensors: list[Nvfp4Tensor]) -> Nvfp4Tensor:
         """The NVFP4 weight of a kernel, of its parts."""
@@ -311,7 +352,7 @@ class _Pending:
 
     def _dense(self, tensors: list[jax.Array]) -> jax.Array:
         """A dense leaf, of its parts."""
-        shape = tuple(self.leaf.shape)
+        shape = tuple(_dense_of(self.leaf).shape)
         rest = shape[len(self.lead) :]
         if self.parts > 1 and rest[:1] == (self.parts,):
             rest = rest[1:]
@@ -323,20 +364,20 @@ class _Pending:
 
     def _fitted(self, tensor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """A tensor in the shape of a dense leaf: as it is, or its transpose, but never a guess."""
-        candidates = []
+        candidates, whole = [], _dense_of(self.leaf).shape
         if _splits(tensor.shape, shape):
             candidates.append(tensor)
         if tensor.ndim == 2 and self.permutation is None and _splits(tensor.shape[::-1], shape):
             candidates.append(tensor.T)
         if not candidates:
             raise ValueError(
-                f"{self.wanted[0]} of shape {tensor.shape} does not fit {self.name}, of shape "
-                f"{self.leaf.shape}"
+                f"{self.wanted[0]} of shape {tensor.shape} does not fit {self.name}, "
+                f"of shape {whole}"
             )
         if len(candidates) > 1:
             raise ValueError(
-                f"{self.wanted[0]} of shape {tensor.shape} fits {self.name} of shape "
-                f"{self.leaf.shape} as it is and transposed; say which in names: "
+                f"{self.wanted[0]} of shape {tensor.shape} fits {self.name} of shape {whole} "
+                f"as it is and transposed; say which in names: "
                 f"({self.wanted[0]!r}, (0, 1)) or ({self.wanted[0]!r}, (1, 0))"
             )
         return candidates[0].reshape(shape)

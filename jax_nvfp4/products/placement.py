@@ -13,6 +13,7 @@ from jax_nvfp4 import numerics
 from jax_nvfp4.layout.orders import order
 from jax_nvfp4.products.contraction import Weight
 from jax_nvfp4.products.kernel import Nvfp4Kernel, as_kernel
+from jax_nvfp4.products.leaf import ConvertedLeaf
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 _Entry = tuple[str, ...]
@@ -34,7 +35,8 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
         specs: a `PartitionSpec` for each array and for each NVFP4 weight of params, or a tree
             prefix of that; None is `PartitionSpec()`. The axes of a weight are those of its
             `shape`: of an Nvfp4Kernel those of the dense array, of an Nvfp4Tensor or a
-            RepackedWeight (..., N, K).
+            RepackedWeight (..., N, K), of a weight that `convert(fuse=True)` joined (rows, K).
+            What goes with a kernel, a static scale or a dense copy, lies with it.
 
     Returns:
         A tree like params with a `NamedSharding` for each array and each part.
@@ -61,11 +63,17 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
 
 
 def _is_weight(node: Any) -> bool:
-    return isinstance(node, Nvfp4Tensor | RepackedWeight | Nvfp4Kernel)
+    return isinstance(node, Nvfp4Tensor | RepackedWeight | Nvfp4Kernel | ConvertedLeaf)
 
 
 def _of_leaf(name: str, mesh: Mesh | AbstractMesh, spec: PartitionSpec, leaf: Any) -> Any:
     """The sharding of an array, or a weight with the shardings of its parts."""
+    if isinstance(leaf, ConvertedLeaf):
+        place = functools.partial(_of_leaf, name, mesh, spec)
+        kernel = place(leaf.kernel)
+        dense = None if leaf.dense is None else place(leaf.dense)
+        scale = None if leaf.input_scale is None else _of_scale(leaf.kernel, mesh, spec)
+        return ConvertedLeaf(kernel, dense, scale)
     if len(spec) > len(leaf.shape):
         raise ValueError(
             f"the spec {spec} of params{name} has {len(spec)} entries for the {len(leaf.shape)} "
@@ -84,6 +92,13 @@ def _of_leaf(name: str, mesh: Mesh | AbstractMesh, spec: PartitionSpec, leaf: An
     assert kernel is not None
     of_weight = _of_parts(kernel.weight, mesh, *_of_matrix(kernel, entries))
     return Nvfp4Kernel(of_weight, kernel.axes) if isinstance(leaf, Nvfp4Kernel) else of_weight
+
+
+def _of_scale(kernel: Nvfp4Kernel, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
+    """The sharding of the static scale of each matrix of a kernel."""
+    entries = [*spec, *[None] * kernel.ndim]
+    of_batch = (_cut(_names(entries[i]), kernel.shape[i], mesh) or None for i in kernel.batch)
+    return NamedSharding(mesh, PartitionSpec(*of_batch))
 
 
 def _names(entry: Any) -> _Entry:

@@ -14,7 +14,7 @@ from test_constructs import X, check, exact, weights
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.conversion.analysis import Use
-from jax_nvfp4.conversion.program import JoinedLeaf
+from jax_nvfp4.products.leaf import JoinedLeaf
 
 D = 32
 FIRST = {"w": exact(D, D)}

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints into models that know nothing of NVFP4."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from llama import DTYPE, LINEN_NAMES, NNX_NAMES, VOCAB, LinenLlama, NnxLlama, weights
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.conversion.convert import path_of
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 
 IDS = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (2, 5)))
@@ -64,14 +68,56 @@ def test_modelopt_checkpoint_runs_in_an_unmodified_model(checkpoint, tmp_path, m
     assert jax.tree.structure(params) == jax.tree.structure(like)
     found = jax.jit(run)(params, IDS)
 
-    # The dense model on the values of the checkpoint, which bfloat16 does not hold: each product
-    # in float32.
-    plain = tmp_path / "dense.safetensors"
+    # The dense model on the values of the checkpoint, rounded to bfloat16.
     nvfp4.save_checkpoint(tmp_path, {k: jnp.asarray(v, DTYPE) for k, v in values.items()})
-    del plain
     dense = nvfp4.load_params(tmp_path, like=abstract, names=names)
     assert jax.tree.map(lambda a: a.shape, dense) == jax.tree.map(lambda a: a.shape, abstract)
     assert_equal_to_rounding(found, jax.jit(fn)(dense, IDS))
+
+
+def megatron(path, leaf):
+    """Where a dense leaf lies on the mesh axis x: outputs divided first, and then inputs."""
+    name = next(str(part) for part in map(last_name, path) if str(part) in DIVIDED)
+    axes = [None] * len(leaf.shape)
+    axes[DIVIDED[name]] = "x"
+    return P(*axes)
+
+
+DIVIDED = {"q": -1, "k": -1, "v": -1, "o": -2, "gate": -1, "up": -1, "gate_up": -1, "down": -2}
+
+
+def last_name(key):
+    return getattr(key, "key", getattr(key, "name", None))
+
+
+@pytest.mark.parametrize(
+    ("model", "names"), [(nnx_model, NNX_NAMES), (linen_model, LINEN_NAMES)], ids=["nnx", "linen"]
+)
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_a_decoder_divided_over_two_devices_equals_one_device(checkpoint, model, names):
+    folder, _ = checkpoint
+    fn, abstract = model()
+    run, like, report = nvfp4.convert(fn, abstract, IDS, activation_scale="static")
+    one = nvfp4.load_params(folder, like=like, names=names)
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "x")
+    chosen = {leaf.path for leaf in report.quantized}
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: megatron(path, leaf) if path_of(path) in chosen else P(), abstract
+    )
+    places = nvfp4.shardings(like, mesh, specs)
+    like = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), like, places
+    )
+    two = nvfp4.load_params(folder, like=like, names=names)
+    jax.tree.map(np.testing.assert_array_equal, two, one)
+    divided = [a for a in jax.tree.leaves(two) if not a.sharding.is_fully_replicated]
+    assert all(a.addressable_shards[0].data.nbytes == a.nbytes // 2 for a in divided)
+    # Codes and block scales of all; three blocks of 16 columns (o) are no two halves.
+    assert len(divided) == 2 * sum("o" not in leaf.path for leaf in report.quantized)
+    found = jax.jit(run)(two, jax.device_put(IDS, jax.NamedSharding(mesh, P())))
+    assert found.sharding.device_set == set(mesh.devices.flat)
+    assert_equal_to_rounding(found, jax.jit(run)(one, IDS))
 
 
 def test_static_scales_come_from_the_checkpoint(checkpoint):
@@ -111,6 +157,34 @@ def test_fused_rows_keep_their_scales(tmp_path):
     params = nvfp4.load_params(tmp_path, like=like, names={"qk": ["q.weight", "k.weight"]})
     expected = jnp.concatenate([tensors[n].dequantize() for n in ("q.weight", "k.weight")]).T
     assert_equal_to_rounding(run(params, x), (x.astype(jnp.float32) @ expected).astype(DTYPE))
+
+
+@pytest.mark.parametrize("options", [{"tied": "copy"}, {"fuse": True}], ids=str)
+def test_tied_and_joined_leaves_are_loaded_as_convert_makes_them(tmp_path, options):
+    shapes = {"table": (48, 32), "k": (32, 2, 8), "q": (32, 32)}
+    rng = np.random.default_rng(4)
+    dense = {n: jnp.asarray(rng.standard_normal(s, np.float32), DTYPE) for n, s in shapes.items()}
+    files = {n: jnp.asarray(w if n == "table" else w.reshape(32, -1).T) for n, w in dense.items()}
+    nvfp4.save_checkpoint(tmp_path, files)
+
+    def fn(p, ids):
+        x = p["table"][ids]
+        k = jnp.einsum("td,dhk->thk", x, p["k"]).reshape(-1, 16)
+        return jnp.concatenate([k, x @ p["q"]], -1), x @ p["table"].T
+
+    ids = jnp.arange(3)
+    convert = functools.partial(nvfp4.convert, fn, where=lambda path, use: True)
+    run, expected, _ = convert(dense, ids, **options)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dense)
+    _, like, _ = convert(abstract, ids, **options)
+    loaded = nvfp4.load_params(tmp_path, like=like, names={n: n for n in shapes})
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert len(jax.tree.leaves(loaded)) == (10 if "tied" in options else 4)
+    assert [y.shape for y in jax.eval_shape(run, loaded, ids)] == [(3, 48), (3, 48)]
+    if "fuse" in options:
+        with pytest.raises(ValueError, match="shares its kernel with other leaves"):
+            nvfp4.load_params(tmp_path, like=like, names={"table": "table", "k": "k"})
 
 
 def kernel(shape, contracting=0):
