@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the C++ table of kernels from a manifest: `generate_table.py MANIFEST OUTPUT`.
+"""Writes the C++ table of kernels from a manifest: `generate_table.py MANIFEST OUTPUT ARCHES`.
 
 Part of the extension's build; standard library only.
 """
@@ -7,6 +7,7 @@ Part of the extension's build; standard library only.
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 
 _OPS = {"quantize": "kQuantize", "gemm": "kGemm"}
 # Compilers limit the length of one string literal; adjacent ones are joined.
@@ -18,9 +19,10 @@ def _literal(text: str) -> str:
     return "\n    ".join(json.dumps(chunk) for chunk in chunks)
 
 
-def table(manifest: dict) -> str:
-    """The C++ source that defines `FindKernel` and `Manifest`."""
-    kernels = manifest["kernels"]
+def table(manifest: dict, arches: Collection[str]) -> str:
+    """The C++ source that defines `FindKernel` and `Manifest`, of the kernels of some arches."""
+    kernels = [kernel for kernel in manifest["kernels"] if kernel["arch"] in arches]
+    manifest = manifest | {"kernels": kernels}
     # One string of JSON inside another: json.dumps escapes as C does, having no control or
     # non-ASCII characters to escape otherwise.
     text = json.dumps(manifest, separators=(",", ":"))
@@ -75,5 +77,5 @@ def table(manifest: dict) -> str:
 
 
 if __name__ == "__main__":
-    source, output = map(pathlib.Path, sys.argv[1:])
-    output.write_text(table(json.loads(source.read_text())))
+    source, output = map(pathlib.Path, sys.argv[1:3])
+    output.write_text(table(json.loads(source.read_text()), sys.argv[3].split(",")))

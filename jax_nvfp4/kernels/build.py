@@ -318,7 +318,8 @@ def build(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    shards = max(1, -(-args.jobs // len(args.arch)))
+    # Two shares of each arch even for few jobs: one arch can have more kernels than all the others.
+    shards = max(min(2, args.jobs), -(-args.jobs // len(args.arch)))
     waiting = [(arch, shard) for shard in range(shards) for arch in args.arch]
     running: list[tuple[subprocess.Popen, pathlib.Path]] = []
     done: list[tuple[int, pathlib.Path]] = []

@@ -35,6 +35,7 @@ from gemm_blackwell import (
     runs,
 )
 from ptx_machine.memory import TensorMemory
+from sweep import SWEEP
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, runnable_arches, serves
@@ -71,10 +72,18 @@ def test_operands_are_what_the_quantize_kernels_write(arch, scaling, out_format)
 
 @pytest.mark.parametrize(("config", "case"), runs(DISTINCT), ids=label)
 def test_matches_the_oracle(config, case):
-    """Three schedules, in the last of which all that is padding is poison: the same bits."""
+    """All that is padding is poison, which changes no bit; nor does another schedule.
+
+    The machine finds a missing synchronization under any schedule, so one is enough but for a case
+    of each kernel.
+    """
+    turn = list(cases(config)).index(case)
     problem = Problem(config, cases(config)[case])
-    y = problem.check(problem.run(SEEDS[0]))
-    for seed in SEEDS[1:]:
+    problem.poison = True
+    y = problem.check(problem.run(SEEDS[turn % len(SEEDS)]))
+    if turn and not SWEEP:
+        return
+    for seed in SEEDS:
         problem.poison = seed == SEEDS[-1]
         again = problem.run(seed)
         assert np.array_equal(y.view(np.uint8), again.view(np.uint8)), f"schedule seed {seed}"

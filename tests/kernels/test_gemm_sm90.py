@@ -14,6 +14,7 @@ import oracle
 import pytest
 from ptx_machine.host import record_launches, run_object
 from ptx_machine.memory import GlobalMemory
+from sweep import sample
 
 import kernel_objects
 from jax_nvfp4.config import GemmProblem, configs
@@ -362,8 +363,10 @@ def group_cases(config):
 @pytest.mark.parametrize("config", GROUPED, ids=name_of)
 def test_groups_match_float64(config):
     # All cases for one config of each way to schedule.
-    count = 4 if config in (GROUPED[0], INVARIANT[0]) else 2
-    for seed, (case, split) in enumerate(itertools.islice(group_cases(config), count)):
+    runs = list(enumerate(group_cases(config)))
+    if config not in (GROUPED[0], INVARIANT[0]):
+        runs = sample(runs[:2], 2, GROUPED.index(config))
+    for seed, (case, split) in runs:
         case.check(case.run(split, seed))
 
 

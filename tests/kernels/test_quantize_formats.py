@@ -13,6 +13,8 @@ from jax_nvfp4.config.enums import OutFormat
 from jax_nvfp4.config.quantize import QUANTIZE_CONFIGS
 
 tests = mutation.module_of("test_quantize_kernels")
+# The PTX of sm_120f's is sm_100f's: see test_quantize_corners.
+CONFIGS = [c for c in QUANTIZE_CONFIGS if c.arch != "sm_120f"]
 # (m, k, multiprocessors)
 SHAPES = {
     "flat": ((67, 64, 132), (70, 17, 132)),
@@ -22,7 +24,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("out_format", [OutFormat.OPERAND, OutFormat.VALUES])
-@pytest.mark.parametrize("config", QUANTIZE_CONFIGS, ids=[c.name for c in QUANTIZE_CONFIGS])
+@pytest.mark.parametrize("config", CONFIGS, ids=[c.name for c in CONFIGS])
 def test_each_shape_of_threads(config, out_format):
     rng = np.random.default_rng(6)
     for seed, (m, k, sms) in enumerate(SHAPES[config.kind]):

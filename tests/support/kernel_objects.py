@@ -123,7 +123,10 @@ def sass(name: str) -> str:
 
 @functools.cache
 def extension_path() -> pathlib.Path:
-    """The extension module, linked from `folder()`."""
+    """The extension module: the installed one, or one linked here from `folder()`."""
+    installed = importlib.util.find_spec("jax_nvfp4._ffi")
+    if installed is not None and installed.origin is not None:
+        return pathlib.Path(installed.origin)
     binary = ROOT / "build" / f"test-ffi-{sys.implementation.cache_tag}"
     options = [f"-DJAX_NVFP4_KERNELS_DIR={folder()}", "-DJAX_NVFP4_REQUIRE_EXTENSION=ON"]
     with _lock("extension"):
