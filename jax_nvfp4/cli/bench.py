@@ -177,7 +177,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--cache", type=int, help="positions of the model's cache, half full")
     parser.add_argument("--steps", type=int, help="tokens that a call of the model generates")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the roofline (PNG)")
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="draw the roofline and the speed-up by rows (PNG, SVG or PDF)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -225,9 +230,9 @@ def run(args: argparse.Namespace) -> int:
         with timing.Compiler() as compiler:
             _measure(report, chosen, compiler, save)
     if args.plot and sizes is None:
-        from jax_nvfp4.bench import roofline
+        from jax_nvfp4.bench import plot
 
-        roofline.plot(report, args.plot)
+        plot.plot(report, args.plot)
     for error in report.errors:
         print(f"bench: {error}", file=sys.stderr)
     return 1 if report.errors else 0

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_nvfp4 info`."""
+"""`python -m jax_nvfp4 info`: what a bug report should say."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,10 @@ from jax_nvfp4.cli import COMMANDS
 
 if TYPE_CHECKING:
     import jax
+
+_BESIDES = ("flax", "numpy", "ml_dtypes", "safetensors")
+# Variables that change how programs are compiled or where they run.
+_SETTINGS = ("CUDA_VISIBLE_DEVICES", "JAX_", "NVIDIA_TF32_OVERRIDE", "XLA_")
 
 
 def add_parser(commands: Any) -> None:
@@ -37,7 +43,13 @@ def run(args: argparse.Namespace) -> int:
         f"jax_nvfp4 {jax_nvfp4.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
         f"Python {platform.python_version()}"
     )
-    print("\ndevices")
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in _BESIDES))
+    print(platform.platform())
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_SETTINGS):
+            print(f"{name}={value}")
+    runtime = " ".join(jax.local_devices()[0].client.platform_version.split())
+    print(f"\ndevices, runtime {runtime}")
     for device in jax.local_devices():
         print(
             f"  {device.id:<3} {device.platform:<5} {device.device_kind:<30} {_served_by(device)}"

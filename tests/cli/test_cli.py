@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: help, info and its self-test, exit codes, one clear line on bad input."""
 
+import os
+import platform
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import jax_nvfp4
@@ -37,10 +40,17 @@ def test_help_lists_the_commands_and_imports_none_of_them():
 
 def test_module_runs():
     result = subprocess.run(
-        [sys.executable, "-m", "jax_nvfp4", "info"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "jax_nvfp4", "info"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_LOG_COMPILES": "0"},
     )
     assert result.returncode == 0, result.stderr
     assert f"jax_nvfp4 {jax_nvfp4.__version__}, jax {jax.__version__}" in result.stdout
+    assert f"numpy {np.__version__}" in result.stdout
+    assert platform.platform() in result.stdout
+    assert "\nJAX_LOG_COMPILES=0\n" in result.stdout
     assert "arch reference" in result.stdout
     assert result.stdout.count("\n  ok ") == 7
     assert result.stdout.endswith("\npassed\n")
