@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings for all tests; they must be in the environment before JAX is imported."""
 
+import collections
 import contextlib
 import ctypes
 import gc
@@ -44,6 +45,25 @@ def _forget_programs():
     if "jax" in sys.modules and _resident_bytes() > _kept_bytes + _FORGET_BYTES:
         _free()
         _kept_bytes = _resident_bytes()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is marked `sampled` some runs are left out; see `support/sweep.py`."""
+    from sweep import SWEEP
+
+    seen: collections.Counter[tuple[pathlib.Path, str]] = collections.Counter()
+    kept, left_out = [], []
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        turn = 0
+        if mark is not None:
+            test = item.path, getattr(item, "originalname", item.name)
+            turn = seen[test] % mark.args[0]
+            seen[test] += 1
+        (left_out if turn and not SWEEP else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -68,6 +68,7 @@ def problem(m, n, k, dtype=np.float32, seed=0, bias=True, scaling="tensor"):
     return x, w, b
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
@@ -86,6 +87,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("m,n,k", SHAPES)
 def test_any_shape(m, n, k):
     x, w, b = problem(m, n, k)
@@ -135,6 +137,7 @@ def test_a_bias_that_outweighs_the_product_is_rounded_once(out_dtype, activation
     check(x, w, bias, activation, out_dtype)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("arch", [None, *this_machine.arches()])
 def test_canonical_and_repacked_weights_give_the_same_bits(activation, arch):

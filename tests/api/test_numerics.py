@@ -33,6 +33,7 @@ def jitted_static(x, g):
     return nvfp4.quantize(x, global_scale=g)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("scaling", ["tensor", "token"])
@@ -58,6 +59,7 @@ def op_by_op(x, mode, g=None):
     return nvfp4.Nvfp4Tensor(*numerics.quantize(x, encode, decode), reported, k=x.shape[-1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case", ["normal", "ties", "scale_ties", "tiny", "nan", "rows_of_all_sizes"]
 )
@@ -68,6 +70,7 @@ def test_op_by_op(case):
     assert_same_bits(op_by_op(x, "static", 0.37), x, global_scale=0.37)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.CASES)
 def test_static(case, dtype):

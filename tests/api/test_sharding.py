@@ -91,6 +91,7 @@ def run(function, *args, out=None):
 # ---- quantize -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("x_spec", [P("x"), P(("x", "y")), P(None, "y"), P("x", "y"), P("y", "x")])
 @pytest.mark.parametrize(
     "how", [{}, {"scaling": "token"}, {"global_scale": 0.01}, {"global_scale": "rows"}]
@@ -147,12 +148,14 @@ def check_rows(mesh, arch, activation, specs, invariant):
     assert moved == ([("all-reduce", "f32[]")] if amax else [])
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("specs", ROWS)
 def test_rows_stay_where_they_are(mesh, arch, specs):
     check_rows(mesh, arch, "token", specs, invariant=False)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("specs", ROWS[1::3])
 @pytest.mark.parametrize("arch", ["canonical", ARCHES[-1]])
@@ -160,6 +163,7 @@ def test_rows_have_the_same_bits(mesh, arch, activation, specs):
     check_rows(mesh, arch, activation, specs, invariant=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "x_spec,w_spec,y_spec",
@@ -219,6 +223,7 @@ def test_a_weight_divided_like_the_batch_is_gathered(mesh, w_spec):
     assert not any(shape.startswith("f32[16,") for _, shape in moved)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("n,k", [(200, 256), (384, 240), (64, 250)])
 def test_shapes_that_do_not_divide(mesh, arch, n, k):

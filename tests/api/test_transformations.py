@@ -44,6 +44,7 @@ def bits(tree):
 # ---- Derivatives --------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("arch", ["canonical", *ARCHES])
 def test_gradient_is_straight_through(activation, arch):
@@ -139,6 +140,7 @@ BATCHED = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("activation", "arch", "batch_invariant"), BATCHED)
 def test_vmap(activation, arch, batch_invariant):
     f = linear(activation, batch_invariant=batch_invariant)
@@ -310,6 +312,7 @@ SHARDED = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("x_spec,w_spec,y_spec", SHARDED)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @this_machine.each_mesh()

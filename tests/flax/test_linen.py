@@ -51,6 +51,7 @@ def test_init_gives_a_usable_layer(activation):
     np.testing.assert_allclose(jax.jit(layer.apply)(variables, X), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("repacked", [None, *this_machine.arches()])
 def test_quantize_params_of_a_dense_model(activation, repacked):

@@ -54,6 +54,7 @@ def forward_by_hand(model, x, activation):
     return nnx.relu(linear(model.tail.layers[0], x))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("activation", ["token", "tensor", "static", None])
 def test_swap(activation):
     model = Model(nnx.Rngs(0))

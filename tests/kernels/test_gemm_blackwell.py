@@ -96,6 +96,7 @@ def test_the_cases_have_each_property(config, named):
     assert bool(held) != (named in has_no(config)), held
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("out", [BF16, F16])
 @pytest.mark.parametrize(("config", "split"), EPILOGUES, ids=label)
 def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out, split):
@@ -132,6 +133,7 @@ def test_a_bad_block_stays_in_its_row_and_column(config):
     assert np.array_equal(bad[~hit], good[~hit])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("config", "split"), SPLITS, ids=label)
 def test_rows_do_not_depend_on_the_batch(config, split):
     """A row has the same bits alone, among others, and at any place of a larger batch."""
@@ -209,6 +211,7 @@ def test_an_empty_output_launches_nothing(config, m, n):
         assert launches(config, Case(m, n, 64, split=split, sms=148)) == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("x_dtype", ["e2m1", "bfloat16"])
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 384, 4096), (50, 300, 2560), (128, 260, 2048), (300, 450, 512)]
@@ -225,6 +228,7 @@ def test_what_the_table_selects(arch, sms, m, n, k, x_dtype):
         problem.check(problem.run())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("config", EXECUTED, ids=label)
 def test_the_cases_execute_all_code(config):

@@ -242,6 +242,7 @@ def test_matches_float64(config):
         case.check(case.run(split, seed))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", PLAIN, ids=name_of)
 @pytest.mark.parametrize("out", [1, 2])
 def test_a_bias_that_outweighs_the_product_is_rounded_once(config, out):

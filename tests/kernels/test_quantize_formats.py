@@ -23,6 +23,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("out_format", [OutFormat.OPERAND, OutFormat.VALUES])
 @pytest.mark.parametrize("config", CONFIGS, ids=[c.name for c in CONFIGS])
 def test_each_shape_of_threads(config, out_format):
