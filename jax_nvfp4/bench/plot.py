@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jax_nvfp4.bench.report import Report
@@ -83,5 +84,5 @@ def _speedup(report: Report, axes: Axes) -> None:
     axes.legend(fontsize="small")
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]

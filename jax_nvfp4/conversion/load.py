@@ -270,6 +270,7 @@ class _Pending:
             if kernel is None:
                 return copy
             self.copies[key] = copy
+        assert kernel is not None  # a leaf holds one of the two, or both
         if not isinstance(tensor, Nvfp4Tensor):
             if tensor.dtype not in FLOATS:
                 raise ValueError(f"{key}, for {self.name}, is {tensor.dtype.name}, no weight")
