@@ -21,7 +21,7 @@ from jax_nvfp4.conversion.view import NotAView, View, ViewAxis
 from jax_nvfp4.ops.checks import ActivationScale
 from jax_nvfp4.ops.ragged_linear.api import ragged_linear
 from jax_nvfp4.products.axes import KernelAxes
-from jax_nvfp4.products.contraction import How, contract
+from jax_nvfp4.products.contraction import How, Labels, contract
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.products.leaf import ConvertedLeaf, JoinedLeaf, is_converted
 
@@ -101,23 +101,16 @@ class Runner(Interpreter):
         if product.groups:
             return [self._ragged(view, product)]
         weight, input_scale = view.value
+        scale = None if input_scale is None else jnp.max(input_scale)
         how = dataclasses.replace(self._how, out_dtype=product.dtype)
-        if input_scale is not None:
-            how = dataclasses.replace(how, activation_scale=jnp.max(input_scale))
         if leaf.part is not None:
-            return [self._joined(view, product, weight, how)]
-        result = contract(
-            product.x,
-            product.of_x,
-            weight,
-            _kernel_axes(view),
-            (*view.batch, *leaf.free, *leaf.contracting),
-            product.of_result,
-            how,
-        )
+            return [self._joined(view, product, weight, scale, how)]
+        of_kernel = (*view.batch, *leaf.free, *leaf.contracting)
+        labels = (product.of_x, of_kernel, product.of_result)
+        result = _multiply(product.x, weight, scale, labels, _kernel_axes(view), how)
         return [result.reshape(product.shape)]
 
-    def _joined(self, view: View, product: Product, weight: Any, how: How) -> jax.Array:
+    def _joined(self, view: View, product: Product, weight: Any, scale: Any, how: How) -> jax.Array:
         """The leaf's part of the product of a weight that several leaves share."""
         assert view.leaf.part is not None
         if view.batch:
@@ -132,8 +125,8 @@ class Runner(Interpreter):
                 free=(0,),
                 contracting=tuple(range(1, len(columns) + 1)),
             )
-            of_kernel, of_y = ("rows", *columns), (*others, "rows")
-            y = contract(product.x, product.of_x, weight, axes, of_kernel, of_y, how)
+            labels = (product.of_x, ("rows", *columns), (*others, "rows"))
+            y = _multiply(product.x, weight, scale, labels, axes, how)
             setattr(self._shared, str(number), (product.source, y))
         mine = y[..., start : start + views.size(free)]
         mine = mine.reshape(*mine.shape[:-1], *(atom.size for atom in free))
@@ -182,6 +175,40 @@ class Runner(Interpreter):
                 stacklevel=2,
             )
         return self.value(view)
+
+
+def _multiply(
+    x: jax.Array,
+    weight: Any,
+    scale: Any,
+    labels: tuple[Labels, Labels, Labels],
+    axes: KernelAxes,
+    how: How,
+) -> jax.Array:
+    """`contract`, with a static scale if there is one."""
+    given = how.activation_scale
+    if scale is None and not (given is None or isinstance(given, str)):
+        scale = given
+    if scale is not None:
+        how = dataclasses.replace(how, activation_scale=None)  # it has to be hashable
+    return nvfp4_product(x, weight, scale, labels=labels, axes=axes, how=how)
+
+
+@functools.partial(jax.jit, static_argnames=("labels", "axes", "how"))
+def nvfp4_product(
+    x: jax.Array,
+    weight: Any,
+    scale: Any,
+    *,
+    labels: tuple[Labels, Labels, Labels],
+    axes: KernelAxes,
+    how: How,
+) -> jax.Array:
+    """Traced, and lowered, once for the like products of all layers."""
+    if scale is not None:
+        how = dataclasses.replace(how, activation_scale=scale)
+    of_x, of_kernel, of_result = labels
+    return contract(x, of_x, weight, axes, of_kernel, of_result, how)
 
 
 def _kernel_axes(view: View) -> KernelAxes:

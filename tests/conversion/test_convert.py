@@ -239,10 +239,8 @@ def test_fused_products_of_one_array(repack):
     assert [leaf.name for leaf in report.quantized if "joined with" in leaf.why] == [
         "k", "layers.gate", "layers.up", "q"
     ]  # fmt: skip
-    products = str(jax.make_jaxpr(run)(converted, X)).count("nvfp4_linear[")
+    products = str(jax.make_jaxpr(run)(converted, X)).count("name=nvfp4_product")
     assert products == 1 + 1 + 2 + 2, products
-    with pytest.raises(ValueError, match=r"up is joined with layers\.gate"):
-        nvfp4.load_params(".", like=converted, names={})
 
 
 def test_what_a_call_refuses():
