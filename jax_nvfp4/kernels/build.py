@@ -32,7 +32,7 @@ from typing import Any
 
 from jax_nvfp4.config import ARCHES
 from jax_nvfp4.kernels import cubin
-from jax_nvfp4.kernels.variant import KernelVariant, Op
+from jax_nvfp4.kernels.variant import ABI, KernelVariant
 
 DEFAULT_ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
 MODULES = tuple(
@@ -63,29 +63,6 @@ HOSTS = {"x86_64": "x86-64-v2", "aarch64": "generic"}
 
 # More would each import CuTeDSL to compile a kernel or two.
 _MOST_JOBS = 12
-
-# C types of the host functions' parameters, in order. The extension calls each kernel of an op
-# through one signature, so a kernel that strays from it would read the wrong registers.
-_POINTER, _INT, _FLOAT, _STREAM = "void *", "int32_t ", "float ", "cudaStream_t "
-ABI: dict[Op, tuple[tuple[str, str], ...]] = {
-    "quantize": (
-        *(
-            (_POINTER, p)
-            for p in ("x", "scale_or_amax", "data", "block_scale", "global_scale", "scratch")
-        ),
-        *((_INT, p) for p in ("m", "k", "x_dtype", "scaling", "out_format", "num_sms")),
-        (_STREAM, "stream"),
-    ),
-    "gemm": (
-        *((_POINTER, p) for p in ("x", "sfx", "w", "sfw", "x_scale", "w_scale", "bias", "y")),
-        *((_POINTER, p) for p in ("scratch", "group_sizes", "group_offset")),
-        *((_INT, p) for p in ("m", "n", "k", "x_scale_stride", "w_scale_stride")),
-        *((_INT, p) for p in ("bias_dtype", "out_dtype", "split_k", "num_sms")),
-        *((_INT, p) for p in ("size_count", "group_count", "w_scale_group_stride")),
-        *((_FLOAT, p) for p in ("limit", "alpha", "cubic", "beta")),
-        (_STREAM, "stream"),
-    ),
-}
 
 
 def _dsl_version() -> str:

@@ -11,6 +11,29 @@ from jax_nvfp4.config import ARCHES
 Op = Literal["quantize", "gemm"]
 OPS: tuple[Op, ...] = ("quantize", "gemm")
 
+# C types of the host functions' parameters, in order. The extension calls each kernel of an op
+# through one signature, so a kernel that strays from it would read the wrong registers.
+POINTER, INT, FLOAT, STREAM = "void *", "int32_t ", "float ", "cudaStream_t "
+ABI: dict[Op, tuple[tuple[str, str], ...]] = {
+    "quantize": (
+        *(
+            (POINTER, p)
+            for p in ("x", "scale_or_amax", "data", "block_scale", "global_scale", "scratch")
+        ),
+        *((INT, p) for p in ("m", "k", "x_dtype", "scaling", "out_format", "num_sms")),
+        (STREAM, "stream"),
+    ),
+    "gemm": (
+        *((POINTER, p) for p in ("x", "sfx", "w", "sfw", "x_scale", "w_scale", "bias", "y")),
+        *((POINTER, p) for p in ("scratch", "group_sizes", "group_offset")),
+        *((INT, p) for p in ("m", "n", "k", "x_scale_stride", "w_scale_stride")),
+        *((INT, p) for p in ("bias_dtype", "out_dtype", "split_k", "num_sms")),
+        *((INT, p) for p in ("size_count", "group_count", "w_scale_group_stride")),
+        *((FLOAT, p) for p in ("limit", "alpha", "cubic", "beta")),
+        (STREAM, "stream"),
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:

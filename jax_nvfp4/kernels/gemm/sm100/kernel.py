@@ -32,6 +32,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.gemm.arguments import HostCall
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
 from jax_nvfp4.kernels.gemm.sm100.epilogue import PairEpilogue, SwapEpilogue
 from jax_nvfp4.kernels.gemm.sm100.k96 import MultiplyK96, counts
@@ -104,13 +105,13 @@ class GemmSm100:
         return self._tma_load(words, (256, box_tiles, 1), False, multicast)
 
     @cute.jit
-    def launch(self, operands, scales, out, k: Int32, split_k: Int32, num_sms: Int32, stream):
+    def launch(self, call: HostCall):
         """Encodes the tensor maps and launches the kernel; arguments as of `gemm.host`."""
-        x, sfx, w, sfw = operands
-        x_scale, x_scale_stride, w_scale, w_scale_stride, bias, bias_dtype = scales
-        y, _, m, n, out_dtype = out
+        problem, split_k = call.problem, call.split_k
+        m, n = problem.m, problem.n
+        x, sfx, w, sfw = (getattr(call.operands, name) for name in ("x", "sfx", "w", "sfw"))
         s = self.shape
-        k_tiles = cute.ceil_div(k, 64)
+        k_tiles = cute.ceil_div(problem.k, 64)
         row_bytes = cute.assume(k_tiles * 32, divby=32)
         a, sfa, rows_a = (w, sfw, n) if cutlass.const_expr(self.swap) else (x, sfx, m)
         b, sfb, rows_b = (x, sfx, m) if cutlass.const_expr(self.swap) else (w, sfw, n)
@@ -123,11 +124,11 @@ class GemmSm100:
 
         # y as 16-bit words, so that one tensor map serves every output type. The row length is
         # rounded up to what a tensor map can hold; where that changes it, TMA is not used.
-        words = n * (2 if out_dtype == 0 else 1)
+        words = n * (2 if problem.out_dtype == 0 else 1)
         words_tma = cute.assume(cute.ceil_div(words, 8) * 8, divby=8)
         use_tma = Int32(words_tma == words)
         y_words = cute.make_tensor(
-            cute.recast_ptr(y, dtype=Uint16),
+            cute.recast_ptr(call.output.y, dtype=Uint16),
             cute.make_layout((m, words_tma), stride=(words_tma, 1)),
         )
         store_layout = cute.make_composed_layout(
@@ -153,7 +154,7 @@ class GemmSm100:
         cluster = s.cluster_a * s.cluster_b * split
         # With a place for each cluster at once, nothing is to be taken over; and a cluster that
         # starts early must not take the tile of one that is about to start.
-        steal = Int32(tiles_a * tiles_b > num_sms // cluster)
+        steal = Int32(tiles_a * tiles_b > call.num_sms // cluster)
         self.kernel(
             mma,
             *load_a,
@@ -161,17 +162,17 @@ class GemmSm100:
             *load_sfa,
             *load_sfb,
             *store_y,
-            x_scale,
-            w_scale,
-            bias,
-            y,
+            call.output.x_scale,
+            call.output.w_scale,
+            call.output.bias,
+            call.output.y,
             m,
             n,
             k_tiles,
-            x_scale_stride,
-            w_scale_stride,
-            bias_dtype,
-            out_dtype,
+            problem.x_scale_stride,
+            problem.w_scale_stride,
+            problem.bias_dtype,
+            problem.out_dtype,
             use_tma,
             Int32(split),
             tiles_a,
@@ -181,7 +182,7 @@ class GemmSm100:
             grid=(tiles_a * tiles_b * cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(cluster, 1, 1),
-            stream=stream,
+            stream=call.stream,
             use_pdl=True,
             min_blocks_per_mp=1,
         )

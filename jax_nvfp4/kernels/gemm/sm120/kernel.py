@@ -11,6 +11,7 @@ from cutlass import cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config.gemm.sm120 import CONFIGS
+from jax_nvfp4.kernels.gemm.arguments import HostCall
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
 from jax_nvfp4.kernels.gemm.sm120.pingpong import Pingpong
 from jax_nvfp4.kernels.gemm.sm120.small_m import SmallM
@@ -27,10 +28,15 @@ def variant(config: GemmConfig) -> KernelVariant:
     reduce = Reduce()
 
     @cute.jit
-    def launch(operands, scales, out, k, split_k, num_sms, stream):
-        gemm.launch(operands, scales, out, k, split_k, num_sms * config.ctas_per_sm, stream)
-        if split_k > 1:
-            reduce.launch(scales, out, split_k, stream)
+    def launch(call: HostCall):
+        o, p = call.output, call.problem
+        operands = (call.operands.x, call.operands.sfx, call.operands.w, call.operands.sfw)
+        scales = (o.x_scale, p.x_scale_stride, o.w_scale, p.w_scale_stride, o.bias, p.bias_dtype)
+        out = (o.y, call.scratch, p.m, p.n, p.out_dtype)
+        ctas = call.num_sms * config.ctas_per_sm
+        gemm.launch(operands, scales, out, p.k, call.split_k, ctas, call.stream)
+        if call.split_k > 1:
+            reduce.launch(scales, out, call.split_k, call.stream)
 
     return KernelVariant(
         config.name,

@@ -9,85 +9,20 @@ from typing import Any
 
 from cutlass import Float32, Int32, Uint32, cute
 
+from jax_nvfp4.kernels.gemm.arguments import Activation, Groups, Output, Problem
+
 
 @dataclasses.dataclass(frozen=True)
-class Operands:
-    """Where the operands of a call are, but for x, which comes through a tensor map.
+class Weight:
+    """Where the repacked weight is.
 
     Attributes:
-        w: the repacked weight's codes.
+        w: its codes.
         sfw: its scales.
-        x_scale: Float32, scales of the rows of x.
-        w_scale: Float32, scales of the rows of the weight.
-        bias: of the rows of the weight.
-        y: the result.
     """
 
     w: cute.Pointer
     sfw: cute.Pointer
-    x_scale: cute.Pointer
-    w_scale: cute.Pointer
-    bias: cute.Pointer
-    y: cute.Pointer
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The integers of a call.
-
-    Attributes:
-        m: rows of x.
-        n: rows of the weight.
-        k: columns, a multiple of 64.
-        x_scale_stride: 1 for a scale of each row of x, 0 for one of all, -1 for none.
-        w_scale_stride: 1 for a scale of each row of the weight, 0 for one of all.
-        bias_dtype: code of the bias's dtype, -1 for no bias.
-        out_dtype: code of y's dtype.
-    """
-
-    m: Int32
-    n: Int32
-    k: Int32
-    x_scale_stride: Int32
-    w_scale_stride: Int32
-    bias_dtype: Int32
-    out_dtype: Int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """How the rows of x are divided over groups, each with a weight of its own.
-
-    Attributes:
-        sizes: Int32, the rows of each group; negative ones count as 0.
-        offset: Int32, the number of the group that the first weight is of.
-        size_count: how many sizes there are.
-        count: how many weights there are.
-        w_scale_stride: from the scales of one weight to those of the next.
-    """
-
-    sizes: cute.Pointer
-    offset: cute.Pointer
-    size_count: Int32
-    count: Int32
-    w_scale_stride: Int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """Of a gated product: gate * sigmoid(gate * (alpha + cubic * gate^2)) * (up + beta).
-
-    Attributes:
-        limit: clamps the gate from above, and up from both sides, before.
-        alpha: of the sigmoid's argument.
-        cubic: likewise.
-        beta: added to up.
-    """
-
-    limit: Float32
-    alpha: Float32
-    cubic: Float32
-    beta: Float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +57,20 @@ class Call:
     """All of a call that is the same for each of its tiles.
 
     Attributes:
-        operands: where they are.
-        problem: their sizes.
-        work: what the CTA has to do.
+        weight: where it is; x comes through a tensor map.
+        output: what makes the result of the sums.
+        problem: the sizes.
         groups: of the rows, or None.
         activation: or None.
+        work: what the CTA has to do; the host does not know it.
     """
 
-    operands: Operands
+    weight: Weight
+    output: Output
     problem: Problem
-    work: Work
     groups: Groups | None
     activation: Activation | None
+    work: Work | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,7 +221,7 @@ class Epilogue:
     @cute.jit
     def _constants(self, call: Call, place: Place):
         """The scales and the biases of the rows of the weight that a thread sums."""
-        operands, problem, group = call.operands, call.problem, place.group
+        output, problem, group = call.output, call.problem, place.group
         g = place.thread % 32 // 4
         row = self._warp_row(place.first_block, place.thread)
         last = self._last_row(problem.n)
@@ -238,8 +238,8 @@ class Epilogue:
                     used = Int64(cutlass.max(group, 0))
                     scale_at = Int64(scale_at) + used * Int64(call.groups.w_scale_stride)
                     at = Int64(at) + used * Int64(problem.n)
-                scale = ops.load_element(operands.w_scale, Float32, scale_at)
-                bias = self._bias(operands.bias, problem.bias_dtype, at)
+                scale = ops.load_element(output.w_scale, Float32, scale_at)
+                bias = self._bias(output.bias, problem.bias_dtype, at)
                 scales.append(self._or_zero(scale, group))
                 biases.append(self._or_zero(bias, group))
         return scales, biases
@@ -253,13 +253,13 @@ class Epilogue:
 
         Rows past the last get the last's.
         """
-        operands, problem = call.operands, call.problem
+        output, problem = call.output, call.problem
         stride = problem.x_scale_stride
         row = place.rows.first + 8 * j + place.thread % 4 * 2
         scales = []
         for e in range(2):
             index = cutlass.min(row + e, problem.m - 1) * stride
-            scale = ops.load_float_or_one(operands.x_scale, operands.w_scale, stride >= 0, index)
+            scale = ops.load_float_or_one(output.x_scale, output.w_scale, stride >= 0, index)
             scales.append(self._or_zero(scale, place.group))
         return scales
 
@@ -329,7 +329,7 @@ class Epilogue:
 
         "f32", "bf16x2", "f16x2", "16-bit" for either of the two, or "any", element by element.
         """
-        place, problem, y = tile.place, call.problem, call.operands.y
+        place, problem, y = tile.place, call.problem, call.output.y
         g, column = at
         n = problem.n // 2 if self.gated else problem.n
         for j in cutlass.range_constexpr(tile.octets):

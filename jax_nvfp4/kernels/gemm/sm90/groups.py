@@ -14,8 +14,9 @@ import itertools
 import cutlass
 from cutlass import Int32, Int64, cute
 
+from jax_nvfp4.kernels.gemm.arguments import Groups
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
-from jax_nvfp4.kernels.gemm.sm90.arguments import Call, Groups, Tile, TileQueue
+from jax_nvfp4.kernels.gemm.sm90.arguments import Call, Tile, TileQueue
 from jax_nvfp4.kernels.ptx import load_shared_x4
 
 QUEUE_SLOTS = 2

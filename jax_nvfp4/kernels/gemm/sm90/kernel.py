@@ -35,7 +35,8 @@ The order in which one output is summed is fixed by K, the split and `k_groups`:
 order within a group, then groups, then CTAs. With `k_groups` of 1 it is the same in every config.
 """
 
-import cuda.bindings.driver as cuda
+import dataclasses
+
 import cutlass
 import cutlass.utils
 from cutlass import (
@@ -44,30 +45,27 @@ from cutlass import (
     Float32,
     Int32,
     Int64,
-    Uint8,
     Uint32,
     const_expr,
     cute,
 )
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_ptr
 
 from jax_nvfp4.config import GemmConfig, configs
+from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.host import example_args, host_function
 from jax_nvfp4.kernels.gemm.sm90 import groups
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm90.arguments import (
-    Activation,
     Call,
     Exchange,
-    Groups,
     Lane,
-    Operands,
     OutputTile,
     Place,
-    Problem,
     Ring,
     Tile,
     TileQueue,
+    Weight,
     Work,
 )
 from jax_nvfp4.kernels.gemm.sm90.epilogue import BLOCK_N, WARPGROUP, Epilogue
@@ -178,45 +176,17 @@ class GemmSm90(Epilogue):
         )
 
     @cute.jit
-    def __call__(
-        self,
-        x: cute.Pointer,
-        sfx: cute.Pointer,
-        w: cute.Pointer,
-        sfw: cute.Pointer,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        scratch: cute.Pointer,
-        group_sizes: cute.Pointer,
-        group_offset: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
-        split_k: Int32,
-        num_sms: Int32,
-        size_count: Int32,
-        group_count: Int32,
-        w_scale_group_stride: Int32,
-        limit: Float32,
-        alpha: Float32,
-        cubic: Float32,
-        beta: Float32,
-        stream: cuda.CUstream,
-    ):
-        """Encodes the tensor map of x and launches the kernel. See the package's GEMM signature.
+    def launch(self, host: HostCall):
+        """Encodes the tensor map of x and launches the kernel.
 
         `k` is a multiple of 64; sfx and scratch are not used. `split_k` is at most the config's.
         """
+        problem, num_sms = host.problem, host.num_sms
         # A tensor map has no empty axes. No copy is made where k is 0.
-        columns = cute.assume(cutlass.max(k, 64), divby=64)
+        columns = cute.assume(cutlass.max(problem.k, 64), divby=64)
         x_tensor = cute.make_tensor(
-            x, cute.make_layout((cutlass.max(m, 1), columns), stride=(columns, 1))
+            host.operands.x,
+            cute.make_layout((cutlass.max(problem.m, 1), columns), stride=(columns, 1)),
         )
         tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
@@ -224,48 +194,47 @@ class GemmSm90(Epilogue):
             cute.slice_(self._x_layout(), (None, None, 0)),
             (self.tile_m, TILE_K),
         )
-        tiles = self._most_m_tiles(m, size_count) * self._n_tiles(n)
-        operands = (w, sfw, x_scale, w_scale, bias, y)
-        integers = (m, n, k, x_scale_stride, w_scale_stride, bias_dtype, out_dtype)
-        grouping = ()
-        if const_expr(self.config.grouped):
-            grouping = (group_sizes, group_offset, size_count, group_count, w_scale_group_stride)
-        activation = (limit, alpha, cubic, beta) if self.gated else ()
-        arguments = (operands, integers, grouping, activation)
-        if m > 0 and n > 0:
-            for split in cutlass.range_constexpr(1, self.config.split_k + 1):
-                # A launch each: a cluster's size is fixed when it is compiled.
-                if split_k == split:
-                    ctas = tiles * split
-                    if const_expr(not self.reduces(split)):
-                        ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
-                    smem = Int32(self.smem_bytes)
-                    if const_expr(self.config.ctas_per_sm > 1):
-                        # While the kernel before holds some multiprocessors, CTAs that start early
-                        # would be placed in pairs on the others.
-                        if ctas <= num_sms:
-                            smem = Int32(max(self.smem_bytes, SOLE_CTA_BYTES))
-                    stages = Int32(self.stages)
-                    if const_expr(self.dynamic_stages):
-                        if 2 * ctas > self.config.ctas_per_sm * num_sms:
-                            stages = Int32(SHARED_SM_STAGES)
-                    self.kernel(tma_atom, tma_tensor, arguments, stages, split).launch(
-                        grid=[ctas, 1, 1],
-                        block=[self.threads, 1, 1],
-                        cluster=[split, 1, 1],
-                        smem=smem,
-                        use_pdl=x_scale_stride >= 0,
-                        min_blocks_per_mp=self.config.ctas_per_sm,
-                        preferred_smem_carveout=100,
-                        stream=stream,
-                    )
+        tiles = self._most_m_tiles(problem.m, host.groups.size_count) * self._n_tiles(problem.n)
+        call = Call(
+            Weight(host.operands.w, host.operands.sfw),
+            host.output,
+            problem,
+            host.groups if const_expr(self.config.grouped) else None,
+            host.activation if const_expr(self.gated) else None,
+        )
+        for split in cutlass.range_constexpr(1, self.config.split_k + 1):
+            # A launch each: a cluster's size is fixed when it is compiled.
+            if host.split_k == split:
+                ctas = tiles * split
+                if const_expr(not self.reduces(split)):
+                    ctas = cutlass.min(tiles, num_sms * self.config.ctas_per_sm)
+                smem = Int32(self.smem_bytes)
+                if const_expr(self.config.ctas_per_sm > 1):
+                    # While the kernel before holds some multiprocessors, CTAs that start early
+                    # would be placed in pairs on the others.
+                    if ctas <= num_sms:
+                        smem = Int32(max(self.smem_bytes, SOLE_CTA_BYTES))
+                stages = Int32(self.stages)
+                if const_expr(self.dynamic_stages):
+                    if 2 * ctas > self.config.ctas_per_sm * num_sms:
+                        stages = Int32(SHARED_SM_STAGES)
+                self.kernel(tma_atom, tma_tensor, call, stages, split).launch(
+                    grid=[ctas, 1, 1],
+                    block=[self.threads, 1, 1],
+                    cluster=[split, 1, 1],
+                    smem=smem,
+                    use_pdl=problem.x_scale_stride >= 0,
+                    min_blocks_per_mp=self.config.ctas_per_sm,
+                    preferred_smem_carveout=100,
+                    stream=host.stream,
+                )
 
     @cute.kernel
     def kernel(
         self,
         tma_atom: cute.CopyAtom,
         x_tensor: cute.Tensor,
-        arguments: tuple,
+        call: Call,
         stages: Int32,
         split: cutlass.Constexpr[int],
     ):
@@ -273,7 +242,7 @@ class GemmSm90(Epilogue):
         if const_expr(not self.dynamic_stages):
             stages = self.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        call = self._call(arguments, split)
+        call = dataclasses.replace(call, work=self._work(call.problem, split))
         ring, exchange = self._shared_memory(stages, split)
         if warp == self.consumers // 32:
             cpasync.prefetch_descriptor(tma_atom)
@@ -297,18 +266,6 @@ class GemmSm90(Epilogue):
                 cute.arch.setmaxregister_increase(self.registers[1])
             cute.arch.griddepcontrol_wait()
             self._consume(x_smem, ring, exchange, call)
-
-    def _call(self, arguments, split) -> Call:
-        """The kernel's arguments by their names, and the CTA's share of the work."""
-        operands, integers, grouping, activation = arguments
-        problem = Problem(*integers)
-        return Call(
-            Operands(*operands),
-            problem,
-            self._work(problem, split),
-            Groups(*grouping) if grouping else None,
-            Activation(*activation) if activation else None,
-        )
 
     def _most_m_tiles(self, m, size_count):
         """Tiles along M, the most that there can be where rows are in groups."""
@@ -483,7 +440,7 @@ class GemmSm90(Epilogue):
     def _load_tile(self, tile: Tile, copies, ring: Ring, call: Call, stage, phase):
         """Loads all stages of a tile; returns the ring's state."""
         (tma_atom, x_from, x_to), base, last_row, policy = copies
-        work, operands = call.work, call.operands
+        work, weight = call.work, call.weight
         m_tile = Int32(0) if tile.m_tile is None else tile.m_tile
         for i in cutlass.range(self._stage_count(tile, work.k_count), unroll=1):
             cute.arch.mbarrier_wait(ring.empty + stage, phase)
@@ -496,14 +453,14 @@ class GemmSm90(Epilogue):
                     at = self._weight_at(tile, part, last_row, work.k_tiles, k_tile)
                     ops.bulk_load(
                         base + self._code_offset() + slot * CODE_BYTES,
-                        ops.element_address(operands.w, at, CODE_BYTES),
+                        ops.element_address(weight.w, at, CODE_BYTES),
                         Int32(self.copy_blocks * CODE_BYTES),
                         barrier,
                         policy,
                     )
                     ops.bulk_load(
                         base + self._scale_offset() + slot * SCALE_BYTES,
-                        ops.element_address(operands.sfw, at, SCALE_BYTES),
+                        ops.element_address(weight.sfw, at, SCALE_BYTES),
                         Int32(self.copy_blocks * SCALE_BYTES),
                         barrier,
                         policy,
@@ -528,7 +485,7 @@ class GemmSm90(Epilogue):
     @cute.jit
     def _prefetch_weight(self, call: Call, last_row):
         """Asks for the first stages' part of the weight to come to the L2 cache."""
-        operands, work = call.operands, call.work
+        weight, work = call.weight, call.work
         _, tile_w = self._tile_coordinates(work.first, work.m_tiles, call.problem.n)
         tile = Tile(tile_w)
         ahead = cutlass.min(work.k_count, min(STAGES_AHEAD, self.stages))
@@ -537,11 +494,11 @@ class GemmSm90(Epilogue):
                 for part in cutlass.range_constexpr(self.tile_blocks // self.copy_blocks):
                     at = self._weight_at(tile, part, last_row, work.k_tiles, work.k_begin + i)
                     ops.bulk_prefetch(
-                        ops.element_address(operands.w, at, CODE_BYTES),
+                        ops.element_address(weight.w, at, CODE_BYTES),
                         Int32(self.copy_blocks * CODE_BYTES),
                     )
                     ops.bulk_prefetch(
-                        ops.element_address(operands.sfw, at, SCALE_BYTES),
+                        ops.element_address(weight.sfw, at, SCALE_BYTES),
                         Int32(self.copy_blocks * SCALE_BYTES),
                     )
 
@@ -711,26 +668,6 @@ class GemmSm90(Epilogue):
                         registers[at] = decoded[step][r]
 
 
-def _arguments(config: GemmConfig) -> tuple:
-    """Arguments to compile with: aligned addresses that nothing reads, and numbers."""
-    dtype = {"bfloat16": BFloat16, "float16": Float16}[config.x_dtype]
-
-    def pointer(element):
-        return make_ptr(element, 1024, cute.AddressSpace.gmem, assumed_align=16)
-
-    types = (dtype, Uint8, Uint8, Uint8, Float32, Float32, Uint8, Uint8, Uint8)
-    indices = [make_ptr(Int32, 1024, cute.AddressSpace.gmem, assumed_align=4) for _ in range(2)]
-    integers = (1, 1, 64, 0, 0, -1, 1, 1, 132, 0, 0, 0)
-    floats = (1.0, 1.0, 0.0, 0.0)
-    return (
-        *map(pointer, types),
-        *indices,
-        *map(Int32, integers),
-        *map(Float32, floats),
-        cuda.CUstream(0),
-    )
-
-
 def variants(arch: str) -> list[KernelVariant]:
     """The kernels of `arch`, one for each config; none but for sm_90a."""
     if arch != "sm_90a":
@@ -741,8 +678,8 @@ def variants(arch: str) -> list[KernelVariant]:
             op="gemm",
             arch=arch,
             config=config,
-            host=GemmSm90(config).__call__,
-            args=_arguments(config),
+            host=host_function(gemm.launch),
+            args=example_args(gemm.dtype, scale_alignment=16),
         )
-        for config in configs(arch)
+        for config, gemm in ((config, GemmSm90(config)) for config in configs(arch))
     ]
