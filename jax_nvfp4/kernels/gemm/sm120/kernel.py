@@ -29,14 +29,9 @@ def variant(config: GemmConfig) -> KernelVariant:
 
     @cute.jit
     def launch(call: HostCall):
-        o, p = call.output, call.problem
-        operands = (call.operands.x, call.operands.sfx, call.operands.w, call.operands.sfw)
-        scales = (o.x_scale, p.x_scale_stride, o.w_scale, p.w_scale_stride, o.bias, p.bias_dtype)
-        out = (o.y, call.scratch, p.m, p.n, p.out_dtype)
-        ctas = call.num_sms * config.ctas_per_sm
-        gemm.launch(operands, scales, out, p.k, call.split_k, ctas, call.stream)
+        gemm.launch(call)
         if call.split_k > 1:
-            reduce.launch(scales, out, call.split_k, call.stream)
+            reduce.launch(call)
 
     return KernelVariant(
         config.name,

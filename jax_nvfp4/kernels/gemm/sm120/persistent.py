@@ -10,6 +10,9 @@ from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config.gemm.sm120 import SHARED_BYTES
+from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.ring import Ring, advance
+from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Work, result_of, scales_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +83,48 @@ def scales_tma(load, pointer, row_tiles, k_tiles):
 class Persistent:
     """A GEMM whose CTAs go round over items (tile, part of K), one warp loading ahead.
 
-    A subclass says what a stage holds (`stage_loads`, `maps`, `coordinates`) and what the items
-    are (`item`).
+    A subclass says how many `threads` a CTA has, what a stage holds (`stage_loads`, `maps`,
+    `coordinates`), what the items are (`tiles`, `item`) and what the warps do (`kernel`).
     """
 
     def __init__(self, config: GemmConfig, more_barriers: int = 0) -> None:
         self.stages = config.stages
+        self.tile_k = config.tile_k
+        self.ctas_per_sm = config.ctas_per_sm
         self.loads = self.stage_loads()
         self.stage_bytes = sum(load.bytes for load in self.loads)
         self.barriers = 2 * self.stages + more_barriers
         self.shared_bytes = self.stages * self.stage_bytes + 8 * self.barriers
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{config.name}: {self.shared_bytes} bytes of shared memory")
+
+    @cute.jit
+    def launch(self, call: HostCall):
+        """Encodes the tensor maps and launches."""
+        problem = call.problem
+        # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
+        k_blocks = cutlass.max(cute.ceil_div(problem.k, 64), 1)
+        maps = self.maps(call.operands, problem.m, problem.n, k_blocks)
+        rows, columns = self.tiles(problem.m, problem.n)
+        k_tiles = cute.ceil_div(problem.k, self.tile_k)
+        items = rows * columns * call.split_k
+        self.kernel(
+            tuple(atom for atom, _ in maps),
+            tuple(tensor for _, tensor in maps),
+            scales_of(call),
+            result_of(call),
+            k_tiles,
+            call.split_k,
+        ).launch(
+            grid=(cutlass.max(cutlass.min(items, call.num_sms * self.ctas_per_sm), 1), 1, 1),
+            block=(self.threads, 1, 1),
+            min_blocks_per_mp=1,  # setmaxnreg needs to know the registers at entry
+            stream=call.stream,
+        )
+
+    def work(self, result: Result, k_tiles, split_k) -> Work:
+        """The items of a call."""
+        return Work(*self.tiles(result.m, result.n), k_tiles, split_k)
 
     @cute.jit
     def prologue(self, consumers: cutlass.Constexpr, turns: cutlass.Constexpr):
@@ -102,34 +135,35 @@ class Persistent:
             turns: warps that arrive at each of the barriers after those of the stages.
 
         Returns:
-            (stages, barriers): full and empty ones of the stages, then the others.
+            The ring; the other barriers follow the empty ones of the stages.
         """
         smem = cutlass.utils.SmemAllocator()
         shared = smem.allocate(self.stages * self.stage_bytes, 1024)
         barriers = smem.allocate_array(Int64, self.barriers)
+        ring = Ring(shared, barriers, barriers + self.stages, self.stages)
         if cute.arch.thread_idx()[0] == 0:
             for s in cutlass.range_constexpr(self.stages):
-                cute.arch.mbarrier_init(barriers + s, 1)
-                cute.arch.mbarrier_init(barriers + self.stages + s, consumers)
+                cute.arch.mbarrier_init(ring.full + s, 1)
+                cute.arch.mbarrier_init(ring.empty + s, consumers)
             for s in cutlass.range_constexpr(2 * self.stages, self.barriers):
                 cute.arch.mbarrier_init(barriers + s, turns)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return shared, barriers
+        return ring
 
     @cute.jit
-    def produce(self, atoms, maps, shared, barriers, tiles, k_tiles: Int32, split_k: Int32):
+    def produce(self, atoms, tensors, ring: Ring, work: Work):
         """The producer warp: loads the stages of all items in order."""
         pieces = []
         offset = 0
-        for load, atom, tensor in zip(self.loads, atoms, maps, strict=True):
+        for load, atom, tensor in zip(self.loads, atoms, tensors, strict=True):
             modes = len(load.shape)
             pieces.append(
                 cpasync.tma_partition(
                     atom,
                     0,
                     cute.make_layout(1),
-                    cute.group_modes(load.shared(shared + offset, self.stages), 0, modes),
+                    cute.group_modes(load.shared(ring.buffers + offset, self.stages), 0, modes),
                     cute.group_modes(
                         cute.local_tile(tensor, load.shape, (None,) * modes), 0, modes
                     ),
@@ -140,19 +174,17 @@ class Persistent:
         stage = Int32(0)
         parity = Int32(1)  # of the phase of `empty` before the one to come: all stages are free
         index = cute.arch.block_idx()[0]
-        total = tiles[0] * tiles[1] * split_k
+        total = work.items
         while index < total:
-            row, column, _, begin, count = self.item(index, tiles, k_tiles, split_k)
-            for i in cutlass.range(count, unroll=1):
-                cute.arch.mbarrier_wait(barriers + self.stages + stage, parity)
-                full = barriers + stage
+            item = self.item(index, work)
+            for i in cutlass.range(item.k_count, unroll=1):
+                cute.arch.mbarrier_wait(ring.empty + stage, parity)
+                full = ring.full + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
-                self.copy(atoms, pieces, self.coordinates(row, column, begin + i), stage, full)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity = parity ^ 1
+                where = self.coordinates(item.row, item.column, item.k_begin + i)
+                self.copy(atoms, pieces, where, stage, full)
+                stage, parity = advance(ring, stage, parity)
             index += cute.arch.grid_dim()[0]
 
     def copy(self, atoms, pieces, coordinates, stage, full):

@@ -17,11 +17,13 @@ g - stages of the same barrier too.
 """
 
 import cutlass
-from cuda.bindings import driver as cuda
 from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.kernels.gemm.arguments import Operands
+from jax_nvfp4.kernels.gemm.ring import Ring
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
+from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, select, shared_address
 
@@ -49,100 +51,62 @@ class Pingpong(Persistent):
         """Which tile of each of `loads` a stage takes."""
         return (row, k_tile), (column, k_tile), (0, k_tile, row), (0, k_tile, column)
 
-    @cute.jit
-    def launch(
-        self,
-        operands,
-        scales,
-        out,
-        k: Int32,
-        split_k: Int32,
-        num_sms: Int32,
-        stream: cuda.CUstream,
-    ):
-        """Encodes the tensor maps and launches.
-
-        Args:
-            operands: (x, sfx, w, sfw), pointers.
-            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
-            out: (y, scratch, m, n, out_dtype).
-            k: the reduction length.
-            split_k: ways to split it.
-            num_sms: CTAs at most.
-            stream: where to launch.
-        """
-        x, sfx, w, sfw = operands
-        _, _, m, n, _ = out
-        # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
-        k_blocks = cutlass.max(cute.ceil_div(k, 64), 1)
-        tiles_m = cute.ceil_div(m, 128)
-        tiles_n = cute.ceil_div(n, 128)
-        row_tiles_m = cutlass.max(tiles_m, 1)
-        row_tiles_n = cutlass.max(tiles_n, 1)
+    def maps(self, operands: Operands, m, n, k_blocks):
+        """(copy atom, coordinate tensor) for each of `loads`."""
+        row_tiles_m = cutlass.max(cute.ceil_div(m, 128), 1)
+        row_tiles_n = cutlass.max(cute.ceil_div(n, 128), 1)
         row_bytes = cute.assume(k_blocks * 32, divby=32)
         rows, _, row_scales, _ = self.loads
-        maps = (
-            rows.tma(x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
-            rows.tma(w, (row_tiles_n * 128, row_bytes), (row_bytes, 1)),
-            scales_tma(row_scales, sfx, row_tiles_m, k_blocks),
-            scales_tma(row_scales, sfw, row_tiles_n, k_blocks),
-        )
-        total = tiles_m * tiles_n * split_k
-        self.kernel(
-            tuple(atom for atom, _ in maps),
-            tuple(tensor for _, tensor in maps),
-            scales,
-            out,
-            cute.ceil_div(k, 128),
-            split_k,
-        ).launch(
-            grid=(cutlass.max(cutlass.min(total, num_sms), 1), 1, 1),
-            block=(self.threads, 1, 1),
-            min_blocks_per_mp=1,  # setmaxnreg needs to know the registers at entry
-            stream=stream,
+        return (
+            rows.tma(operands.x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
+            rows.tma(operands.w, (row_tiles_n * 128, row_bytes), (row_bytes, 1)),
+            scales_tma(row_scales, operands.sfx, row_tiles_m, k_blocks),
+            scales_tma(row_scales, operands.sfw, row_tiles_n, k_blocks),
         )
 
+    def tiles(self, m, n):
+        """Tiles along the rows of x and of the weight."""
+        return cute.ceil_div(m, 128), cute.ceil_div(n, 128)
+
     @cute.kernel
-    def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
+    def kernel(
+        self, atoms, tensors, scales: Scales, result: Result, k_tiles: Int32, split_k: Int32
+    ):
         """One CTA: grid-stride over (split, tile) items; see the module."""
-        shared, barriers = self.prologue(4, 4)
+        ring = self.prologue(4, 4)
         warp = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 32)
-        tiles = (cute.ceil_div(out[2], 128), cute.ceil_div(out[3], 128))
+        work = self.work(result, k_tiles, split_k)
         if warp >= 8:
             cute.arch.setmaxregister_decrease(40)
             if warp == 8:
-                self.produce(atoms, maps, shared, barriers, tiles, k_tiles, split_k)
+                self.produce(atoms, tensors, ring, work)
         else:
             cute.arch.setmaxregister_increase(232)
-            self.consume(shared, barriers, tiles, k_tiles, split_k, scales, out)
+            self.consume(ring, work, scales, result)
 
     @cute.jit
-    def item(self, index: Int32, tiles, k_tiles: Int32, split_k: Int32):
-        """Item `index` of the grid: (row tile, column tile, split, first k-tile, k-tiles)."""
-        per_split = tiles[0] * tiles[1]
+    def item(self, index: Int32, work: Work):
+        """Item `index` of the grid."""
+        per_split = work.rows * work.columns
         split = index // per_split
         tile = index - split * per_split
-        sweep = tile // (_RASTER * tiles[1])
+        sweep = tile // (_RASTER * work.columns)
         first = sweep * _RASTER
-        rows = cutlass.min(tiles[0] - first, _RASTER)
-        tile = tile - first * tiles[1]
-        begin = split * k_tiles // split_k
-        end = (split + 1) * k_tiles // split_k
-        return first + tile % rows, tile // rows, split, begin, end - begin
+        rows = cutlass.min(work.rows - first, _RASTER)
+        tile = tile - first * work.columns
+        begin = split * work.k_tiles // work.split_k
+        end = (split + 1) * work.k_tiles // work.split_k
+        return Item(first + tile % rows, tile // rows, split, begin, end - begin)
 
-    @cute.jit
-    def consume(self, shared, barriers, tiles, k_tiles: Int32, split_k: Int32, scales, out):
-        """A consumer warp: every other item, from its own place in the sequence of stages."""
-        thread = cute.arch.thread_idx()[0]
-        group = cute.arch.make_warp_uniform(thread // _GROUP)
-        warp = cute.arch.make_warp_uniform(thread % _GROUP // 32)
-        lane = thread % 32
+    def addresses(self, base, warp, lane):
+        """The lane's shared-memory addresses in stage 0, for each of `loads`.
+
+        A row's 16-byte chunk c is at c ^ (row // 2 % 4): TMA's 64-byte swizzle.
+        """
         q, t = lane // 4, lane % 4
-        # The warp's 64x64 part of the tile, and its lane's addresses in stage 0. A row's 16-byte
-        # chunk c is at c ^ (row // 2 % 4): TMA's 64-byte swizzle.
+        # The warp's 64x64 part of the tile.
         warp_m, warp_n = warp % 2, warp // 2
         swizzle = lane // 2 % 4
-        base = shared_address(shared)
         a_address = base + (64 * warp_m + lane % 16) * 64 + ((lane // 16) ^ swizzle) * 16
         base += self.stages * self.data_bytes
         b_row = 64 * warp_n + lane % 8 + lane // 16 * 8
@@ -151,7 +115,18 @@ class Pingpong(Persistent):
         sfa_address = base + (8 * t + q) * 16 + 8 * warp_m
         base += self.stages * self.scale_bytes
         sfb_address = base + (8 * t + q) * 16 + 8 * warp_n
-        addresses = (a_address, b_address, sfa_address, sfb_address)
+        return a_address, b_address, sfa_address, sfb_address
+
+    @cute.jit
+    def consume(self, ring: Ring, work: Work, scales: Scales, result: Result):
+        """A consumer warp: every other item, from its own place in the sequence of stages."""
+        thread = cute.arch.thread_idx()[0]
+        group = cute.arch.make_warp_uniform(thread // _GROUP)
+        warp = cute.arch.make_warp_uniform(thread % _GROUP // 32)
+        lane = thread % 32
+        q, t = lane // 4, lane % 4
+        warp_m, warp_n = warp % 2, warp // 2
+        addresses = self.addresses(shared_address(ring.buffers), warp, lane)
 
         # An MMA's four registers side by side: the compiler keeps neighbors in register pairs.
         layout = cute.make_layout((4, 8, 4), stride=(32, 4, 1))
@@ -166,22 +141,24 @@ class Pingpong(Persistent):
         before = Int32(0)  # k-tiles of the CTA's items before this group's current one
         turn_parity = group ^ 1  # group 0 does not wait for its first turn
         grid = cute.arch.grid_dim()[0]
-        total = tiles[0] * tiles[1] * split_k
+        total = work.items
         index = cute.arch.block_idx()[0]
         if group == 1:
-            before += self.item(index, tiles, k_tiles, split_k)[4]
+            before += self.item(index, work).k_count
             index += grid
-        my_turn = barriers + 2 * self.stages + group
-        next_turn = barriers + 2 * self.stages + (group ^ 1)
+        turns = ring.empty + self.stages
+        my_turn = turns + group
+        next_turn = turns + (group ^ 1)
         while index < total:
-            row, column, split, _, count = self.item(index, tiles, k_tiles, split_k)
+            item = self.item(index, work)
+            count = item.k_count
             accumulators.fill(0.0)
             stage = before % self.stages
             parity = before // self.stages % 2
             cute.arch.mbarrier_wait(my_turn, turn_parity)
             turn_parity = turn_parity ^ 1
             if count > 0:
-                cute.arch.mbarrier_wait(barriers + stage, parity)
+                cute.arch.mbarrier_wait(ring.full + stage, parity)
                 self.load_a(fragments, addresses, stage, 0)
                 for i in cutlass.range_constexpr(4):
                     self.load_b(fragments, addresses, stage, 0, i)
@@ -194,10 +171,10 @@ class Pingpong(Persistent):
                         if following == self.stages:
                             following = Int32(0)
                             parity = parity ^ 1
-                    ready = cute.arch.mbarrier_test_wait(barriers + following, parity)
+                    ready = cute.arch.mbarrier_test_wait(ring.full + following, parity)
                     self.multiply_half(accumulators, fragments, addresses, (stage, 0), (stage, 1))
                     if not ready:
-                        cute.arch.mbarrier_wait(barriers + following, parity)
+                        cute.arch.mbarrier_wait(ring.full + following, parity)
                     if i + 1 == count and lane == 0:
                         # The other group starts under the last MMAs of this one.
                         cute.arch.mbarrier_arrive(next_turn)
@@ -206,21 +183,22 @@ class Pingpong(Persistent):
                     )
                     cute.arch.sync_warp()
                     if lane == 0:
-                        cute.arch.mbarrier_arrive(barriers + self.stages + stage)
+                        cute.arch.mbarrier_arrive(ring.empty + stage)
                     stage = following
             elif lane == 0:
                 cute.arch.mbarrier_arrive(next_turn)
             before += count
             if index + grid < total:
-                before += self.item(index + grid, tiles, k_tiles, split_k)[4]
+                before += self.item(index + grid, work).k_count
             index += 2 * grid
-            self.store(
-                accumulators,
-                (row * 128 + 64 * warp_m + q, column * 128 + 64 * warp_n + 2 * t, t),
-                (split, split_k > 1),
-                scales,
-                out,
+            place = Place(
+                item.row * 128 + 64 * warp_m + q,
+                item.column * 128 + 64 * warp_n + 2 * t,
+                item.split,
+                work.split_k > 1,
+                t,
             )
+            self.store(accumulators, place, scales, result)
 
     def load_a(self, fragments, addresses, stage, step):
         """Loads row block `step % 4` of half `step // 4` of a stage, for that step."""
@@ -275,71 +253,67 @@ class Pingpong(Persistent):
                     accumulators[block, j, e] = d[e]
 
     @cute.jit
-    def store(self, accumulators, place, split, scales, out):
+    def store(self, accumulators, place: Place, scales: Scales, result: Result):
         """The epilogue of a warp's 64x64 part.
 
         Args:
             accumulators: Float32 (4, 8, 4).
-            place: (first row of the lane, its first column, its place t in the quad).
-            split: (this item's split, whether there are partial sums to leave in scratch).
-            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
-            out: (y, scratch, m, n, out_dtype).
+            place: which these are.
+            scales: what is applied to them.
+            result: where they go.
         """
-        first_row, first_column, _ = place
-        which, partial = split
-        x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
-        y, scratch, m, n, out_dtype = out
+        m, n, out_dtype = result.m, result.n, result.out_dtype
         # Out of range rows and columns read the last one's scale and are not stored.
         w_values = cute.make_rmem_tensor((8, 2), Float32)
         b_values = cute.make_rmem_tensor((8, 2), Float32)
         w_values.fill(1.0)
         b_values.fill(0.0)
-        if not partial:
+        if not place.partial:
             for j in cutlass.range_constexpr(8):
                 for e in cutlass.range_constexpr(2):
-                    column = cutlass.min(first_column + 8 * j + e, n - 1)
-                    w_values[j, e] = ops.load_global(w_scale, column * w_stride)
-            self.load_bias(b_values, bias, bias_dtype, first_column, n)
+                    column = cutlass.min(place.column + 8 * j + e, n - 1)
+                    w_values[j, e] = ops.load_global(scales.w, column * scales.w_stride)
+            self.load_bias(b_values, scales, place.column, n)
         # Parts are stored to the end of their padded rows, which `Reduce` reads whole.
         ld = n
-        address = y.toint()
-        if partial:
+        address = result.y.toint()
+        if place.partial:
             ld = cute.round_up(n, 4)
-            address = scratch.toint() + Int64(which) * m * ld * 4
+            address = result.scratch.toint() + Int64(place.split) * m * ld * 4
         for i in cutlass.range_constexpr(8):
-            row = first_row + 8 * i
+            row = place.row + 8 * i
             alpha = Float32(1.0)
-            if not partial and x_stride >= 0:
-                alpha = ops.load_global(x_scale, cutlass.min(row, m - 1) * x_stride)
+            if not place.partial and scales.x_stride >= 0:
+                alpha = ops.load_global(scales.x, cutlass.min(row, m - 1) * scales.x_stride)
             for j in cutlass.range_constexpr(8):
                 for e in cutlass.range_constexpr(2):
                     d = accumulators[i // 2, j, 2 * (i % 2) + e]
                     accumulators[i // 2, j, 2 * (i % 2) + e] = fma_to(
                         alpha * w_values[j, e], d, b_values[j, e], out_dtype
                     )
-        if out_dtype == 0 or partial:
+        if out_dtype == 0 or place.partial:
             self.store_f32(accumulators, place, address, m, ld)
         else:
             self.store_16(accumulators, place, address, m, n, out_dtype == 1)
 
     @cute.jit
-    def load_bias(self, values, bias, bias_dtype: Int32, first_column: Int32, n: Int32):
+    def load_bias(self, values, scales: Scales, first_column: Int32, n: Int32):
         """Fills `values` (8, 2) with the bias of the lane's columns, unless there is none."""
         for code, dtype in ((0, Float32), (1, cutlass.BFloat16), (2, cutlass.Float16)):
-            if bias_dtype == code:
-                typed = cute.recast_ptr(bias, dtype=dtype)
+            if scales.bias_dtype == code:
+                typed = cute.recast_ptr(scales.bias, dtype=dtype)
                 for j in cutlass.range_constexpr(8):
                     for e in cutlass.range_constexpr(2):
                         column = cutlass.min(first_column + 8 * j + e, n - 1)
                         values[j, e] = Float32(ops.load_global(typed, column))
 
     @cute.jit
-    def store_f32(self, accumulators, place, address: Int64, m: Int32, n: Int32):
+    def store_f32(self, accumulators, place: Place, address: Int64, m, n):
         """Stores Float32 rows of length `n`: a quad's 32 bytes, one sector, at a time."""
-        first_row, first_column, _ = place
+        first_column = place.column
         paired = n % 2 == 0
         for i in cutlass.range_constexpr(8):
-            row = first_row + 8 * i
+            row = place.row + 8 * i
             if row < m:
                 start = address + (Int64(row) * n + first_column) * 4
                 for j in cutlass.range_constexpr(8):
@@ -354,11 +328,13 @@ class Pingpong(Persistent):
                                 ops.store_global(start + 32 * j + 4, pair[1:], Float32)
 
     @cute.jit
-    def store_16(self, accumulators, place, address: Int64, m: Int32, n: Int32, bf16: Boolean):
+    def store_16(
+        self, accumulators, place: Place, address: Int64, m: Int32, n: Int32, bf16: Boolean
+    ):
         """Stores bf16 or f16 rows: a quad 64 contiguous bytes of a row where rows are aligned."""
-        first_row, first_column, t = place
+        first_column, t = place.column, place.quad_lane
         for i in cutlass.range_constexpr(8):
-            row = first_row + 8 * i
+            row = place.row + 8 * i
             words = []
             for j in cutlass.range_constexpr(8):
                 pair = [accumulators[i // 2, j, 2 * (i % 2) + e] for e in range(2)]

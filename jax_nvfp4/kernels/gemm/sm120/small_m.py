@@ -13,11 +13,13 @@ used are read. Warp j takes rows 32*j.
 """
 
 import cutlass
-from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Int64, cute
 
 from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.kernels.gemm.arguments import Operands
+from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
+from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, shared_address
 
@@ -53,18 +55,17 @@ class SmallM(Persistent):
         rows = Load((self.tile_m, ROW_BYTES), (ROW_BYTES, 1), cutlass.Uint8, ROW_BYTES)
         return rows, WEIGHT, scales_load(4 * self.scale_rows, 4), WEIGHT_SCALES
 
-    def maps(self, operands, m, n, k_blocks):
+    def maps(self, operands: Operands, m, n, k_blocks):
         """(copy atom, coordinate tensor) for each of `loads`."""
-        x, sfx, w, sfw = operands
         row_bytes = cute.assume(k_blocks * 32, divby=32)
         row_tiles_m = cutlass.max(cute.ceil_div(m, 128), 1)
         row_tiles_n = cutlass.max(cute.ceil_div(n, 128), 1)
         rows, _, row_scales, w_scales = self.loads
         return (
-            rows.tma(x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
-            weight_tma(w, row_tiles_n, row_bytes),
-            scales_tma(row_scales, sfx, row_tiles_m, k_blocks),
-            scales_tma(w_scales, sfw, row_tiles_n, k_blocks),
+            rows.tma(operands.x, (cutlass.max(m, 1), row_bytes), (row_bytes, 1)),
+            weight_tma(operands.w, row_tiles_n, row_bytes),
+            scales_tma(row_scales, operands.sfx, row_tiles_m, k_blocks),
+            scales_tma(w_scales, operands.sfw, row_tiles_n, k_blocks),
         )
 
     def coordinates(self, row, column, k_tile):
@@ -77,78 +78,44 @@ class SmallM(Persistent):
             (column % 2, k_tile, column // 2),
         )
 
-    @cute.jit
-    def launch(
-        self,
-        operands,
-        scales,
-        out,
-        k: Int32,
-        split_k: Int32,
-        num_sms: Int32,
-        stream: cuda.CUstream,
-    ):
-        """Encodes the tensor maps and launches.
-
-        Args:
-            operands: (x, sfx, w, sfw), pointers.
-            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
-            out: (y, scratch, m, n, out_dtype).
-            k: the reduction length.
-            split_k: ways to split it.
-            num_sms: CTAs at most.
-            stream: where to launch.
-        """
-        _, _, m, n, _ = out
-        # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
-        k_blocks = cutlass.max(cute.ceil_div(k, 64), 1)
-        maps = self.maps(operands, m, n, k_blocks)
-        total = cute.ceil_div(m, self.tile_m) * 2 * cute.ceil_div(n, 128) * split_k
-        self.kernel(
-            tuple(atom for atom, _ in maps),
-            tuple(tensor for _, tensor in maps),
-            scales,
-            out,
-            cute.ceil_div(k, 256),
-            split_k,
-        ).launch(
-            grid=(cutlass.max(cutlass.min(total, num_sms), 1), 1, 1),
-            block=(self.threads, 1, 1),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
+    def tiles(self, m, n):
+        """Tiles along the rows of x and of the weight."""
+        return cute.ceil_div(m, self.tile_m), 2 * cute.ceil_div(n, 128)
 
     @cute.kernel
-    def kernel(self, atoms, maps, scales, out, k_tiles: Int32, split_k: Int32):
+    def kernel(
+        self, atoms, tensors, scales: Scales, result: Result, k_tiles: Int32, split_k: Int32
+    ):
         """One CTA: grid-stride over (split, tile) items; see the module."""
-        shared, barriers = self.prologue(_CONSUMERS, 0)
+        ring = self.prologue(_CONSUMERS, 0)
         warp = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 32)
-        tiles = (cute.ceil_div(out[2], self.tile_m), 2 * cute.ceil_div(out[3], 128))
+        work = self.work(result, k_tiles, split_k)
         if warp == _CONSUMERS:
-            self.produce(atoms, maps, shared, barriers, tiles, k_tiles, split_k)
+            self.produce(atoms, tensors, ring, work)
         else:
-            self.consume(shared, barriers, tiles, k_tiles, split_k, scales, out)
+            self.consume(ring, work, scales, result)
 
     @cute.jit
-    def item(self, index: Int32, tiles, k_tiles: Int32, split_k: Int32):
-        """Item `index` of the grid: (row tile, weight tile, split, first k-tile, k-tiles).
+    def item(self, index: Int32, work: Work):
+        """Item `index` of the grid.
 
         Row tiles run fastest: the CTAs that share a weight tile read it together, once from
         memory.
         """
-        rest = index // tiles[0]
-        split = rest // tiles[1]
-        begin = split * k_tiles // split_k
-        end = (split + 1) * k_tiles // split_k
-        return index - rest * tiles[0], rest - split * tiles[1], split, begin, end - begin
+        rest = index // work.rows
+        split = rest // work.columns
+        begin = split * work.k_tiles // work.split_k
+        end = (split + 1) * work.k_tiles // work.split_k
+        row, column = index - rest * work.rows, rest - split * work.columns
+        return Item(row, column, split, begin, end - begin)
 
     @cute.jit
-    def consume(self, shared, barriers, tiles, k_tiles: Int32, split_k: Int32, scales, out):
+    def consume(self, ring: Ring, work: Work, scales: Scales, result: Result):
         """A consumer warp: 16 rows of the weight, all rows of x of the tile."""
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         lane = thread % 32
-        bases = [shared_address(shared)]
+        bases = [shared_address(ring.buffers)]
         for load in self.loads:
             bases.append(bases[-1] + self.stages * load.bytes)
         stage_0 = self.addresses(bases, warp, lane)
@@ -157,33 +124,26 @@ class SmallM(Persistent):
         stage = Int32(0)
         parity = Int32(0)
         grid = cute.arch.grid_dim()[0]
-        total = tiles[0] * tiles[1] * split_k
+        total = work.items
         index = cute.arch.block_idx()[0]
         while index < total:
-            row, column, split, _, count = self.item(index, tiles, k_tiles, split_k)
+            item = self.item(index, work)
             accumulators.fill(0.0)
-            addresses = self.item_addresses(stage_0, row)
-            rows = out[2] - row * self.tile_m
-            for _ in cutlass.range(count, unroll=1):
-                cute.arch.mbarrier_wait(barriers + stage, parity)
+            addresses = self.item_addresses(stage_0, item.row)
+            rows = result.m - item.row * self.tile_m
+            for _ in cutlass.range(item.k_count, unroll=1):
+                cute.arch.mbarrier_wait(ring.full + stage, parity)
                 fragments = self.load(self.stage_addresses(addresses, stage))
                 cute.arch.sync_warp()
                 if lane == 0:
-                    cute.arch.mbarrier_arrive(barriers + self.stages + stage)
+                    cute.arch.mbarrier_arrive(ring.empty + stage)
                 self.multiply(accumulators, fragments, rows)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    parity = parity ^ 1
+                stage, parity = advance(ring, stage, parity)
             self.finish(accumulators)
-            first_n = column // 2 * 128 + 32 * warp + column % 2 * 16 + lane // 4
-            self.store(
-                accumulators,
-                (row * self.tile_m + lane % 4 * 2, first_n),
-                (split, split_k > 1),
-                scales,
-                out,
-            )
+            column = item.column // 2 * 128 + 32 * warp + item.column % 2 * 16 + lane // 4
+            row = item.row * self.tile_m + lane % 4 * 2
+            place = Place(row, column, item.split, work.split_k > 1)
+            self.store(accumulators, place, scales, result)
             index += grid
 
     def addresses(self, bases, warp, lane):
@@ -264,47 +224,46 @@ class SmallM(Persistent):
         """What is left to do to the sums: nothing."""
 
     @cute.jit
-    def store(self, accumulators, place, split, scales, out):
+    def store(self, accumulators, place: Place, scales: Scales, result: Result):
         """The epilogue: y is small here, so each element is stored by itself.
 
         Args:
             accumulators: Float32 (blocks, 4).
-            place: (first row of x of the lane, its first row of the weight).
-            split: (this item's split, whether there are partial sums to leave in scratch).
-            scales: (x_scale, stride, w_scale, stride, bias, bias_dtype).
-            out: (y, scratch, m, n, out_dtype).
+            place: which these are.
+            scales: what is applied to them.
+            result: where they go.
         """
-        first_row, first_column = place
-        which, partial = split
-        x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
-        y, scratch, m, n, out_dtype = out
+        m, n, out_dtype = result.m, result.n, result.out_dtype
         # Parts are stored to the end of their padded rows, which `Reduce` reads whole.
         columns = n
-        if partial:
+        if place.partial:
             columns = cute.round_up(n, 4)
         for half in cutlass.range_constexpr(2):
-            column = first_column + 8 * half
+            column = place.column + 8 * half
             if column < columns:
                 w_value = Float32(1.0)
                 added = Float32(0.0)
-                if not partial:
-                    w_value = ops.load_global(w_scale, column * w_stride)
-                    added = ops.load_bias(bias, bias_dtype, column)
+                if not place.partial:
+                    w_value = ops.load_global(scales.w, column * scales.w_stride)
+                    added = ops.load_bias(scales.bias, scales.bias_dtype, column)
                 for j in cutlass.range_constexpr(self.blocks):
                     for e in cutlass.range_constexpr(2):
-                        row = first_row + 8 * j + e
+                        row = place.row + 8 * j + e
                         value = accumulators[j, 2 * half + e]
                         if row < m:
-                            if partial:
-                                element = (Int64(which) * m + row) * columns + column
-                                ops.store_output(scratch.toint() + element * 4, value, Int32(0))
+                            if place.partial:
+                                element = (Int64(place.split) * m + row) * columns + column
+                                ops.store_output(
+                                    result.scratch.toint() + element * 4, value, Int32(0)
+                                )
                             else:
                                 alpha = w_value
-                                if x_stride >= 0:
-                                    alpha = ops.load_global(x_scale, row * x_stride) * w_value
+                                if scales.x_stride >= 0:
+                                    x_value = ops.load_global(scales.x, row * scales.x_stride)
+                                    alpha = x_value * w_value
                                 width = Int64(4)
                                 if out_dtype != 0:
                                     width = Int64(2)
-                                address = y.toint() + (Int64(row) * n + column) * width
+                                address = result.y.toint() + (Int64(row) * n + column) * width
                                 value = fma_to(alpha, value, added, out_dtype)
                                 ops.store_output(address, value, out_dtype)

@@ -7,10 +7,11 @@ hold anything before and no sum's order depends on timing.
 """
 
 import cutlass
-from cuda.bindings import driver as cuda
 from cutlass import Float32, Int32, Int64, cute
 
+from jax_nvfp4.kernels.gemm.arguments import HostCall
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
+from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Scales, result_of, scales_of
 from jax_nvfp4.kernels.ptx import fma_to
 
 _THREADS = 256
@@ -20,21 +21,19 @@ class Reduce:
     """One thread for each 4 columns of a row."""
 
     @cute.jit
-    def launch(self, scales, out, split_k: Int32, stream: cuda.CUstream):
-        """Launches; `scales` and `out` as for the GEMM."""
-        _, _, m, n, _ = out
-        groups = m * cute.ceil_div(n, 4)
-        self.kernel(scales, out, split_k).launch(
+    def launch(self, call: HostCall):
+        """Launches, after the GEMM of the same call."""
+        groups = call.problem.m * cute.ceil_div(call.problem.n, 4)
+        self.kernel(scales_of(call), result_of(call), call.split_k).launch(
             grid=(cutlass.max(cute.ceil_div(groups, _THREADS), 1), 1, 1),
             block=(_THREADS, 1, 1),
-            stream=stream,
+            stream=call.stream,
         )
 
     @cute.kernel
-    def kernel(self, scales, out, split_k: Int32):
+    def kernel(self, scales: Scales, result: Result, split_k: Int32):
         """y = round_once(alpha * (part 0 + part 1 + ...) + bias)."""
-        x_scale, x_stride, w_scale, w_stride, bias, bias_dtype = scales
-        y, scratch, m, n, out_dtype = out
+        m, n, out_dtype = result.m, result.n, result.out_dtype
         groups = cute.ceil_div(n, 4)
         index = cute.arch.block_idx()[0] * _THREADS + cute.arch.thread_idx()[0]
         if index < m * groups:
@@ -42,7 +41,7 @@ class Reduce:
             column = (index - row * groups) * 4
             total = cute.make_rmem_tensor((4,), Float32)
             total.fill(0.0)
-            start = scratch.toint() + (Int64(row) * groups * 4 + column) * 4
+            start = result.scratch.toint() + (Int64(row) * groups * 4 + column) * 4
             for _ in cutlass.range(split_k, unroll=4):
                 part = cute.make_rmem_tensor((4,), Float32)
                 source = ops.global_address(start, Float32, 16)
@@ -51,15 +50,15 @@ class Reduce:
                     total[e] = total[e] + part[e]
                 start += Int64(m) * groups * 16
             alpha = Float32(1.0)
-            if x_stride >= 0:
-                alpha = ops.load_global(x_scale, row * x_stride)
+            if scales.x_stride >= 0:
+                alpha = ops.load_global(scales.x, row * scales.x_stride)
             width = Int64(4)
             if out_dtype != 0:
                 width = Int64(2)
-            target = y.toint() + (Int64(row) * n + column) * width
+            target = result.y.toint() + (Int64(row) * n + column) * width
             for e in cutlass.range_constexpr(4):
                 if column + e < n:
-                    w_value = ops.load_global(w_scale, (column + e) * w_stride)
-                    added = ops.load_bias(bias, bias_dtype, column + e)
+                    w_value = ops.load_global(scales.w, (column + e) * scales.w_stride)
+                    added = ops.load_bias(scales.bias, scales.bias_dtype, column + e)
                     value = fma_to(alpha * w_value, total[e], added, out_dtype)
                     ops.store_output(target + e * width, value, out_dtype)

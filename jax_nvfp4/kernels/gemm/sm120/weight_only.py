@@ -19,6 +19,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Uint16, cute
 
 from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.kernels.gemm.arguments import Operands
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, scales_tma
 from jax_nvfp4.kernels.gemm.sm120.small_m import (
@@ -47,17 +48,16 @@ class WeightOnly(SmallM):
         rows = Load((16, 64, 4), (64, 1, 16 * 64), Uint16, ROW_BYTES)
         return rows, WEIGHT, WEIGHT_SCALES
 
-    def maps(self, operands, m, n, k_blocks):
+    def maps(self, operands: Operands, m, n, k_blocks):
         """(copy atom, coordinate tensor) for each of `loads`."""
-        x, _, w, sfw = operands
         row_tiles = cutlass.max(cute.ceil_div(n, 128), 1)
         rows, _, w_scales = self.loads
         shape = (cutlass.max(m, 1), 64, k_blocks)
         stride = (cute.assume(k_blocks * 64, divby=64), 1, 64)
         return (
-            rows.tma(x, shape, stride),
-            weight_tma(w, row_tiles, cute.assume(k_blocks * 32, divby=32)),
-            scales_tma(w_scales, sfw, row_tiles, k_blocks),
+            rows.tma(operands.x, shape, stride),
+            weight_tma(operands.w, row_tiles, cute.assume(k_blocks * 32, divby=32)),
+            scales_tma(w_scales, operands.sfw, row_tiles, k_blocks),
         )
 
     def coordinates(self, row, column, k_tile):
