@@ -5,11 +5,11 @@ They hold what no loop of a kernel changes. Sizes and indices are Int32.
 """
 
 import dataclasses
-from typing import Any
 
 from cutlass import Float32, Int32, Uint32, cute
 
 from jax_nvfp4.kernels.gemm.arguments import Activation, Groups, Output, Problem
+from jax_nvfp4.kernels.gemm.ring import Ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +108,13 @@ class TileQueue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """The stages in shared memory between the producer and the consumers.
+class QueuedRing(Ring):
+    """The stages: x of all, then codes, then scales; and the tiles that they are of.
 
     Attributes:
-        buffers: x of all stages, then codes, then scales.
-        full: an mbarrier for each stage: its copies have come.
-        empty: an mbarrier for each stage: its consumers have read it.
-        stages: how many are in use; known at compile time or not.
-        queue: of a grouped call.
+        queue: of a grouped call, or None.
     """
 
-    buffers: cute.Pointer
-    full: cute.Pointer
-    empty: cute.Pointer
-    stages: Any
     queue: TileQueue | None
 
 

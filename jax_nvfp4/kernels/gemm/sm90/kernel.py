@@ -54,6 +54,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from jax_nvfp4.config import GemmConfig, configs
 from jax_nvfp4.kernels.gemm.arguments import HostCall
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
+from jax_nvfp4.kernels.gemm.ring import advance
 from jax_nvfp4.kernels.gemm.sm90 import groups
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm90.arguments import (
@@ -62,7 +63,7 @@ from jax_nvfp4.kernels.gemm.sm90.arguments import (
     Lane,
     OutputTile,
     Place,
-    Ring,
+    QueuedRing,
     Tile,
     TileQueue,
     Weight,
@@ -289,7 +290,7 @@ class GemmSm90(Epilogue):
         k_count = k_tiles * (rank + 1) // split - k_begin
         return Work(first, step, m_tiles, tiles, k_tiles, k_begin, k_count, rank, split)
 
-    def _shared_memory(self, stages, split) -> tuple[Ring, Exchange]:
+    def _shared_memory(self, stages, split) -> tuple[QueuedRing, Exchange]:
         """Divides a CTA's shared memory: buffers, other CTAs' sums, mbarriers."""
         smem = cutlass.utils.SmemAllocator()
         buffers = smem.allocate(self.stages * self.stage_bytes, byte_alignment=1024)
@@ -303,10 +304,12 @@ class GemmSm90(Epilogue):
             tiles = smem.allocate_array(Int32, 4 * groups.QUEUE_SLOTS, byte_alignment=16)
             sent = smem.allocate_array(cutlass.Int64, 2 * groups.QUEUE_SLOTS)
             queue = TileQueue(tiles, sent, sent + groups.QUEUE_SLOTS)
-        return Ring(buffers, full, empty, stages, queue), Exchange(received_sums, ready, ready + 1)
+        return QueuedRing(buffers, full, empty, stages, queue), Exchange(
+            received_sums, ready, ready + 1
+        )
 
     @cute.jit
-    def _set_up_barriers(self, ring: Ring, exchange: Exchange, split: cutlass.Constexpr[int]):
+    def _set_up_barriers(self, ring: QueuedRing, exchange: Exchange, split: cutlass.Constexpr[int]):
         """One thread initializes the mbarriers, before any other uses them."""
         if cute.arch.thread_idx()[0] == 0:
             for stage in cutlass.range_constexpr(self.stages):
@@ -362,7 +365,7 @@ class GemmSm90(Epilogue):
         return self._code_offset() + self.stages * self.tile_blocks * CODE_BYTES
 
     @cute.jit
-    def _produce(self, x_copy, ring: Ring, call: Call):
+    def _produce(self, x_copy, ring: QueuedRing, call: Call):
         """The producer warp: fills the ring."""
         work, problem = call.work, call.problem
         x_to, x_from = self._x_partition(x_copy, None)
@@ -385,7 +388,7 @@ class GemmSm90(Epilogue):
             stage, phase = self._load_tile(tile, copies, ring, call, stage, phase)
 
     @cute.jit
-    def _produce_groups(self, x_copy, ring: Ring, call: Call):
+    def _produce_groups(self, x_copy, ring: QueuedRing, call: Call):
         """The producer warp where rows are in groups: finds tiles, and fills the ring."""
         work, problem = call.work, call.problem
         base = ops.shared_address(ring.buffers)
@@ -437,7 +440,7 @@ class GemmSm90(Epilogue):
         return self._row_tiles(problem.n) - 1
 
     @cute.jit
-    def _load_tile(self, tile: Tile, copies, ring: Ring, call: Call, stage, phase):
+    def _load_tile(self, tile: Tile, copies, ring: QueuedRing, call: Call, stage, phase):
         """Loads all stages of a tile; returns the ring's state."""
         (tma_atom, x_from, x_to), base, last_row, policy = copies
         work, weight = call.work, call.weight
@@ -472,10 +475,7 @@ class GemmSm90(Epilogue):
                 x_to[None, stage],
                 tma_bar_ptr=ring.full + stage,
             )
-            stage += 1
-            if stage == ring.stages:
-                stage = Int32(0)
-                phase ^= 1
+            stage, phase = advance(ring, stage, phase)
         return stage, phase
 
     def _stage_count(self, tile: Tile, k_count):
@@ -512,7 +512,7 @@ class GemmSm90(Epilogue):
         return (at + Int64(k_tile)) * 2 + Int64(block % 2)
 
     @cute.jit
-    def _consume(self, x_smem, ring: Ring, exchange: Exchange, call: Call):
+    def _consume(self, x_smem, ring: QueuedRing, exchange: Exchange, call: Call):
         """A consumer warpgroup: works through tiles."""
         work, problem = call.work, call.problem
         thread = cute.arch.thread_idx()[0]
@@ -592,7 +592,7 @@ class GemmSm90(Epilogue):
         return stage, phase
 
     @cute.jit
-    def _multiply(self, mma, ring: Ring, lane: Lane, k_count, stage, phase):
+    def _multiply(self, mma, ring: QueuedRing, lane: Lane, k_count, stage, phase):
         """Adds a tile's products to the sums; returns the ring's state."""
         tiled_mma, sums, x_fragments = mma
         thread = lane.thread
