@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jax_nvfp4.config import Gate, GemmConfig, GemmProblem, QuantizeConfig, scratch_bytes
 from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.config.quantize import quantize_scratch_bytes
+from jax_nvfp4.integers import ceil_div, round_up
 from jax_nvfp4.layout import swizzle
 
 _ABSENT_NOTE = "_no_extension.txt"
@@ -93,10 +94,6 @@ def reason(arch: str) -> str:
     return f"kernels are built in for {', '.join(arches())}, and not for {arch}"
 
 
-def _padded(k: int, multiple: int) -> int:
-    return -(-k // multiple) * multiple
-
-
 def _empty(dtype: DTypeLike) -> np.ndarray:
     """The operand or result that stands for one that is not there."""
     return np.zeros((0,), dtype)
@@ -150,13 +147,13 @@ def _quantize_results(
     """The results and the scratch memory of a quantize kernel for an x of a shape."""
     m, k = shape
     if out_format == OutFormat.LINEAR:
-        data = jax.ShapeDtypeStruct((m, _padded(k, 16) // 2), jnp.uint8)
-        block_scale = jax.ShapeDtypeStruct((m, -(-k // 16)), jnp.float8_e4m3fn)
+        data = jax.ShapeDtypeStruct((m, round_up(k, 16) // 2), jnp.uint8)
+        block_scale = jax.ShapeDtypeStruct((m, ceil_div(k, 16)), jnp.float8_e4m3fn)
     elif out_format == OutFormat.OPERAND:
-        data = jax.ShapeDtypeStruct((m, _padded(k, 64) // 2), jnp.uint8)
-        block_scale = jax.ShapeDtypeStruct(swizzle.swizzled_shape(m, -(-k // 16)), jnp.uint8)
+        data = jax.ShapeDtypeStruct((m, round_up(k, 64) // 2), jnp.uint8)
+        block_scale = jax.ShapeDtypeStruct(swizzle.swizzled_shape(m, ceil_div(k, 16)), jnp.uint8)
     else:
-        data = jax.ShapeDtypeStruct((m, _padded(k, 64)), jnp.bfloat16)
+        data = jax.ShapeDtypeStruct((m, round_up(k, 64)), jnp.bfloat16)
         block_scale = jax.ShapeDtypeStruct((0,), jnp.uint8)
     per_row = Scaling(scaling).per_row
     return (
@@ -291,7 +288,7 @@ def linear_call(
     m, k = x.shape
     out_format = OutFormat.for_gemm(gemm_config.x_dtype)
     operand = _quantize_results(x.shape, quantize_config, scaling, out_format, num_sms)
-    y, scratch = _gemm_results(m, n, _padded(k, 64), gemm_config, split_k, out_dtype, num_sms)
+    y, scratch = _gemm_results(m, n, round_up(k, 64), gemm_config, split_k, out_dtype, num_sms)
     results = jax.ffi.ffi_call("jax_nvfp4_linear", (y, *operand, scratch))(
         x,
         _empty(np.float32) if scale_or_amax is None else scale_or_amax,

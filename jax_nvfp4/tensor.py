@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jax_nvfp4 import numerics
+from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.layout.orders import order
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -433,7 +434,7 @@ def _deinterleave(arch: str, global_scale: jax.Array, n: int) -> jax.Array:
 
 
 def _blocks(k: int) -> int:
-    return -(-k // numerics.BLOCK)
+    return ceil_div(k, numerics.BLOCK)
 
 
 def _serialization(cls: type[Any]) -> None:

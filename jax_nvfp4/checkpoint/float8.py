@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from jax_nvfp4.integers import ceil_div
+
 FP8, PER_CHANNEL, PER_BLOCK, MXFP8 = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"
 SCALES = ("weight_scale", "weight_scale_inv")
 MX_BLOCK = 32
@@ -64,14 +66,14 @@ def algorithm(weight: Stored, scale: Stored) -> str | None:
     *lead, n, k = weight.shape
     stacked = tuple(lead)
     if scale.dtype in (np.uint8, _E8M0):
-        return MXFP8 if scale.shape == (*stacked, n, -(-k // MX_BLOCK)) else None
+        return MXFP8 if scale.shape == (*stacked, n, ceil_div(k, MX_BLOCK)) else None
     if scale.dtype not in _WIDE:
         return None
     if math.prod(scale.shape) == 1 or scale.shape in (stacked, (*stacked, 1), (*stacked, 1, 1)):
         return FP8
     if scale.shape in ((*stacked, n), (*stacked, n, 1)):
         return PER_CHANNEL
-    tiles = (-(-n // _TILE), -(-k // _TILE))
+    tiles = (ceil_div(n, _TILE), ceil_div(k, _TILE))
     if scale.shape in ((*stacked, *tiles), (tiles[0], 1, tiles[1], 1)):
         return PER_BLOCK
     return None
@@ -97,7 +99,7 @@ def dequantize(
         scale = np.ldexp(np.float32(1), scale.view(np.uint8).astype(np.int32) - 127)
     tiles = {FP8: (n, k), PER_CHANNEL: (1, k), PER_BLOCK: (_TILE, _TILE), MXFP8: (1, MX_BLOCK)}
     tall, wide = (max(size, 1) for size in tiles[name])
-    rows, columns = -(-n // tall), -(-k // wide)
+    rows, columns = ceil_div(n, tall), ceil_div(k, wide)
     # One scale of a stack of experts may be for all of them.
     scales = scale.astype(np.float32).reshape(-1, max(rows, 1), max(columns, 1))
     scales = np.broadcast_to(scales, (len(matrices), *scales.shape[1:]))

@@ -5,7 +5,7 @@ A problem says what is asked (`GemmProblem`); a config says how one compiled ker
 (`GemmConfig`, `QuantizeConfig`). They are separate frozen types. In `gemm/` each architecture's
 module (`sm90`, `sm100`, `sm120`) lists its configs and a selection table, `RULES`, whose rows each
 carry their reason. A name that says nothing else is about GEMMs.
-This package imports nothing but the standard library and itself.
+This package imports nothing but the standard library, `integers` and itself.
 """
 
 from jax_nvfp4.config.arches import (

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_nvfp4.config import ARCHES
+from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.kernels import cubin
 from jax_nvfp4.kernels.variant import ABI, KernelVariant
 
@@ -296,7 +297,7 @@ def build(args: argparse.Namespace) -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     # Two shares of each arch even for few jobs: one arch can have more kernels than all the others.
-    shards = max(min(2, args.jobs), -(-args.jobs // len(args.arch)))
+    shards = max(min(2, args.jobs), ceil_div(args.jobs, len(args.arch)))
     waiting = [(arch, shard) for shard in range(shards) for arch in args.arch]
     running: list[tuple[subprocess.Popen, pathlib.Path]] = []
     done: list[tuple[int, pathlib.Path]] = []

@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_nvfp4.integers import round_up
+
 
 @dataclasses.dataclass(frozen=True)
 class Interleaving:
@@ -29,7 +31,7 @@ class Interleaving:
 
     def rows(self, n: int) -> int:
         """The rows of a gated weight of n rows once both halves are padded."""
-        return -(-(n // 2) // self.half_tile) * 2 * self.half_tile
+        return 2 * round_up(n // 2, self.half_tile)
 
     def interleave(self, rows: Any, axis: int) -> Any:
         """Puts rows [gate; up] into runs, each half padded with zeros.

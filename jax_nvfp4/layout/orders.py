@@ -19,6 +19,7 @@ from jax import lax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
 from jax_nvfp4.config.quantize import BLOCK
+from jax_nvfp4.integers import ceil_div, round_up
 from jax_nvfp4.layout import sm90, swizzle
 from jax_nvfp4.layout.gated import Interleaving
 
@@ -61,7 +62,7 @@ class Order:
 
     def padded_k(self, k: int) -> int:
         """The columns of x and of the weight as the GEMM counts them."""
-        return -(-k // self.k_multiple) * self.k_multiple
+        return round_up(k, self.k_multiple)
 
     def whole_tiles(self, n: int) -> bool:
         """No row is padding: then the rows of the data are the rows of the weight."""
@@ -70,7 +71,7 @@ class Order:
     def shapes(self, n: int, k: int, *, gated: bool = False) -> Shapes:
         """The shapes that `pack` gives to the codes and the scales of a weight (n, k)."""
         rows = self.gated.rows(n) if gated else n
-        codes, scales = self.matrix_shapes(rows, -(-k // BLOCK))
+        codes, scales = self.matrix_shapes(rows, ceil_div(k, BLOCK))
         return codes, (*scales, *self._marks(gated))
 
     def _marks(self, gated: bool) -> tuple[int, ...]:
@@ -116,7 +117,7 @@ class Order:
         rows = self.gated.rows(n) if gated else n
         unmarked = scale_bits.ndim - len(self._marks(gated))
         scale_bits = scale_bits.reshape(scale_bits.shape[:unmarked])
-        data, scale_bits = self.unpack_matrix(data, scale_bits, n=rows, blocks=-(-k // BLOCK))
+        data, scale_bits = self.unpack_matrix(data, scale_bits, n=rows, blocks=ceil_div(k, BLOCK))
         if gated:
             data, scale_bits = (self.gated.deinterleave(p, -2, n) for p in (data, scale_bits))
         return data, lax.bitcast_convert_type(scale_bits, jnp.float8_e4m3fn)
@@ -161,7 +162,7 @@ def _unpack_swizzled(
 
 
 def _swizzled_shapes(n: int, blocks: int) -> Shapes:
-    rows, columns = -(-n // swizzle.ROWS), -(-blocks * BLOCK // _SCALE_TILE)
+    rows, columns = ceil_div(n, swizzle.ROWS), ceil_div(blocks * BLOCK, _SCALE_TILE)
     return (rows * swizzle.ROWS, columns * _SCALE_TILE // 2), swizzle.swizzled_shape(n, blocks)
 
 

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nvfp4.config.quantize import BLOCK
+from jax_nvfp4.integers import round_up
 
 TILE_N = 128
 TILE_K = 128
@@ -90,8 +91,8 @@ def packed_shapes(n: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int]
     Returns:
         ((n_padded, k_padded / 2), (n_padded, k_padded / 16)), padded to whole tiles.
     """
-    rows = -(-n // TILE_N) * TILE_N
-    columns = -(-blocks * BLOCK // TILE_K) * TILE_K
+    rows = round_up(n, TILE_N)
+    columns = round_up(blocks * BLOCK, TILE_K)
     return (rows, columns // 2), (rows, columns // BLOCK)
 
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_nvfp4.integers import ceil_div
+
 ROWS = 128
 COLUMNS = 4
 
@@ -28,7 +30,7 @@ def _xp(array: Any) -> Any:
 
 def swizzled_shape(rows: int, columns: int) -> tuple[int, int, int]:
     """The shape of `rows` by `columns` scales once swizzled: row tiles, column tiles, 512."""
-    return -(-rows // ROWS), -(-columns // COLUMNS), ROWS * COLUMNS
+    return ceil_div(rows, ROWS), ceil_div(columns, COLUMNS), ROWS * COLUMNS
 
 
 def swizzle(scales: jax.Array | np.ndarray) -> Any:

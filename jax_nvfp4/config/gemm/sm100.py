@@ -16,6 +16,7 @@ from typing import Any
 
 from jax_nvfp4.config.gemm import sm120
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
+from jax_nvfp4.integers import ceil_div
 
 MAX_SPLIT_K = 8
 """CTAs that may split K: the largest cluster that every GPU is sure to schedule."""
@@ -80,7 +81,7 @@ CONFIGS = (*W4A4, *WEIGHT_ONLY)
 
 def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
     """Output tiles of a problem: one CTA's (swap) or one pair's."""
-    return -(-problem.m // config.tile_m) * -(-problem.n // config.tile_n)
+    return ceil_div(problem.m, config.tile_m) * ceil_div(problem.n, config.tile_n)
 
 
 def _split(tiles: int, k: int, num_sms: int) -> int:
@@ -91,7 +92,7 @@ def _split(tiles: int, k: int, num_sms: int) -> int:
     seven eighths of the chip (16 clusters of 8 on 148 multiprocessors).
     """
     split = 1
-    while split < MAX_SPLIT_K and -(-k // 256) >= 4 * split:
+    while split < MAX_SPLIT_K and ceil_div(k, 256) >= 4 * split:
         if 2 * split * tiles > (num_sms if split == 1 else num_sms * 7 // 8):
             break
         split *= 2
@@ -103,13 +104,13 @@ def _split_swap(config: GemmConfig) -> Callable[[GemmProblem, int], int]:
 
 
 def _split_invariant(problem: GemmProblem, num_sms: int) -> int:
-    return _split(-(-problem.n // SWAP_128.tile_n), problem.k, _REFERENCE_SMS)
+    return _split(ceil_div(problem.n, SWAP_128.tile_n), problem.k, _REFERENCE_SMS)
 
 
 def _split_weight_only(problem: GemmProblem, num_sms: int) -> int:
     """Splits of K that give each multiprocessor its two CTAs, with eight stages of K at least."""
     tiles = sm120.tiles(WEIGHT_ONLY[0], problem)
-    return max(1, min(MAX_SPLIT_K, 2 * num_sms // tiles, -(-problem.k // 256) // 8))
+    return max(1, min(MAX_SPLIT_K, 2 * num_sms // tiles, ceil_div(problem.k, 256) // 8))
 
 
 def _one(problem: GemmProblem, num_sms: int) -> int:
@@ -119,7 +120,7 @@ def _one(problem: GemmProblem, num_sms: int) -> int:
 def _clusters_pay_k96(problem: GemmProblem, num_sms: int) -> bool:
     """Whether clusters of two pairs are ahead, with 4 cycles for every 5 and 7/8 of the chip."""
     tiles, pairs = _tiles(TWO_CTA_256, problem), max(num_sms // 2, 1)
-    waves, waves_of_clusters = -(-tiles // pairs), -(-tiles // max(pairs * 7 // 16 * 2, 1))
+    waves, waves_of_clusters = ceil_div(tiles, pairs), ceil_div(tiles, max(pairs * 7 // 16 * 2, 1))
     return problem.m > 256 and problem.n > 256 and 4 * waves_of_clusters <= 5 * waves
 
 

@@ -15,6 +15,7 @@ the shared memory a queue of weight tiles in flight. Bound by memory.
 from collections.abc import Callable
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
+from jax_nvfp4.integers import ceil_div, round_up
 
 SHARED_BYTES = 99 * 1024
 """Shared memory a CTA can have on sm_120 (CUDA programming guide, compute capabilities)."""
@@ -76,14 +77,10 @@ WEIGHT_ONLY = tuple(
 CONFIGS = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def tiles(config: GemmConfig, problem: GemmProblem) -> int:
     """Output tiles of a problem; along n they come from the weight, which is padded to 128 rows."""
-    rows_n = _ceil_div(problem.n, 128) * 128
-    return _ceil_div(problem.m, config.tile_m) * _ceil_div(rows_n, config.tile_n)
+    rows_n = round_up(problem.n, 128)
+    return ceil_div(problem.m, config.tile_m) * ceil_div(rows_n, config.tile_n)
 
 
 def _fill(config: GemmConfig, want: int, min_k_tiles: int) -> Callable[[GemmProblem, int], int]:
@@ -91,7 +88,7 @@ def _fill(config: GemmConfig, want: int, min_k_tiles: int) -> Callable[[GemmProb
 
     def split_k(problem: GemmProblem, num_sms: int) -> int:
         work = max(1, tiles(config, problem))
-        depth = _ceil_div(problem.k, config.tile_k) // min_k_tiles
+        depth = ceil_div(problem.k, config.tile_k) // min_k_tiles
         return max(1, min(config.split_k, min(want, num_sms) // work, depth))
 
     return split_k
@@ -153,7 +150,7 @@ RULES += tuple(
 
 def partial_ld(n: int) -> int:
     """Row length, in float32, of the partial sums of a split: n rounded up to 16 bytes."""
-    return _ceil_div(n, 4) * 4
+    return round_up(n, 4)
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:

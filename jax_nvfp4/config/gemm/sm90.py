@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
+from jax_nvfp4.integers import ceil_div, round_up
 
 When = Callable[[GemmProblem, int], bool]
 Split = Callable[[GemmProblem, int], int]
@@ -131,10 +132,10 @@ CONFIGS: tuple[GemmConfig, ...] = (
 
 def _tiles(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
     """Tiles of a problem, at most; weights are padded to 128 rows."""
-    rows = -(-problem.n // 128) * 128
+    rows = round_up(problem.n, 128)
     groups = min(problem.m, max(problem.groups, 1))
     # Each group may have a tile that is not full.
-    return (groups + (problem.m - groups) // tile_m) * -(-rows // tile_n)
+    return (groups + (problem.m - groups) // tile_m) * ceil_div(rows, tile_n)
 
 
 def _split_to_fill(tile_m: int, tile_n: int, most: int) -> Split:
@@ -161,8 +162,8 @@ def _wide_wins(problem: GemmProblem, num_sms: int) -> bool:
 
     A wide one takes 1.8 times a narrow one's; waves of CTAs are counted in whole.
     """
-    narrow = -(-_tiles(problem, 128, 128) // num_sms)
-    wide = -(-_tiles(problem, 128, 256) // num_sms)
+    narrow = ceil_div(_tiles(problem, 128, 128), num_sms)
+    wide = ceil_div(_tiles(problem, 128, 256), num_sms)
     return 1.8 * wide < narrow
 
 
@@ -170,7 +171,7 @@ def _many(waves: int) -> When:
     """Whether tiles of 64 rows are more than so many for each multiprocessor, or many and short."""
 
     def many(problem: GemmProblem, num_sms: int) -> bool:
-        tiles = -(-problem.n // 128) * 2 * max(1, min(problem.m, problem.groups))
+        tiles = ceil_div(problem.n, 128) * 2 * max(1, min(problem.m, problem.groups))
         return tiles > waves * num_sms or (tiles > 2 * num_sms and problem.k <= 2048)
 
     return many

@@ -9,6 +9,7 @@ from jax.interpreters import ad
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.ops import primitive
 from jax_nvfp4.ops.quantize import scale, sharding
 from jax_nvfp4.ops.quantize.cuda import cuda
@@ -40,7 +41,7 @@ def quantize(
 
 def _abstract(x: Any, scale_or_amax: Any | None = None, *, scaling: Scaling) -> list[Any]:
     *rows, k = x.shape
-    blocks = -(-k // numerics.BLOCK)
+    blocks = ceil_div(k, numerics.BLOCK)
     if scale_or_amax is not None:
         scale_shape = scale_or_amax.shape
     else:

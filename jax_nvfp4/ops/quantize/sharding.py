@@ -8,6 +8,7 @@ import jax
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.ops.quantize import scale
 from jax_nvfp4.ops.sharding import partition
 from jax_nvfp4.ops.sharding.typed import Placement, entries
@@ -16,7 +17,7 @@ from jax_nvfp4.ops.sharding.typed import Placement, entries
 def factors(x: Any, scale_or_amax: Any | None = None, *, scaling: Scaling) -> partition.Factors:
     """Divides rows, and columns where shards hold whole blocks."""
     rows, k = partition.leading(x), x.shape[-1]
-    blocks = -(-k // numerics.BLOCK)
+    blocks = ceil_div(k, numerics.BLOCK)
     operands = () if scale_or_amax is None else (scale_or_amax,)
     per_row = scale_or_amax.shape if scale_or_amax is not None else scaling == Scaling.TOKEN
     of_scale = rows if per_row else ()

@@ -14,6 +14,7 @@ from jax import lax
 
 from jax_nvfp4 import numerics
 from jax_nvfp4.config.enums import Scaling
+from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.ops import primitive
 from jax_nvfp4.ops.linear import reference as dense
 from jax_nvfp4.ops.linear.spec import LinearSpec
@@ -23,7 +24,7 @@ from jax_nvfp4.ops.ragged_linear.spec import Operands, RaggedSpec, Ranges, range
 
 def _tile_rows(m: int, groups: int) -> int:
     """Rows of a tile: about those of a group, for what a tile has more is computed for nothing."""
-    return min(128, max(8, 1 << (-(-m // groups) - 1).bit_length()))
+    return min(128, max(8, 1 << (ceil_div(m, groups) - 1).bit_length()))
 
 
 def over_tiles(

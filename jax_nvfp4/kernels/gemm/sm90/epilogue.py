@@ -10,6 +10,8 @@ import cutlass
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.integers import ceil_div
+from jax_nvfp4.kernels.gemm.ring import Ring
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm90.arguments import (
     Call,
@@ -17,7 +19,6 @@ from jax_nvfp4.kernels.gemm.sm90.arguments import (
     Lane,
     OutputTile,
     Place,
-    Ring,
     Rows,
     Tile,
     Work,
@@ -52,7 +53,7 @@ class Epilogue:
         self.blocks = config.tile_n // BLOCK_N // self.row_groups
         self.consumers = config.warpgroups * WARPGROUP
         self.octets = config.tile_m // 8
-        self.group_octets = -(-self.octets // self.k_groups)
+        self.group_octets = ceil_div(self.octets, self.k_groups)
         self.separate_exchange = False
         self.gated = config.epilogue == "gated"
 
@@ -62,7 +63,7 @@ class Epilogue:
 
     def _cta_octets(self, split: int) -> int:
         """How many of a group's octets one CTA of a cluster adds up, at most."""
-        return -(-self.group_octets // split)
+        return ceil_div(self.group_octets, split)
 
     def _groups_bytes(self) -> int:
         """Shared memory for the sums that groups hand to one another."""
