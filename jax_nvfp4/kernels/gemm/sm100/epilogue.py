@@ -6,11 +6,20 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint16, Uint32
 from cutlass.cute.nvgpu import cpasync
 
+from jax_nvfp4.kernels.gemm.sm100.arguments import (
+    Call,
+    Chunk,
+    Cta,
+    Exchange,
+    Feature,
+    Handover,
+)
 from jax_nvfp4.kernels.gemm.sm100.ptx import (
     CHUNK,
     CLUSTER,
     ROWS,
     Shape,
+    Tiles,
     arrive_relaxed,
     coordinates,
     first_tile,
@@ -86,24 +95,10 @@ class PairEpilogue(Epilogue):
     """Where x is A: a thread has a row of y, whose columns follow each other in its registers."""
 
     @cute.jit
-    def run(
-        self,
-        pointers,
-        args,
-        tma_y,
-        gmem_y,
-        use_tma,
-        storage,
-        tmem,
-        barriers,
-        rank,
-        tiles,
-    ):
+    def run(self, call: Call, storage, handover: Handover, rank, tiles: Tiles):
         """Runs the epilogue warps over the CTA's tiles."""
         s = self.shape
-        x_scale, w_scale, bias, y = pointers
-        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
-        acc_full, acc_empty = barriers
+        output, problem = call.output, call.problem
         thread = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(thread // 32)
         leader = rank // 2 * 2
@@ -118,16 +113,20 @@ class PairEpilogue(Epilogue):
             vectors = count % 2 * (2 * s.columns)
             for i in cutlass.range_constexpr(s.columns // 128):
                 col = thread + i * 128
-                scale = self.read_scale(w_scale, w_scale_stride, col0 + col, n)
+                scale = self.read_scale(
+                    output.w_scale, problem.w_scale_stride, col0 + col, problem.n
+                )
                 self.write_column(storage, vectors + col, scale)
-                col_bias = self.read_bias(bias, bias_dtype, col0 + col, n)
+                col_bias = self.read_bias(output.bias, problem.bias_dtype, col0 + col, problem.n)
                 self.write_column(storage, vectors + s.columns + col, col_bias)
-            row_scale = self.read_scale(x_scale, x_scale_stride, row0 + thread, m)
+            row_scale = self.read_scale(
+                output.x_scale, problem.x_scale_stride, row0 + thread, problem.m
+            )
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
 
             buffer = count % 2
             barrier = count % s.acc_barriers
-            cute.arch.mbarrier_wait(acc_full + barrier, count // s.acc_barriers % 2)
+            cute.arch.mbarrier_wait(handover.full + barrier, count // s.acc_barriers % 2)
             tcgen05_fence_after()
             groups = s.columns // 64
             for i in cutlass.range(groups, unroll=1):
@@ -136,23 +135,24 @@ class PairEpilogue(Epilogue):
                     # The columns that the next tile overwrites first: the last ones of the first
                     # accumulator, the first ones of the second.
                     group = i if buffer == 1 else groups - 1 - i
-                acc = self.accumulators(tmem, buffer * s.acc_stride + group * 64, 2 * CHUNK)
+                acc = self.accumulators(
+                    handover.tmem, buffer * s.acc_stride + group * 64, 2 * CHUNK
+                )
                 halves = [
                     cute.make_tensor(acc.iterator + half * CHUNK, cute.make_layout(CHUNK))
                     for half in range(2)
                 ]
                 if i == (0 if s.overlapped else groups - 1):
-                    self.release(acc_empty + barrier, leader)
+                    self.release(handover.empty + barrier, leader)
                 for half in cutlass.range_constexpr(2):
                     col = vectors + group * 64 + half * CHUNK
                     self.finish(
                         halves[half], row_scale, self._column_values(storage, col),
-                        self._column_values(storage, col + s.columns), out_dtype,
+                        self._column_values(storage, col + s.columns), problem.out_dtype,
                     )  # fmt: skip
                 used = self.store_group(
-                    halves, buffers, used, (tma_y, gmem_y, use_tma, y),
-                    (m, n, out_dtype), row0 + warp * 32, col0 + group * 64,
-                )  # fmt: skip
+                    halves, buffers, used, call, row0 + warp * 32, col0 + group * 64
+                )
             index = next_tile(tiles, count)
             count += 1
         cute.arch.cp_async_bulk_wait_group(0)
@@ -163,15 +163,15 @@ class PairEpilogue(Epilogue):
             acc[j] = fma_to(row_scale * col_scale[j], acc[j], col_bias[j], out_dtype)
 
     @cute.jit
-    def store_group(self, halves, buffers, used, target, args, row, col):
+    def store_group(self, halves, buffers, used, call: Call, row, col):
         """Stores 32 rows by 64 columns through shared memory, in boxes of 32 rows of 128 bytes."""
-        m, n, out_dtype = args
+        n, out_dtype = call.problem.n, call.problem.out_dtype
         if out_dtype == 0:
             for half in cutlass.range_constexpr(2):
                 buffer = self.staging_buffer(buffers, used)
                 values = cute.recast_tensor(halves[half], Uint32)
                 self.stage_words(buffer, values, 0)
-                self.store_box(buffer, target, m, 2 * n, row, 2 * (col + half * CHUNK))
+                self.store_box(buffer, call, 2 * n, row, 2 * (col + half * CHUNK))
                 used += 1
         else:
             buffer = self.staging_buffer(buffers, used)
@@ -183,7 +183,7 @@ class PairEpilogue(Epilogue):
                         rounded.store(halves[half].load().to(kind))
                         cute.autovec_copy(cute.recast_tensor(rounded, Uint32), words)
                 self.stage_words(buffer, words, half * 4)
-            self.store_box(buffer, target, m, n, row, col)
+            self.store_box(buffer, call, n, row, col)
             used += 1
         return used
 
@@ -204,13 +204,12 @@ class PairEpilogue(Epilogue):
             cute.autovec_copy(source, cute.make_tensor(pointer, cute.make_layout(4)))
 
     @cute.jit
-    def store_box(self, buffer, target, m, width, row, col):
+    def store_box(self, buffer, call: Call, width, row, col):
         """Stores a staged box at (row, col), in 16-bit words of y's rows of `width` words.
 
         By TMA where rows of y are 16-byte aligned, else word by word. Both clip at y's edges.
         """
-        tma_y, gmem_y, use_tma, y = target
-        if use_tma != 0:
+        if call.use_tma != 0:
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
             layout = cute.make_layout((32, 64), stride=(64, 1))
@@ -219,20 +218,20 @@ class PairEpilogue(Epilogue):
                 layout,
             )
             source, boxes = cpasync.tma_partition(
-                tma_y,
+                call.store.atom,
                 0,
                 cute.make_layout(1),
                 cute.group_modes(words, 0, 2),
-                cute.group_modes(cute.local_tile(gmem_y, (32, 64), (None, None)), 0, 2),
+                cute.group_modes(cute.local_tile(call.store.tensor, (32, 64), (None, None)), 0, 2),
             )
             # Unlike loads, stores and prefetches are issued by each thread that reaches them.
             with cute.arch.elect_one():
-                cute.copy(tma_y, source, boxes[None, row // 32, col // 64])
+                cute.copy(call.store.atom, source, boxes[None, row // 32, col // 64])
         else:
             cute.arch.sync_warp()
             lane = cute.arch.lane_idx()
-            out = cute.recast_ptr(y, dtype=Uint16)
-            for r in cutlass.range(cutlass.min(m - row, 32), unroll=1):
+            out = cute.recast_ptr(call.output.y, dtype=Uint16)
+            for r in cutlass.range(cutlass.min(call.problem.m - row, 32), unroll=1):
                 for part in cutlass.range_constexpr(2):
                     c = lane + 32 * part
                     if col + c < width:
@@ -254,73 +253,83 @@ class SwapEpilogue(Epilogue):
         self.red_buffers = red_buffers
 
     @cute.jit
-    def run(self, pointers, args, storage, tmem, barriers, rank, split, has_k, tiles):
+    def run(
+        self, call: Call, storage, handover: Handover, exchange: Exchange, cta: Cta, tiles: Tiles
+    ):
         """Runs the epilogue warps over the CTA's tiles."""
         s = self.shape
-        x_scale, w_scale, bias, y = pointers
-        m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype = args
-        acc_full, acc_empty, red_full, red_empty = barriers
+        output, problem = call.output, call.problem
+        has_k = cta.k_end > cta.k_begin
         thread = cute.arch.thread_idx()[0]
         chunks = s.columns // CHUNK
         count = Int32(0)
         index = first_tile()
         while index < tiles.count:
             tile_a, tile_b = coordinates(tiles, index)
-            feature = tile_a * ROWS + thread
+            row = tile_a * ROWS + thread
             token0 = tile_b * s.columns
             vectors = count % 2 * s.columns
             if thread < s.columns:
-                token_scale = self.read_scale(x_scale, x_scale_stride, token0 + thread, m)
+                token_scale = self.read_scale(
+                    output.x_scale, problem.x_scale_stride, token0 + thread, problem.m
+                )
                 self.write_column(storage, vectors + thread, token_scale)
-            row_scale = self.read_scale(w_scale, w_scale_stride, feature, n)
-            row_bias = self.read_bias(bias, bias_dtype, feature, n)
+            feature = Feature(
+                row,
+                self.read_scale(output.w_scale, problem.w_scale_stride, row, problem.n),
+                self.read_bias(output.bias, problem.bias_dtype, row, problem.n),
+            )
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
 
             buffer = count % 2
-            cute.arch.mbarrier_wait(acc_full + buffer, count // 2 % 2)
+            cute.arch.mbarrier_wait(handover.full + buffer, count // 2 % 2)
             tcgen05_fence_after()
             for i in cutlass.range(chunks, unroll=1):
                 acc = cute.make_rmem_tensor((CHUNK,), Float32)
                 acc.fill(0.0)
                 if has_k:  # else this CTA's share of K is empty, and nothing was accumulated
-                    loaded = self.accumulators(tmem, buffer * s.acc_stride + i * CHUNK, CHUNK)
-                    acc.store(loaded.load())
+                    column = buffer * s.acc_stride + i * CHUNK
+                    acc.store(self.accumulators(handover.tmem, column, CHUNK).load())
                 if i == chunks - 1:
-                    self.release(acc_empty + buffer, 0)
+                    self.release(handover.empty + buffer, 0)
                 token = token0 + i * CHUNK
                 scales = self._column_values(storage, vectors + i * CHUNK)
-                if split == 1:
-                    self.store_features(
-                        acc, scales, row_scale, row_bias, y, (m, n, out_dtype), token, feature
-                    )
+                if cta.split == 1:
+                    self.store_features(acc, scales, feature, call, token)
                 else:
-                    self.store_reduced(
-                        acc, storage, (red_full, red_empty), count * chunks + i,
-                        (rank, split, vectors + i * CHUNK), row_scale, row_bias, y,
-                        (m, n, out_dtype), token, feature,
-                    )  # fmt: skip
+                    chunk = Chunk(count * chunks + i, token, vectors + i * CHUNK)
+                    self.store_reduced(acc, storage, exchange, chunk, feature, call, cta)
             index = next_tile(tiles, count)
             count += 1
 
     @cute.jit
-    def store_features(self, acc, scales, row_scale, row_bias, y, args, token, feature):
+    def store_features(self, acc, scales, feature: Feature, call: Call, token):
         """Stores CHUNK tokens of one output feature; a warp writes 32 features of a token."""
-        m, n, out_dtype = args
-        tokens = m - token
-        if feature >= n:
+        n, out_dtype = call.problem.n, call.problem.out_dtype
+        tokens = call.problem.m - token
+        if feature.index >= n:
             tokens = Int32(0)
         for code, kind in enumerate(KINDS):
             if out_dtype == code:
-                out = cute.recast_ptr(y, dtype=kind) + (Int64(token) * n + feature)
+                out = cute.recast_ptr(call.output.y, dtype=kind) + (
+                    Int64(token) * n + feature.index
+                )
                 for j in cutlass.range_constexpr(CHUNK):
-                    value = fma_to(row_scale * scales[j], acc[j], row_bias, code)
+                    value = fma_to(feature.scale * scales[j], acc[j], feature.bias, code)
                     if j < tokens:
                         cell = cute.make_tensor(out + Int64(j) * n, cute.make_layout(1))
                         cell[0] = value.to(kind)
 
     @cute.jit
     def store_reduced(
-        self, acc, storage, barriers, number, part, row_scale, row_bias, y, args, token, feature
+        self,
+        acc,
+        storage,
+        exchange: Exchange,
+        chunk: Chunk,
+        feature: Feature,
+        call: Call,
+        cta: Cta,
     ):
         """Adds the partial sums of a cluster that splits K and stores this CTA's share of tokens.
 
@@ -328,27 +337,26 @@ class SwapEpilogue(Epilogue):
         into the owner's shared memory, one slot for each source; the owner adds the slots in the
         order of K, whatever the order of their arrival.
         """
-        m, n, out_dtype = args
-        red_full, red_empty = barriers
-        rank, split, vectors = part
+        m, n, out_dtype = call.problem.m, call.problem.n, call.problem.out_dtype
+        rank, split = cta.rank, cta.split
         thread = cute.arch.thread_idx()[0]
         lane = cute.arch.lane_idx()
         # One lane signals each CTA. The others' ranks are valid too: the compiler maps the address
         # before it branches.
         peer = cutlass.min(lane, split - 1)
-        buffer = number % self.red_buffers
-        phase = number // self.red_buffers % 2
+        buffer = chunk.number % self.red_buffers
+        phase = chunk.number // self.red_buffers % 2
         own = CHUNK // split
         slots = storage.reduce.data_ptr() + buffer * (CHUNK * ROWS)
-        wait_cluster(red_empty + buffer, phase ^ 1)
+        wait_cluster(exchange.empty + buffer, phase ^ 1)
         for j in cutlass.range_constexpr(CHUNK):
             owner = j // own
             slot = slots + ((rank * own + j % own) * ROWS + thread)
             store_remote(slot, owner, acc[j])
         cute.arch.sync_warp()
         if lane < split:
-            cute.arch.mbarrier_arrive(red_full + buffer, peer, scope=CLUSTER)
-        wait_cluster(red_full + buffer, phase)
+            cute.arch.mbarrier_arrive(exchange.full + buffer, peer, scope=CLUSTER)
+        wait_cluster(exchange.full + buffer, phase)
         for j in cutlass.range(own, unroll=1):
             total = Float32(0.0)
             for source in cutlass.range(split, unroll=1):
@@ -358,15 +366,15 @@ class SwapEpilogue(Epilogue):
                 total = total + cell[0]
             column = rank * own + j
             scale = cute.make_tensor(
-                storage.columns.data_ptr() + (vectors + column), cute.make_layout(1)
+                storage.columns.data_ptr() + (chunk.vectors + column), cute.make_layout(1)
             )[0]
-            value = fma_to(row_scale * scale, total, row_bias, out_dtype)
-            if token + column < m and feature < n:
-                at = Int64(token + column) * n + feature
+            value = fma_to(feature.scale * scale, total, feature.bias, out_dtype)
+            if chunk.token + column < m and feature.index < n:
+                at = Int64(chunk.token + column) * n + feature.index
                 for code, kind in enumerate(KINDS):
                     if out_dtype == code:
-                        out = cute.recast_ptr(y, dtype=kind) + at
+                        out = cute.recast_ptr(call.output.y, dtype=kind) + at
                         cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)
         cute.arch.sync_warp()
         if lane < split:
-            cute.arch.mbarrier_arrive(red_empty + buffer, peer, scope=CLUSTER)
+            cute.arch.mbarrier_arrive(exchange.empty + buffer, peer, scope=CLUSTER)

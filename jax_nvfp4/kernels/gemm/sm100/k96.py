@@ -25,6 +25,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import dsl_user_op
 
+from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm100.ptx import K_BLOCKS, ROWS, STAGE_BYTES_K, Shape
 
 STAGES = 3  # of a period
@@ -100,22 +101,22 @@ class MultiplyK96:
     one thread's. Behind an election for each instruction it puts a loop over the elected threads.
     """
 
-    def __init__(self, shape: Shape, stages: int):
+    def __init__(self, shape: Shape, tmem):
         self.shape = shape
-        self.stages = stages
+        self.tmem = tmem
         self.a_units = ROWS * STAGE_BYTES_K // UNIT  # of a stage
         self.b_units = shape.b_rows * STAGE_BYTES_K // UNIT
         self.tile_units = ROWS * 4 // UNIT  # of a scale tile
 
     @cute.jit
-    def run(self, tmem, acc, storage, full, empty, free_mask, mmas, begin):
+    def run(self, ring: Ring, acc, free_mask, mmas, begin):
         """Multiplies one tile into tensor memory from `acc` on.
 
         `begin` is the number of stages before the tile's first.
         """
         with cute.arch.elect_one():
-            stage = begin % self.stages
-            phase = begin // self.stages % 2
+            stage = begin % ring.stages
+            phase = begin // ring.stages % 2
             older = stage
             newest = stage
             accumulate = Int32(0)
@@ -124,37 +125,34 @@ class MultiplyK96:
                 for j in cutlass.range_constexpr(MMAS):
                     if j < left:
                         if cutlass.const_expr(j in NEEDS_STAGE):
-                            cute.arch.mbarrier_wait(full + stage, phase)
+                            cute.arch.mbarrier_wait(ring.full + stage, phase)
                             older = newest
                             newest = stage
-                            stage += 1
-                            if stage == self.stages:
-                                stage = Int32(0)
-                                phase = phase ^ 1
-                        self.copy_scales(tmem, storage, j, older, newest)
-                        self.multiply(tmem, acc, storage, j, older, newest, accumulate)
+                            stage, phase = advance(ring, stage, phase)
+                        self.copy_scales(ring.buffers, j, older, newest)
+                        self.multiply(acc, ring.buffers, j, older, newest, accumulate)
                         accumulate = Int32(1)
                         if cutlass.const_expr(j in CROSSES):
-                            tcgen05.commit(empty + older, free_mask, tcgen05.CtaGroup.TWO)
-                tcgen05.commit(empty + newest, free_mask, tcgen05.CtaGroup.TWO)
+                            tcgen05.commit(ring.empty + older, free_mask, tcgen05.CtaGroup.TWO)
+                tcgen05.commit(ring.empty + newest, free_mask, tcgen05.CtaGroup.TWO)
                 left -= MMAS
 
-    def copy_scales(self, tmem, storage, j, older, newest):
+    def copy_scales(self, storage, j, older, newest):
         """Copies the scale tiles that MMA `j` of a period is the first to need."""
         s = self.shape
         for tile in TILES.get(j, ()):
             stage = older if j == 2 and tile < K_BLOCKS else newest
             k_block, place = tile % K_BLOCKS, tile % 3
             at = (stage * K_BLOCKS + k_block) * self.tile_units + SCALES_LOW
-            column = tmem.toint() + (s.sfa_column + 4 * place)
+            column = self.tmem.toint() + (s.sfa_column + 4 * place)
             copy_scale_tile(column, start(storage.sfa) + at)
             for block in range(s.b_blocks):
                 of_stage = block * K_BLOCKS + k_block
                 at = (stage * (s.b_blocks * K_BLOCKS) + of_stage) * self.tile_units + SCALES_LOW
-                column = tmem.toint() + (s.sfb_column + 4 * (place * s.b_blocks + block))
+                column = self.tmem.toint() + (s.sfb_column + 4 * (place * s.b_blocks + block))
                 copy_scale_tile(column, start(storage.sfb) + at)
 
-    def multiply(self, tmem, acc, storage, j, older, newest, accumulate):
+    def multiply(self, acc, storage, j, older, newest, accumulate):
         """Issues MMA `j` of a period."""
         s = self.shape
         first = older if j in CROSSES else newest
@@ -169,7 +167,7 @@ class MultiplyK96:
             a + first * self.a_units + offset | (a + newest * self.a_units) << 16,
             b + first * self.b_units + offset | (b + newest * self.b_units) << 16,
             instruction(s, 2 * place),
-            tmem.toint() + (s.sfa_column + 4 * place + scale_id),
-            tmem.toint() + (s.sfb_column + 4 * place * s.b_blocks + scale_id),
+            self.tmem.toint() + (s.sfa_column + 4 * place + scale_id),
+            self.tmem.toint() + (s.sfb_column + 4 * place * s.b_blocks + scale_id),
             accumulate,
         )

@@ -32,8 +32,24 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from jax_nvfp4.config import GemmConfig, configs
-from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.arguments import HostCall, Operands, Output
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
+from jax_nvfp4.kernels.gemm.ring import Ring, advance
+from jax_nvfp4.kernels.gemm.sm100.arguments import (
+    Boxes,
+    Call,
+    Cta,
+    Exchange,
+    Grid,
+    Handover,
+    Load,
+    Loads,
+    Maps,
+    OperandsK64,
+    Slices,
+    TiledProblem,
+    Tma,
+)
 from jax_nvfp4.kernels.gemm.sm100.epilogue import PairEpilogue, SwapEpilogue
 from jax_nvfp4.kernels.gemm.sm100.k96 import MultiplyK96, counts
 from jax_nvfp4.kernels.gemm.sm100.ptx import (
@@ -53,6 +69,7 @@ from jax_nvfp4.kernels.gemm.sm100.ptx import (
     first_tile,
     init_answer_barriers,
     next_tile,
+    ranks,
     reduce_buffers,
     shape_of,
     tcgen05_fence_after,
@@ -79,7 +96,7 @@ class GemmSm100:
     # ------------------------------------------------------------------------------- host
 
     def _tma_load(self, tensor, box, swizzled, multicast):
-        """A TMA atom that loads boxes of `tensor` into shared memory laid out as the box is."""
+        """Loads of boxes of `tensor` into shared memory laid out as the box is."""
         op_type = (
             cpasync.CopyBulkTensorTileG2SMulticastOp
             if multicast
@@ -88,7 +105,7 @@ class GemmSm100:
         layout = cute.make_ordered_layout(box, order=(1, 0) if swizzled else (0, 1, 2))
         if swizzled:
             layout = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, layout)
-        return cpasync.make_tiled_tma_atom(op_type(self.cta_group), tensor, layout, box)
+        return Tma(*cpasync.make_tiled_tma_atom(op_type(self.cta_group), tensor, layout, box))
 
     def _tma_data(self, pointer, rows, row_bytes, box_rows, multicast):
         """TMA of a packed operand: (rows, bytes), boxes of one stage's 128 bytes along K."""
@@ -104,40 +121,49 @@ class GemmSm100:
         words = cute.make_tensor(cute.recast_ptr(pointer, dtype=Uint16), layout)
         return self._tma_load(words, (256, box_tiles, 1), False, multicast)
 
-    @cute.jit
-    def launch(self, call: HostCall):
-        """Encodes the tensor maps and launches the kernel; arguments as of `gemm.host`."""
-        problem, split_k = call.problem, call.split_k
-        m, n = problem.m, problem.n
-        x, sfx, w, sfw = (getattr(call.operands, name) for name in ("x", "sfx", "w", "sfw"))
+    def _load_maps(self, operands: Operands, m, n, k_tiles):
+        """Tensor maps of both operands and of their scales."""
         s = self.shape
-        k_tiles = cute.ceil_div(problem.k, 64)
+        x, w = (operands.x, operands.sfx, m), (operands.w, operands.sfw, n)
+        (a, sfa, rows_a), (b, sfb, rows_b) = (w, x) if self.swap else (x, w)
         row_bytes = cute.assume(k_tiles * 32, divby=32)
-        a, sfa, rows_a = (w, sfw, n) if cutlass.const_expr(self.swap) else (x, sfx, m)
-        b, sfb, rows_b = (x, sfx, m) if cutlass.const_expr(self.swap) else (w, sfw, n)
-        load_a = self._tma_data(a, rows_a, row_bytes, ROWS // s.a_slices, s.a_slices > 1)
-        load_b = self._tma_data(b, rows_b, row_bytes, s.b_rows // s.b_slices, s.b_slices > 1)
-        load_sfa = self._tma_scales(sfa, rows_a, k_tiles, K_BLOCKS // s.a_slices, s.a_slices > 1)
-        load_sfb = self._tma_scales(
-            sfb, rows_b, k_tiles, s.b_blocks * K_BLOCKS // s.sfb_slices, s.sfb_slices > 1
+        return (
+            self._tma_data(a, rows_a, row_bytes, ROWS // s.a_slices, s.a_slices > 1),
+            self._tma_data(b, rows_b, row_bytes, s.b_rows // s.b_slices, s.b_slices > 1),
+            self._tma_scales(sfa, rows_a, k_tiles, K_BLOCKS // s.a_slices, s.a_slices > 1),
+            self._tma_scales(
+                sfb, rows_b, k_tiles, s.b_blocks * K_BLOCKS // s.sfb_slices, s.sfb_slices > 1
+            ),
         )
 
+    @cute.jit
+    def _store_map(self, y, m, n, out_dtype):
+        """The tensor map of y, and whether rows of y are such that it can be used."""
         # y as 16-bit words, so that one tensor map serves every output type. The row length is
         # rounded up to what a tensor map can hold; where that changes it, TMA is not used.
-        words = n * (2 if problem.out_dtype == 0 else 1)
+        words = n * (2 if out_dtype == 0 else 1)
         words_tma = cute.assume(cute.ceil_div(words, 8) * 8, divby=8)
-        use_tma = Int32(words_tma == words)
         y_words = cute.make_tensor(
-            cute.recast_ptr(call.output.y, dtype=Uint16),
+            cute.recast_ptr(y, dtype=Uint16),
             cute.make_layout((m, words_tma), stride=(words_tma, 1)),
         )
-        store_layout = cute.make_composed_layout(
+        layout = cute.make_composed_layout(
             cute.make_swizzle(3, 4, 3), 0, cute.make_ordered_layout((32, 64), order=(1, 0))
         )
-        store_y = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), y_words, store_layout, (32, 64)
+        store = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), y_words, layout, (32, 64)
         )
+        return Tma(*store), Int32(words_tma == words)
 
+    @cute.jit
+    def launch(self, call: HostCall):
+        """Encodes the tensor maps and launches the kernel."""
+        s = self.shape
+        problem = call.problem
+        m, n = problem.m, problem.n
+        k_tiles = cute.ceil_div(problem.k, 64)
+        loads = self._load_maps(call.operands, m, n, k_tiles)
+        store_y, use_tma = self._store_map(call.output.y, m, n, problem.out_dtype)
         mma = blackwell_helpers.make_blockscaled_trivial_tiled_mma(
             Float4E2M1FN,
             Float4E2M1FN,
@@ -148,37 +174,17 @@ class GemmSm100:
             self.cta_group,
             self.mma_tile[:2],
         )
+        rows_a, rows_b = (n, m) if cutlass.const_expr(self.swap) else (m, n)
         tiles_a = cute.ceil_div(rows_a, ROWS * s.cluster_a)
         tiles_b = cute.ceil_div(rows_b, s.columns * s.cluster_b)
-        split = split_k if cutlass.const_expr(self.config.split_k > 1) else 1
+        split = call.split_k if cutlass.const_expr(self.config.split_k > 1) else 1
         cluster = s.cluster_a * s.cluster_b * split
         # With a place for each cluster at once, nothing is to be taken over; and a cluster that
         # starts early must not take the tile of one that is about to start.
         steal = Int32(tiles_a * tiles_b > call.num_sms // cluster)
-        self.kernel(
-            mma,
-            *load_a,
-            *load_b,
-            *load_sfa,
-            *load_sfb,
-            *store_y,
-            call.output.x_scale,
-            call.output.w_scale,
-            call.output.bias,
-            call.output.y,
-            m,
-            n,
-            k_tiles,
-            problem.x_scale_stride,
-            problem.w_scale_stride,
-            problem.bias_dtype,
-            problem.out_dtype,
-            use_tma,
-            Int32(split),
-            tiles_a,
-            tiles_b,
-            steal,
-        ).launch(
+        tiled = TiledProblem(**(vars(problem) | {"k": k_tiles}))
+        grid = Grid(use_tma, Int32(split), tiles_a, tiles_b, steal)
+        self.kernel(mma, Maps(*loads, store_y), call.output, tiled, grid).launch(
             grid=(tiles_a * tiles_b * cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(cluster, 1, 1),
@@ -221,34 +227,7 @@ class GemmSm100:
 
     @cute.kernel
     def kernel(
-        self,
-        mma: cute.TiledMma,
-        tma_a: cute.CopyAtom,
-        gmem_a: cute.Tensor,
-        tma_b: cute.CopyAtom,
-        gmem_b: cute.Tensor,
-        tma_sfa: cute.CopyAtom,
-        gmem_sfa: cute.Tensor,
-        tma_sfb: cute.CopyAtom,
-        gmem_sfb: cute.Tensor,
-        tma_y: cute.CopyAtom,
-        gmem_y: cute.Tensor,
-        x_scale: cute.Pointer,
-        w_scale: cute.Pointer,
-        bias: cute.Pointer,
-        y: cute.Pointer,
-        m: Int32,
-        n: Int32,
-        k_tiles: Int32,
-        x_scale_stride: Int32,
-        w_scale_stride: Int32,
-        bias_dtype: Int32,
-        out_dtype: Int32,
-        use_tma: Int32,
-        split: Int32,
-        tiles_a: Int32,
-        tiles_b: Int32,
-        steal: Int32,
+        self, mma: cute.TiledMma, maps: Maps, output: Output, problem: TiledProblem, grid: Grid
     ):
         """The kernel: sets up barriers and tensor memory, then runs each warp's role."""
         s = self.shape
@@ -256,41 +235,25 @@ class GemmSm100:
         # The grid is a row of clusters. ptxas takes a block index as uniform, and the hardware's
         # rank in the cluster as one that may differ between threads: with it, ptxas would put a
         # loop over elected threads around each tcgen05 and TMA instruction.
-        ctas = split if cutlass.const_expr(self.config.split_k > 1) else s.cluster_a * s.cluster_b
+        splits = cutlass.const_expr(self.config.split_k > 1)
+        ctas = grid.split if splits else s.cluster_a * s.cluster_b
         rank = cute.arch.block_idx()[0] % ctas
         storage = cutlass.utils.SmemAllocator().allocate(self._storage())
         barriers = storage.barriers.data_ptr()
-        full = barriers
-        empty = full + self.stages
-        acc_full = empty + self.stages
+        ring = Ring(storage, barriers, barriers + self.stages, self.stages)
+        acc_full = ring.empty + self.stages
         acc_empty = acc_full + s.acc_barriers
         red_full = acc_empty + s.acc_barriers
-        red_empty = red_full + self.red_buffers
-        tiles = Tiles(
-            s, red_empty + self.red_buffers, storage.answers.data_ptr(), tiles_a, tiles_b, steal
-        )
+        exchange = Exchange(red_full, red_full + self.red_buffers)
+        tiles = Tiles(s, exchange.empty + self.red_buffers, storage.answers.data_ptr(), grid)
 
         if warp == LOAD_WARP:
-            for tma in (tma_a, tma_b, tma_sfa, tma_sfb):
-                cpasync.prefetch_descriptor(tma)
+            for tma in (maps.a, maps.b, maps.sfa, maps.sfb):
+                cpasync.prefetch_descriptor(tma.atom)
             if cutlass.const_expr(not self.swap):
-                cpasync.prefetch_descriptor(tma_y)
+                cpasync.prefetch_descriptor(maps.y.atom)
         if warp == MMA_WARP:
-            with cute.arch.elect_one():
-                # A stage is free once each MMA that reads what this CTA loads is done: the MMAs
-                # of its row of the cluster and those of its column.
-                readers = s.cluster_b + s.cluster_a // s.ctas - 1
-                for i in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, readers)
-                for i in cutlass.range_constexpr(s.acc_barriers):
-                    cute.arch.mbarrier_init(acc_full + i, 1)
-                    cute.arch.mbarrier_init(acc_empty + i, EPILOGUE_WARPS * s.ctas)
-                for i in cutlass.range_constexpr(self.red_buffers):
-                    cute.arch.mbarrier_init(red_full + i, EPILOGUE_WARPS * split)
-                    cute.arch.mbarrier_init(red_empty + i, EPILOGUE_WARPS * split)
-                init_answer_barriers(tiles)
-            cute.arch.mbarrier_init_fence()
+            self._set_up_barriers(ring, (acc_full, acc_empty), exchange, tiles, grid.split)
         if warp == 0:
             cute.arch.alloc_tmem(s.tmem_columns, storage.tmem.ptr, is_two_cta=s.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=s.pair)
@@ -301,48 +264,22 @@ class GemmSm100:
         cute.arch.cluster_wait()
         cute.arch.barrier()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem.ptr)
-
-        # Where the cluster splits K, CTA `rank` has slice `rank` of it; else `rank` is its place in
-        # the cluster's tile, A's side first.
-        stage_tiles = cute.ceil_div(k_tiles, K_BLOCKS)
-        mmas = Int32(0)
-        if cutlass.const_expr(self.k96):
-            mmas, stage_tiles = counts(k_tiles)
-        k_begin = Int32(0)
-        k_end = stage_tiles
-        if cutlass.const_expr(self.config.split_k > 1):
-            k_begin = rank * stage_tiles // split
-            k_end = (rank + 1) * stage_tiles // split
+        handover = Handover(tmem, acc_full, acc_empty)
+        cta = self._cta(rank, problem.k, grid.split)
 
         if warp == LOAD_WARP:
-            self.load(
-                (tma_a, tma_b, tma_sfa, tma_sfb),
-                (gmem_a, gmem_b, gmem_sfa, gmem_sfb),
-                storage, full, empty, rank, k_begin, k_end, tiles,
-            )  # fmt: skip
+            self.load(maps, ring, cta, tiles)
         if warp == MMA_WARP:
             cute.arch.griddepcontrol_wait()
             if rank % s.ctas == 0:
-                self.multiply(
-                    mma, tmem, storage, (full, empty, acc_full, acc_empty),
-                    rank, k_end - k_begin, mmas, tiles,
-                )  # fmt: skip
+                self.multiply(mma, ring, handover, cta, tiles)
         if warp < EPILOGUE_WARPS:
             cute.arch.griddepcontrol_wait()
+            call = Call(output, problem, maps.y, grid.use_tma)
             if cutlass.const_expr(self.swap):
-                SwapEpilogue(s, self.red_buffers).run(
-                    (x_scale, w_scale, bias, y),
-                    (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
-                    storage, tmem, (acc_full, acc_empty, red_full, red_empty),
-                    rank, split, k_end > k_begin, tiles,
-                )  # fmt: skip
+                SwapEpilogue(s, self.red_buffers).run(call, storage, handover, exchange, cta, tiles)
             else:
-                PairEpilogue(s).run(
-                    (x_scale, w_scale, bias, y),
-                    (m, n, x_scale_stride, w_scale_stride, bias_dtype, out_dtype),
-                    tma_y, gmem_y, use_tma,
-                    storage, tmem, (acc_full, acc_empty), rank, tiles,
-                )  # fmt: skip
+                PairEpilogue(s).run(call, storage, handover, rank, tiles)
 
         # No CTA may leave while another can still write to its shared memory or signal its
         # barriers, and a pair frees its tensor memory together, when each warp has read its part.
@@ -353,28 +290,63 @@ class GemmSm100:
         if warp == 0:
             cute.arch.dealloc_tmem(tmem, s.tmem_columns, is_two_cta=s.pair)
 
+    @cute.jit
+    def _set_up_barriers(self, ring: Ring, acc, exchange: Exchange, tiles: Tiles, split: Int32):
+        """Initializes the mbarriers, by one thread of a warp; `acc` are (full, empty)."""
+        s = self.shape
+        acc_full, acc_empty = acc
+        with cute.arch.elect_one():
+            # A stage is free once each MMA that reads what this CTA loads is done: the MMAs of its
+            # row of the cluster and those of its column.
+            readers = s.cluster_b + s.cluster_a // s.ctas - 1
+            for i in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(ring.full + i, 1)
+                cute.arch.mbarrier_init(ring.empty + i, readers)
+            for i in cutlass.range_constexpr(s.acc_barriers):
+                cute.arch.mbarrier_init(acc_full + i, 1)
+                cute.arch.mbarrier_init(acc_empty + i, EPILOGUE_WARPS * s.ctas)
+            for i in cutlass.range_constexpr(self.red_buffers):
+                cute.arch.mbarrier_init(exchange.full + i, EPILOGUE_WARPS * split)
+                cute.arch.mbarrier_init(exchange.empty + i, EPILOGUE_WARPS * split)
+            init_answer_barriers(tiles)
+        cute.arch.mbarrier_init_fence()
+
+    def _cta(self, rank, k_tiles, split) -> Cta:
+        """The CTA's part of K."""
+        stage_tiles = cute.ceil_div(k_tiles, K_BLOCKS)
+        mmas = Int32(0)
+        if self.k96:
+            mmas, stage_tiles = counts(k_tiles)
+        k_begin = Int32(0)
+        k_end = stage_tiles
+        if self.config.split_k > 1:
+            k_begin = rank * stage_tiles // split
+            k_end = (rank + 1) * stage_tiles // split
+        return Cta(rank, split, k_begin, k_end, mmas)
+
     # ------------------------------------------------------------------------------ loads
 
-    def _partition(self, tma, gmem, box, smem):
-        """Source boxes and destination slices of one TMA atom."""
-        boxes = cute.local_tile(gmem, box, (None,) * len(box))
+    def _partition(self, tma: Tma, box, smem):
+        """Destination slices and source boxes of a tensor map."""
+        boxes = cute.local_tile(tma.tensor, box, (None,) * len(box))
         rank = len(box)
         return cpasync.tma_partition(
-            tma,
+            tma.atom,
             0,
             cute.make_layout(1),
             cute.group_modes(smem, 0, rank),
             cute.group_modes(boxes, 0, rank),
         )
 
-    @cute.jit
-    def load(self, tmas, gmem, storage, full, empty, rank, k_begin, k_end, tiles):
-        """The load warp: fills stages of both operands and their scales, tile after tile."""
+    def _slices(self, rank) -> Slices:
+        """What CTA `rank` loads of what its cluster shares."""
         s = self.shape
-        rank_a = rank % s.cluster_a if cutlass.const_expr(s.cluster_a > 1) else Int32(0)
-        rank_b = rank // s.cluster_a if cutlass.const_expr(s.cluster_b > 1) else Int32(0)
-        peer = rank_a % s.ctas
-        slice_b = rank_a // s.ctas
+        rank_a, rank_b = ranks(s, rank)
+        return Slices(rank_a, rank_b, rank_a % s.ctas, rank_a // s.ctas)
+
+    def _loads(self, maps: Maps, storage, slices: Slices) -> Loads:
+        """The loads of each operand: where from, where to, for whom."""
+        s = self.shape
         rows_a = ROWS // s.a_slices
         rows_b = s.b_rows // s.b_slices
         k_a = K_BLOCKS // s.a_slices
@@ -395,89 +367,78 @@ class GemmSm100:
         sfb_layout = cute.make_ordered_layout(
             (256, k_b, 1, s.sfb_slices, self.stages), order=(0, 1, 2, 3, 4)
         )
-        tma_a, tma_b, tma_sfa, tma_sfb = tmas
-        to_a, from_a = self._partition(
-            tma_a, gmem[0], (rows_a, STAGE_BYTES_K), storage.a.get_tensor(a_layout, swizzle=swizzle)
-        )
-        to_b, from_b = self._partition(
-            tma_b, gmem[1], (rows_b, STAGE_BYTES_K), storage.b.get_tensor(b_layout, swizzle=swizzle)
-        )
+        a = storage.a.get_tensor(a_layout, swizzle=swizzle)
+        b = storage.b.get_tensor(b_layout, swizzle=swizzle)
+        to_a, from_a = self._partition(maps.a, (rows_a, STAGE_BYTES_K), a)
+        to_b, from_b = self._partition(maps.b, (rows_b, STAGE_BYTES_K), b)
         to_sfa, from_sfa = self._partition(
-            tma_sfa, gmem[2], (256, k_a, 1), storage.sfa.get_tensor(sfa_layout)
+            maps.sfa, (256, k_a, 1), storage.sfa.get_tensor(sfa_layout)
         )
         to_sfb, from_sfb = self._partition(
-            tma_sfb, gmem[3], (256, k_b, 1), storage.sfb.get_tensor(sfb_layout)
+            maps.sfb, (256, k_b, 1), storage.sfb.get_tensor(sfb_layout)
         )
 
         # Which CTAs of the cluster need the same rows of A, of B, and the same scales of B.
         mask_a = Int32(0)
-        for i in cutlass.range_constexpr(s.cluster_b):
-            mask_a |= 1 << (rank_a + i * s.cluster_a)
+        for i in range(s.cluster_b):
+            mask_a |= 1 << (slices.rank_a + i * s.cluster_a)
         mask_b = Int32(0)
-        for i in cutlass.range_constexpr(s.b_slices):
-            mask_b |= 1 << (i * s.ctas + peer + rank_b * s.cluster_a)
-        mask_sfb = ((1 << s.cluster_a) - 1) << (rank_b * s.cluster_a)
+        for i in range(s.b_slices):
+            mask_b |= 1 << (i * s.ctas + slices.peer + slices.rank_b * s.cluster_a)
+        mask_sfb = ((1 << s.cluster_a) - 1) << (slices.rank_b * s.cluster_a)
         mask_a, mask_b, mask_sfb = (cutlass.Int16(v) for v in (mask_a, mask_b, mask_sfb))
+        return Loads(
+            Load(maps.a.atom, from_a, to_a, mask_a),
+            Load(maps.b.atom, from_b, to_b, mask_b),
+            Load(maps.sfa.atom, from_sfa, to_sfa, mask_a),
+            Load(maps.sfb.atom, from_sfb, to_sfb, mask_sfb),
+        )
 
+    def _boxes(self, tiles: Tiles, index, slices: Slices) -> Boxes:
+        """The boxes that this CTA loads for tile `index`."""
+        s = self.shape
+        k_b = s.b_blocks * K_BLOCKS // s.sfb_slices
+        tile_a, tile_b = coordinates(tiles, index)
+        row_a = (tile_a * s.cluster_a + slices.rank_a) * s.a_slices + slices.rank_b
+        block_a = tile_a * s.cluster_a + slices.rank_a
+        first_b = tile_b * s.cluster_b + slices.rank_b  # the MMA's tile of B
+        row_b = (first_b * s.ctas + slices.peer) * s.b_slices + slices.of_b
+        sfb_tile = slices.rank_a * k_b
+        block_b = first_b * s.columns // ROWS + sfb_tile // K_BLOCKS
+        sfb_k = sfb_tile % K_BLOCKS // k_b if k_b < K_BLOCKS else Int32(0)
+        sfb_step = max(K_BLOCKS // k_b, 1)
+        return Boxes(row_a, row_b, block_a, block_b, slices.rank_b, sfb_k, sfb_step)
+
+    @cute.jit
+    def load(self, maps: Maps, ring: Ring, cta: Cta, tiles: Tiles):
+        """The load warp: fills stages of both operands and their scales, tile after tile."""
+        s = self.shape
+        slices = self._slices(cta.rank)
+        loads = self._loads(maps, ring.buffers, slices)
         waited = Int32(0)
         stage = Int32(0)
         phase = Int32(1)
         count = Int32(0)
         index = first_tile()
         while index < tiles.count:
-            tile_a, tile_b = coordinates(tiles, index)
-            row_a = (tile_a * s.cluster_a + rank_a) * s.a_slices + rank_b
-            block_a = tile_a * s.cluster_a + rank_a
-            first_b = tile_b * s.cluster_b + rank_b  # the MMA's tile of B
-            row_b = (first_b * s.ctas + peer) * s.b_slices + slice_b
-            sfb_tile = rank_a * k_b
-            block_b = first_b * s.columns // ROWS + sfb_tile // K_BLOCKS
-            # In units of boxes along K.
-            sfa_k = rank_b
-            sfb_k = sfb_tile % K_BLOCKS // k_b if cutlass.const_expr(k_b < K_BLOCKS) else Int32(0)
-            sfb_step = max(K_BLOCKS // k_b, 1)
-
+            boxes = self._boxes(tiles, index, slices)
             if waited == 0:
                 # The weight is in place whatever the previous kernel still does, as far as L2 is
                 # concerned: L2 is coherent, so that an early prefetch can only be useless.
-                self.prefetch_weight(
-                    tmas,
-                    (from_a[None, row_a, None], from_b[None, row_b, None]),
-                    (from_sfa[None, 0, None, block_a], from_sfb[None, 0, None, block_b]),
-                    (sfa_k, sfb_k, sfb_step), k_begin, k_end,
-                )  # fmt: skip
+                self.prefetch_weight(loads, boxes, cta)
                 cute.arch.griddepcontrol_wait()
                 waited = Int32(1)
-            ask_for_tile(tiles, count, rank)
+            ask_for_tile(tiles, count, cta.rank)
 
-            for k in cutlass.range(k_begin, k_end, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                if peer == 0:
+            for k in cutlass.range(cta.k_begin, cta.k_end, unroll=1):
+                cute.arch.mbarrier_wait(ring.empty + stage, phase)
+                if slices.peer == 0:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(
-                            full + stage, s.ctas * s.stage_bytes
+                            ring.full + stage, s.ctas * s.stage_bytes
                         )
-                bar = full + stage
-                cute.copy(
-                    tma_a, from_a[None, row_a, k], to_a[None, rank_b, stage],
-                    tma_bar_ptr=bar, mcast_mask=mask_a,
-                )  # fmt: skip
-                cute.copy(
-                    tma_b, from_b[None, row_b, k], to_b[None, slice_b, stage],
-                    tma_bar_ptr=bar, mcast_mask=mask_b,
-                )  # fmt: skip
-                cute.copy(
-                    tma_sfa, from_sfa[None, 0, k * s.a_slices + sfa_k, block_a],
-                    to_sfa[None, rank_b, stage], tma_bar_ptr=bar, mcast_mask=mask_a,
-                )  # fmt: skip
-                cute.copy(
-                    tma_sfb, from_sfb[None, 0, k * sfb_step + sfb_k, block_b],
-                    to_sfb[None, rank_a, stage], tma_bar_ptr=bar, mcast_mask=mask_sfb,
-                )  # fmt: skip
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                self._fill(loads, boxes, slices, k, stage, ring.full + stage)
+                stage, phase = advance(ring, stage, phase)
             index = next_tile(tiles, count)
             count += 1
 
@@ -485,27 +446,42 @@ class GemmSm100:
         cute.arch.griddepcontrol_launch_dependents()
         # Each MMA that reads this CTA's loads signals its barriers: they must outlive that.
         for _ in cutlass.range(self.stages, unroll=1):
-            cute.arch.mbarrier_wait(empty + stage, phase)
-            stage += 1
-            if stage == self.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            cute.arch.mbarrier_wait(ring.empty + stage, phase)
+            stage, phase = advance(ring, stage, phase)
+
+    def _fill(self, loads: Loads, boxes: Boxes, slices: Slices, k, stage, barrier):
+        """Issues the loads of a stage, the `k`-th along K of a tile."""
+        sfa_k = k * self.shape.a_slices + boxes.sfa_k
+        sfb_k = k * boxes.sfb_step + boxes.sfb_k
+        for load, box, part in (
+            (loads.a, (None, boxes.row_a, k), slices.rank_b),
+            (loads.b, (None, boxes.row_b, k), slices.of_b),
+            (loads.sfa, (None, 0, sfa_k, boxes.block_a), slices.rank_b),
+            (loads.sfb, (None, 0, sfb_k, boxes.block_b), slices.rank_a),
+        ):
+            cute.copy(
+                load.atom,
+                load.source[box],
+                load.target[None, part, stage],
+                tma_bar_ptr=barrier,
+                mcast_mask=load.mask,
+            )
 
     @cute.jit
-    def prefetch_weight(self, tmas, data, scales, offsets, k_begin, k_end):
+    def prefetch_weight(self, loads: Loads, boxes: Boxes, cta: Cta):
         """Prefetches the weight of the first stages of the first tile into L2."""
         s = self.shape
-        tma_a, tma_b, tma_sfa, tma_sfb = tmas
-        sfa_k, sfb_k, sfb_step = offsets
-        last = cutlass.min(k_end, k_begin + self.stages)
-        for k in cutlass.range(k_begin, last, unroll=1):
+        last = cutlass.min(cta.k_end, cta.k_begin + self.stages)
+        for k in cutlass.range(cta.k_begin, last, unroll=1):
             with cute.arch.elect_one():
                 if cutlass.const_expr(self.swap):
-                    cute.prefetch(tma_a, data[0][None, k])
-                    cute.prefetch(tma_sfa, scales[0][None, k * s.a_slices + sfa_k])
+                    sfa_k = k * s.a_slices + boxes.sfa_k
+                    cute.prefetch(loads.a.atom, loads.a.source[None, boxes.row_a, k])
+                    cute.prefetch(loads.sfa.atom, loads.sfa.source[None, 0, sfa_k, boxes.block_a])
                 else:
-                    cute.prefetch(tma_b, data[1][None, k])
-                    cute.prefetch(tma_sfb, scales[1][None, k * sfb_step + sfb_k])
+                    sfb_k = k * boxes.sfb_step + boxes.sfb_k
+                    cute.prefetch(loads.b.atom, loads.b.source[None, boxes.row_b, k])
+                    cute.prefetch(loads.sfb.atom, loads.sfb.source[None, 0, sfb_k, boxes.block_b])
 
     # -------------------------------------------------------------------------------- MMA
 
@@ -518,7 +494,7 @@ class GemmSm100:
         source = tcgen05.get_s2t_smem_desc_tensor(copy, thread.partition_S(cute.filter_zeros(smem)))
         return copy, source, thread.partition_D(compact)
 
-    def _operands_k64(self, mma, tmem, storage):
+    def _operands_k64(self, mma, tmem, storage) -> OperandsK64:
         """What `multiply_k64` works on: operands, scales, their copies to tensor memory."""
         s = self.shape
         smem_a = blackwell_helpers.make_smem_layout_a(mma, self.mma_tile, Float4E2M1FN, self.stages)
@@ -546,86 +522,83 @@ class GemmSm100:
             self._scale_copy(cute.make_tensor(sfb_ptr, smem_sfb), sfb),
         )
         layout = mma.make_fragment_C(mma.partition_shape_C(self.mma_tile[:2])).layout
-        return mma, layout, (frag_a, frag_b), sfa, sfb, copies
+        return OperandsK64(mma, layout, tmem, frag_a, frag_b, sfa, sfb, copies)
 
     @cute.jit
-    def multiply_k64(self, operands, tmem, acc, full, empty, free_mask, steps, tile_b, ring):
+    def multiply_k64(self, operands: OperandsK64, ring: Ring, acc, free_mask, steps, tile_b, state):
         """Multiplies one tile into tensor memory from `acc` on, a stage at each of `steps`.
 
         Returns:
-            The ring's stage and phase at which the next tile starts.
+            The ring's stage and phase, `state`, at which the next tile starts.
         """
         s = self.shape
-        mma, layout, (frag_a, frag_b), sfa, sfb, copies = operands
-        (copy_sfa, from_sfa, to_sfa), (copy_sfb, from_sfb, to_sfb) = copies
-        stage, phase = ring
-        acc = cute.make_tensor(acc, layout)
+        mma, sfa, sfb = operands.mma, operands.sfa, operands.sfb
+        (copy_sfa, from_sfa, to_sfa), (copy_sfb, from_sfb, to_sfb) = operands.copies
+        stage, phase = state
+        acc = cute.make_tensor(acc, operands.layout)
         sfb_mma = sfb
         if cutlass.const_expr(s.columns < ROWS):
             # Several tiles share a row block of scales: rows 32 j.. are in column j.
             column = tile_b % (ROWS // s.columns) * (s.columns // 32)
-            sfb_mma = cute.make_tensor(
-                cute.recast_ptr(tmem + (s.sfb_column + column), dtype=Float8E4M3FN), sfb.layout
-            )
+            at = operands.tmem + (s.sfb_column + column)
+            sfb_mma = cute.make_tensor(cute.recast_ptr(at, dtype=Float8E4M3FN), sfb.layout)
         mma.set(tcgen05.Field.ACCUMULATE, False)
         for _ in cutlass.range(steps, unroll=1):
-            cute.arch.mbarrier_wait(full + stage, phase)
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
             stage_coord = (None, None, None, None, stage)
             cute.copy(copy_sfa, from_sfa[stage_coord], to_sfa)
             cute.copy(copy_sfb, from_sfb[stage_coord], to_sfb)
             for j in cutlass.range_constexpr(K_BLOCKS):
                 mma.set(tcgen05.Field.SFA, sfa[None, None, j].iterator)
                 mma.set(tcgen05.Field.SFB, sfb_mma[None, None, j].iterator)
-                cute.gemm(mma, acc, frag_a[None, None, j, stage], frag_b[None, None, j, stage], acc)
+                a, b = operands.a[None, None, j, stage], operands.b[None, None, j, stage]
+                cute.gemm(mma, acc, a, b, acc)
                 mma.set(tcgen05.Field.ACCUMULATE, True)
-            commit(empty + stage, free_mask, s.pair)
-            stage += 1
-            if stage == self.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            commit(ring.empty + stage, free_mask, s.pair)
+            stage, phase = advance(ring, stage, phase)
         return stage, phase
 
-    @cute.jit
-    def multiply(self, mma, tmem, storage, barriers, rank, steps, mmas, tiles):
-        """The MMA warp (of the pair's first CTA): one accumulator tile after the other.
+    def _free_mask(self, rank):
+        """The CTAs that load into the stages that an MMA frees: its row and column of the cluster.
 
-        `steps` are the stages of a tile, `mmas` its MMAs where they have 96 of K.
+        `rank` is that of the pair's first CTA.
         """
         s = self.shape
-        full, empty, acc_full, acc_empty = barriers
-        if cutlass.const_expr(not self.k96):
-            operands = self._operands_k64(mma, tmem, storage)
-
-        # Who loads into the stages that this MMA frees: its row and its column of the cluster.
         free_mask = Int32(0)
-        rank_a = rank % s.cluster_a if cutlass.const_expr(s.cluster_a > 1) else Int32(0)
-        rank_b = rank // s.cluster_a if cutlass.const_expr(s.cluster_b > 1) else Int32(0)
-        for i in cutlass.range_constexpr(s.cluster_b):
-            for j in cutlass.range_constexpr(s.ctas):
+        rank_a, rank_b = ranks(s, rank)
+        for i in range(s.cluster_b):
+            for j in range(s.ctas):
                 free_mask |= 1 << (rank_a + j + i * s.cluster_a)
         free_mask |= ((1 << s.cluster_a) - 1) << (rank_b * s.cluster_a)
-        free_mask = cutlass.Int16(free_mask)
-        pair_mask = cutlass.Int16(3 << rank)
+        return cutlass.Int16(free_mask)
 
+    @cute.jit
+    def multiply(self, mma, ring: Ring, handover: Handover, cta: Cta, tiles: Tiles):
+        """The MMA warp (of the pair's first CTA): one accumulator tile after the other."""
+        s = self.shape
+        tmem = handover.tmem
+        steps = cta.k_end - cta.k_begin
+        if cutlass.const_expr(not self.k96):
+            operands = self._operands_k64(mma, tmem, ring.buffers)
+        free_mask = self._free_mask(cta.rank)
+        pair_mask = cutlass.Int16(3 << cta.rank)
         stage = Int32(0)
         phase = Int32(0)
         count = Int32(0)
         index = first_tile()
         while index < tiles.count:
             barrier = count % s.acc_barriers
-            wait_cluster(acc_empty + barrier, (count // s.acc_barriers + 1) % 2)
+            wait_cluster(handover.empty + barrier, (count // s.acc_barriers + 1) % 2)
             tcgen05_fence_after()
             acc = tmem + count % 2 * s.acc_stride
             if cutlass.const_expr(self.k96):
-                MultiplyK96(s, self.stages).run(
-                    tmem, acc, storage, full, empty, free_mask, mmas, count * steps
-                )
+                MultiplyK96(s, tmem).run(ring, acc, free_mask, cta.mmas, count * steps)
             else:
                 _, tile_b = coordinates(tiles, index)
                 stage, phase = self.multiply_k64(
-                    operands, tmem, acc, full, empty, free_mask, steps, tile_b, (stage, phase)
+                    operands, ring, acc, free_mask, steps, tile_b, (stage, phase)
                 )
-            commit(acc_full + barrier, pair_mask, s.pair)
+            commit(handover.full + barrier, pair_mask, s.pair)
             index = next_tile(tiles, count)
             count += 1
 

@@ -11,6 +11,7 @@ from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from jax_nvfp4.config import GemmConfig
+from jax_nvfp4.kernels.gemm.sm100.arguments import Grid
 
 EPILOGUE_WARPS = 4
 MMA_WARP = 4
@@ -231,6 +232,13 @@ def shape_of(config: GemmConfig) -> Shape:
     return Shape(True, config.tile_n, config.cluster_m, config.cluster_n)
 
 
+def ranks(shape: Shape, rank):
+    """A CTA's place in its cluster, along A's rows and along B's."""
+    along_a = rank % shape.cluster_a if shape.cluster_a > 1 else Int32(0)
+    along_b = rank // shape.cluster_a if shape.cluster_b > 1 else Int32(0)
+    return along_a, along_b
+
+
 def reduce_buffers(config: GemmConfig) -> int:
     """Buffers for partial sums: two let the exchange of one chunk overlap that of the next."""
     if config.split_k == 1:
@@ -247,15 +255,15 @@ class Tiles:
     walk needs no count of the clusters that fit the chip at once, and no counter in memory.
     """
 
-    def __init__(self, shape: "Shape", barriers, answers, tiles_a, tiles_b, steal):
+    def __init__(self, shape: Shape, barriers, answers, grid: Grid):
         self.shape = shape
         self.full = barriers
         self.empty = barriers + ANSWERS
         self.answers = answers
-        self.tiles_a = tiles_a
-        self.tiles_b = tiles_b
-        self.count = tiles_a * tiles_b
-        self.steal = steal
+        self.tiles_a = grid.tiles_a
+        self.tiles_b = grid.tiles_b
+        self.count = grid.tiles_a * grid.tiles_b
+        self.steal = grid.steal
 
 
 def answer_pointer(tiles: Tiles, slot):
