@@ -302,8 +302,9 @@ def perplexity_of(apply: Callable[..., Any], c: Config) -> Callable[..., jax.Arr
     return perplexity
 
 
-def tokens_per_second(decode: Callable[..., Any], params: Any, c: Config) -> float:
-    """How fast a decoder with a short cache is, once compiled."""
+def tokens_per_second(apply: Callable[..., Any], params: Any, c: Config) -> float:
+    """How fast tokens come, with a short cache, once all is compiled."""
+    decode = make_decoder(apply, stop=-1)  # goes on whatever comes
     seconds = []
     for _ in range(3):
         cache, token, position = empty_cache(c, 1, 128), jnp.int32(5), jnp.int32(0)
@@ -318,33 +319,44 @@ def nbytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def compare(apply: Callable[..., Any], params: Any, c: Config, text: jax.Array) -> list[dict]:
+def compare(
+    apply: Callable[..., Any], params: Any, quantized: Any, c: Config, text: jax.Array
+) -> list[dict[str, Any]]:
     """Measures bf16 and every NVFP4 mode; a row of figures for each.
 
-    Searches change values and nothing else, so that one program serves all of an activation mode.
+    The weights are the same whatever the activations are, and a search changes their values alone:
+    each is quantized once, and each mode compiled and timed once.
+
+    Args:
+        apply: the model.
+        params: its own.
+        quantized: these in NVFP4, without a search.
+        c: its sizes.
+        text: tokens (windows, T).
     """
-    stop = -1  # goes on whatever comes
-
-    def row(name: str, programs: Any, params: Any, search: str = "") -> dict[str, Any]:
-        perplexity, decode = programs
-        return {
-            "name": name,
-            "search": search,
-            "perplexity": float(perplexity(params, text)),
-            "bytes": nbytes(params),
-            "tokens_per_second": tokens_per_second(decode, params, c),
-        }
-
-    rows = [row("bf16", (perplexity_of(apply, c), make_decoder(apply, stop)), params)]
     example = text[:, :16], empty_cache(c, text.shape[0], 16), jnp.int32(0)
-    for name, activations in (("W4A16", None), ("W4A4", "token")):
-        programs: Any = None
-        for search in (None, "4over6", "sweep"):
-            run, quantized, _ = jax_nvfp4.convert(
-                apply, params, *example, activation_scale=activations, search=search
-            )
-            programs = programs or (perplexity_of(run, c), make_decoder(run, stop))
-            rows.append(row(name, programs, quantized, search or "none"))
+    convert = functools.partial(jax_nvfp4.convert, apply)
+    shapes = jax.eval_shape(lambda params: params, params)
+    nvfp4 = {"none": quantized}
+    nvfp4 |= {how: convert(params, *example, search=how)[1] for how in ("4over6", "sweep")}
+    modes = {
+        "bf16": (apply, {"": params}),
+        "W4A16": (convert(shapes, *example, activation_scale=None)[0], nvfp4),
+        "W4A4": (convert(shapes, *example, activation_scale="token")[0], nvfp4),
+    }
+    rows = []
+    for name, (program, weights) in modes.items():
+        perplexity = perplexity_of(program, c)
+        speed = tokens_per_second(program, next(iter(weights.values())), c)
+        for search, of_search in weights.items():
+            measured = {
+                "name": name,
+                "search": search,
+                "perplexity": float(perplexity(of_search, text)),
+                "bytes": nbytes(of_search),
+                "tokens_per_second": speed,
+            }
+            rows.append(measured)
     return rows
 
 
@@ -417,6 +429,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="at most so many (default: 64)")
     parser.add_argument("--text", type=Path, default=HERE / "time_machine.txt")
     parser.add_argument("--window", type=int, default=512, help="tokens that see each other")
+    parser.add_argument("--windows", type=int, default=2, help="at most so many (default: 2)")
     parser.add_argument("--only-text", action="store_true", help="generate, and measure nothing")
     parser.add_argument("--out", type=Path, default=Path("out"), help="for the plot and the JSON")
     args = parser.parse_args()
@@ -440,13 +453,13 @@ def main() -> int:
         return 0
 
     ids = tokenizer.encode(read_text(args.text)).ids
-    windows = len(ids) // args.window
+    windows = min(len(ids) // args.window, args.windows)
     if not windows:
         print(f"{args.text} has {len(ids)} tokens, --window {args.window}", file=sys.stderr)
         return 2
     text = jnp.asarray(ids[: windows * args.window]).reshape(windows, args.window)
     print(f"\nPerplexity of {text.size} tokens of {args.text.name} in windows of {args.window}:")
-    rows = compare(apply, params, c, text)
+    rows = compare(apply, params, quantized, c, text)
     print_table(rows)
     print("The reference, bf16, is itself dequantized from the 4-bit weights of the GGUF file.")
     draw(args.out / "generate.png", rows)
