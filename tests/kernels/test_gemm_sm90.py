@@ -238,7 +238,7 @@ def test_launches(config):
 
 @pytest.mark.parametrize("config", PLAIN, ids=name_of)
 def test_matches_float64(config):
-    for seed, (case, split) in enumerate(some_cases(config)):
+    for seed, (case, split) in sample(list(enumerate(some_cases(config))), 2, PLAIN.index(config)):
         case.check(case.run(split, seed))
 
 
