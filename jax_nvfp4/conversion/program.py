@@ -84,7 +84,10 @@ class Runner(Interpreter):
 
     def __init__(self, activation_scale: ActivationScale, batch_invariant: bool) -> None:
         super().__init__()
-        self._how = How(activation_scale, batch_invariant)
+        given = not (activation_scale is None or isinstance(activation_scale, str))
+        # An array is an argument of a product, whose `how` has to be hashable.
+        self._scale = activation_scale if given else None
+        self._how = How(None if given else activation_scale, batch_invariant)
         self._shared = threading.local()
 
     def forget(self) -> None:
@@ -101,13 +104,14 @@ class Runner(Interpreter):
         if product.groups:
             return [self._ragged(view, product)]
         weight, input_scale = view.value
-        scale = None if input_scale is None else jnp.max(input_scale)
+        scale = self._scale if input_scale is None else jnp.max(input_scale)
         how = dataclasses.replace(self._how, out_dtype=product.dtype)
         if leaf.part is not None:
             return [self._joined(view, product, weight, scale, how)]
         of_kernel = (*view.batch, *leaf.free, *leaf.contracting)
         labels = (product.of_x, of_kernel, product.of_result)
-        result = _multiply(product.x, weight, scale, labels, _kernel_axes(view), how)
+        axes = _kernel_axes(view)
+        result = nvfp4_product(product.x, weight, scale, labels=labels, axes=axes, how=how)
         return [result.reshape(product.shape)]
 
     def _joined(self, view: View, product: Product, weight: Any, scale: Any, how: How) -> jax.Array:
@@ -126,7 +130,7 @@ class Runner(Interpreter):
                 contracting=tuple(range(1, len(columns) + 1)),
             )
             labels = (product.of_x, ("rows", *columns), (*others, "rows"))
-            y = _multiply(product.x, weight, scale, labels, axes, how)
+            y = nvfp4_product(product.x, weight, scale, labels=labels, axes=axes, how=how)
             setattr(self._shared, str(number), (product.source, y))
         mine = y[..., start : start + views.size(free)]
         mine = mine.reshape(*mine.shape[:-1], *(atom.size for atom in free))
@@ -139,13 +143,14 @@ class Runner(Interpreter):
         if others:
             raise NotAView("a ragged product of several weights")
         leaf = view.leaf
+        scale = self._scale if input_scale is None else input_scale
         order = [product.of_x.index(atom) for atom in ("rows", *leaf.contracting)]
         x = product.x.transpose(order)
         y = ragged_linear(
             x.reshape(x.shape[0], -1),
             weight,
             product.group_sizes,
-            activation_scale=self._how.activation_scale if input_scale is None else input_scale,
+            activation_scale=self._how.activation_scale if scale is None else scale,
             out_dtype=product.dtype,
             batch_invariant=self._how.batch_invariant,
         )
@@ -177,23 +182,6 @@ class Runner(Interpreter):
         return self.value(view)
 
 
-def _multiply(
-    x: jax.Array,
-    weight: Any,
-    scale: Any,
-    labels: tuple[Labels, Labels, Labels],
-    axes: KernelAxes,
-    how: How,
-) -> jax.Array:
-    """`contract`, with a static scale if there is one."""
-    given = how.activation_scale
-    if scale is None and not (given is None or isinstance(given, str)):
-        scale = given
-    if scale is not None:
-        how = dataclasses.replace(how, activation_scale=None)  # it has to be hashable
-    return nvfp4_product(x, weight, scale, labels=labels, axes=axes, how=how)
-
-
 @functools.partial(jax.jit, static_argnames=("labels", "axes", "how"))
 def nvfp4_product(
     x: jax.Array,
@@ -204,7 +192,7 @@ def nvfp4_product(
     axes: KernelAxes,
     how: How,
 ) -> jax.Array:
-    """Traced, and lowered, once for the like products of all layers."""
+    """`contract`, with a static scale if there is one. Traced, and lowered, once for all alike."""
     if scale is not None:
         how = dataclasses.replace(how, activation_scale=scale)
     of_x, of_kernel, of_result = labels
