@@ -33,9 +33,6 @@ OUT = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 UNIT = (2.0**-23, 2.0**-7, 2.0**-10)
 X_DTYPE = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GUARD = 64
-# As CUTLASS's, the arrivals that tell other CTAs that a ring is free have the CTA's scope. What
-# they order, reads of shared memory before asynchronous writes to it, is over when they are made.
-SCOPES = False
 
 
 # limit, alpha, cubic, beta: SwiGLU, gpt-oss's, DeepSeek-V4's, and GeGLU by its tanh form.
@@ -131,7 +128,6 @@ class Case:
             uninitialized=[self.y],
             previous=[a for a in previous if a.size],
             schedule_seed=seed,
-            scopes=SCOPES,
         )
         return self.result()
 
@@ -284,7 +280,7 @@ def test_persistent_ctas_work_through_all_tiles(config):
     path = kernel_objects.folder() / f"{config.name}.o"
     launch = record_launches(path, ptx_of(config.name), arguments, GlobalMemory())
     assert launch[0].grid == (config.ctas_per_sm, 1, 1)
-    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y], scopes=SCOPES)
+    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
     y = case.result()
     case.check(y)
     # With multiprocessors for all tiles, where more stages may be in use, the bits are the same.
@@ -306,7 +302,7 @@ def test_no_columns_give_the_bias(config):
     arguments = case.arguments(1)
     arguments[0], arguments[2], arguments[3] = (np.zeros(1024, np.uint8) for _ in range(3))
     path = kernel_objects.folder() / f"{config.name}.o"
-    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y], scopes=SCOPES)
+    run_object(path, ptx_of(config.name), arguments, uninitialized=[case.y])
     np.testing.assert_array_equal(case.result(), np.broadcast_to(case.bias[0], (3, 40)))
 
 

@@ -28,9 +28,8 @@ from jax_nvfp4.kernels.gemm.sm100.ptx import (
     store_remote,
     tcgen05_fence_after,
     tcgen05_fence_before,
-    wait_cluster,
 )
-from jax_nvfp4.kernels.ptx import fma_to
+from jax_nvfp4.kernels.ptx import fma_to, wait_cluster
 
 KINDS = (Float32, BFloat16, Float16)  # by out_dtype and bias_dtype
 

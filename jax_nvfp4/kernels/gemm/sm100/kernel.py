@@ -74,8 +74,8 @@ from jax_nvfp4.kernels.gemm.sm100.ptx import (
     shape_of,
     tcgen05_fence_after,
     tcgen05_fence_before,
-    wait_cluster,
 )
+from jax_nvfp4.kernels.ptx import wait_cluster
 from jax_nvfp4.kernels.variant import KernelVariant, Launch
 
 

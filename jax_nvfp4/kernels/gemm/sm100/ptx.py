@@ -12,6 +12,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.sm100.arguments import Grid
+from jax_nvfp4.kernels.ptx import fence_release_shared, wait_cluster
 
 EPILOGUE_WARPS = 4
 MMA_WARP = 4
@@ -65,21 +66,6 @@ def load_accumulators(address, count, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def wait_cluster(barrier, phase, *, loc=None, ip=None):
-    """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
-    llvm.inline_asm(
-        None,
-        [barrier.to_llvm_ptr(loc=loc, ip=ip), Int32(phase).ir_value(loc=loc, ip=ip)],
-        "{ .reg .pred p; WAIT: "
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
-        "r,r,~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
 def arrive_relaxed(barrier, rank, *, loc=None, ip=None):
     """Arrives at the barrier of CTA `rank` of the cluster, without ordering memory.
 
@@ -93,20 +79,6 @@ def arrive_relaxed(barrier, rank, *, loc=None, ip=None):
         "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; "
         "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [a]; }",
         "r,r,~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
-def fence_release_shared(*, loc=None, ip=None):
-    """Releases to the cluster what this thread did with its own CTA's shared memory, only."""
-    llvm.inline_asm(
-        None,
-        [],
-        "fence.release.sync_restrict::shared::cta.cluster;",
-        "~{memory}",
         has_side_effects=True,
         loc=loc,
         ip=ip,

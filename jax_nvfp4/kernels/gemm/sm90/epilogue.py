@@ -23,7 +23,7 @@ from jax_nvfp4.kernels.gemm.sm90.arguments import (
     Tile,
     Work,
 )
-from jax_nvfp4.kernels.ptx import fma_to
+from jax_nvfp4.kernels.ptx import fence_release_shared, fma_to, wait_cluster
 from jax_nvfp4.layout import sm90 as layout
 
 WARPGROUP = 128
@@ -98,6 +98,7 @@ class Epilogue:
             cute.arch.cluster_wait()
         if const_expr(split > 1 and not self.separate_exchange):
             # This thread is done with its CTA's ring: sums may come.
+            fence_release_shared()
             for to in cutlass.range_constexpr(split):
                 barrier = ops.map_shared(ops.shared_address(exchange.ready), Int32(to))
                 ops.arrive_remote_if(Int32(rank != to), barrier)
@@ -148,7 +149,7 @@ class Epilogue:
         step = count * self.blocks * self.consumers * 16
         if const_expr(not self.separate_exchange):
             # All threads of the others are done with their rings.
-            cute.arch.mbarrier_wait(exchange.ready, 0)
+            wait_cluster(exchange.ready, 0)
         for to in cutlass.range_constexpr(split):
             place_there = ops.map_shared(place + (rank - Int32(rank > to)) * step, Int32(to))
             received_there = ops.map_shared(ops.shared_address(exchange.received), Int32(to))

@@ -230,8 +230,15 @@ def arrive_if(condition, barrier, *, loc=None, ip=None):
 
 @dsl_user_op
 def arrive_remote_if(condition, barrier, *, loc=None, ip=None):
-    """The same at an mbarrier of the cluster, given as `map_shared` gives it."""
-    text = "{ .reg .pred p; setp.ne.b32 p, $0, 0; @p mbarrier.arrive.shared::cluster.b64 _, [$1]; }"
+    """The same at an mbarrier of the cluster, given as `map_shared` gives it.
+
+    It orders no memory: `fence_release_shared` does, before it. An arrival that releases to the
+    cluster would be a barrier of the whole GPU in machine code.
+    """
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, $0, 0; "
+        "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$1]; }"
+    )
     return asm([], [condition, barrier], text, "r,r", True, loc, ip)
 
 
