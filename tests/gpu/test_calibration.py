@@ -6,8 +6,9 @@ on the GPU too, with the same bytes in all its arguments: through the object's o
 with the machine code that we ship, and once with what the driver assembles from the PTX text that
 the machine runs. Every byte of every output is compared.
 
-On Hopper they have to be equal, sums included. How the tensor cores of later GPUs add is not
-modeled: there GEMM results may differ, and what the GPU computed has to keep the tests' bounds.
+On Hopper they have to be equal, sums included, save what an activation is approximated by. How the
+tensor cores of later GPUs add is not modeled: there GEMM results may differ, and what the GPU
+computed has to keep the tests' bounds.
 """
 
 from __future__ import annotations
@@ -51,8 +52,20 @@ NO_ASSEMBLER = (221, 222)
 """Errors of the driver: no assembler, or one too old for this version of PTX."""
 OUTPUTS = {"quantize": (2, 3, 4), "gemm": (7,)}
 """Which arguments are outputs: data, block_scale and global_scale; y."""
-LAUNCHING = ("test_each_way_to_end", "test_each_shape_of_threads")
+LAUNCHING = (
+    "test_each_way_to_end",
+    "test_each_shape_of_threads",
+    "test_gated_epilogue_matches_float64",
+    "test_groups_match_float64",
+)
 """The tests, one of them each kernel's, that certainly launch it."""
+APPROXIMATED = {4: 10, 2: 1}
+"""Units of the last place, by an output's bytes, between two of a gated kernel's outputs.
+
+The machine rounds `ex2.approx` and `rcp.approx` to nearest. A GPU's are off by at most 2^-22 and by
+one unit (PTX ISA, "Floating Point Instructions"), and two additions or products after each round
+once more: 2^-22 + 2^-23 + 4 * 2^-24 of the value in all, which is ten of the smallest units.
+"""
 
 
 class Driver:
@@ -215,11 +228,12 @@ class Comparison:
         values: elements of outputs compared.
         different: how many of them had other bits on the GPU.
         worst: the largest difference, in units of the last place of the GPU's value.
+        beyond: how many differ by more than `APPROXIMATED`.
     """
 
     def __init__(self, kernels: Sequence[DeviceKernel]) -> None:
         self.kernels = kernels
-        self.launches = self.values = self.different = 0
+        self.launches = self.values = self.different = self.beyond = 0
         self.worst = 0.0
 
     def run_object(self, path: Any, text: str, args: Sequence[Any], **options: Any) -> Any:
@@ -250,7 +264,9 @@ class Comparison:
         if wrong.any() and got.dtype.itemsize > 1:
             a, b = got[wrong].astype(np.float64), expected[wrong].astype(np.float64)
             spacing = np.spacing(np.abs(expected[wrong])).astype(np.float64)
-            self.worst = max(self.worst, float(np.max(np.abs(a - b) / spacing)))
+            units = np.abs(a - b) / spacing
+            self.worst = max(self.worst, float(np.max(units)))
+            self.beyond += int(np.sum(~(units <= APPROXIMATED[got.dtype.itemsize])))
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -304,7 +320,9 @@ def test_machine_and_gpu_agree(kernel: str, call: mutation.Call) -> None:
     if not comparison.launches:
         assert not call.name.startswith(LAUNCHING)
         pytest.skip("it looks at the kernel without running it")
-    if GPU.arch == "sm_90a" or kernel.startswith("quantize"):
+    if "_gated_" in kernel:
+        assert GPU.arch != "sm_90a" or comparison.beyond == 0
+    elif GPU.arch == "sm_90a" or kernel.startswith("quantize"):
         assert comparison.different == 0
 
 
