@@ -57,6 +57,7 @@ LAUNCHING = (
     "test_each_shape_of_threads",
     "test_gated_epilogue_matches_float64",
     "test_groups_match_float64",
+    "test_matches_float64",
 )
 """The tests, one of them each kernel's, that certainly launch it."""
 APPROXIMATED = {4: 10, 2: 1}
