@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from ragged_cases import random_weights
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.ops.expert_mlp.api import COUNTED_PAIRS
+from jax_nvfp4.ops.expert_mlp.api import _sorted as sorted_pairs
 
 T, TOP_K, E, K, I = 6, 2, 8, 64, 48  # noqa: E741
 RNG = np.random.default_rng(0)
@@ -154,3 +156,16 @@ REFUSED = [
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(("pairs", "groups"), [(0, 3), (1, 1), (40, 512), (1024, 8), (1025, 8)])
+def test_pairs_are_sorted_stably(pairs, groups):
+    assert (pairs <= COUNTED_PAIRS) == (pairs < 1025)
+    group = np.random.default_rng(pairs).integers(0, groups + 1, pairs).astype(np.int32)
+    with jax.numpy_rank_promotion("raise"):
+        found = jax.jit(sorted_pairs, static_argnums=1)(group, groups)
+    order = np.argsort(group, kind="stable")
+    expected = order, np.argsort(order), np.bincount(group, minlength=groups + 1)[:groups]
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == jnp.int32
+        np.testing.assert_array_equal(got, want)

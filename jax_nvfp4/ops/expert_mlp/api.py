@@ -29,6 +29,13 @@ class _Same:
 
 SAME: Final = _Same()
 
+COUNTED_PAIRS = 1024
+"""Pairs of a token and an expert up to which each is compared with each, to sort them.
+
+That is a handful of small kernels, where a sort and its searches are some twenty: at one token they
+would take longer than the products.
+"""
+
 
 def expert_mlp(
     x: ArrayLike,
@@ -98,9 +105,7 @@ def expert_mlp(
     held = indices if expert_offset is None else indices - _offset(expert_offset)
     is_held = (held >= 0) & (held < experts)
     group = jnp.where(is_held, held, experts).reshape(-1)  # those of no expert here come last
-    order = jnp.argsort(group, stable=True)
-    ends = jnp.searchsorted(group[order], jnp.arange(experts, dtype=jnp.int32), side="right")
-    sizes = jnp.diff(ends, prepend=0)
+    order, place, sizes = _sorted(group, experts)
 
     hidden_dtype = jnp.dtype(jnp.bfloat16) if x.dtype == jnp.float32 else x.dtype
     hidden = ragged_linear(
@@ -122,9 +127,41 @@ def expert_mlp(
         out_dtype=jnp.float32,
         batch_invariant=batch_invariant,
     )
-    rows = _permuted(rows, jnp.argsort(order, stable=True))
+    rows = _permuted(rows, place)
     rows = rows.reshape(*indices.shape, w2.shape[1])
     return _combined(rows, jnp.where(is_held, weights, 0)).astype(dtype)
+
+
+def _sorted(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The stable order of pairs by their group.
+
+    Args:
+        group: integers (P,), 0 to groups; those of `groups` are in none.
+        groups: how many.
+
+    Returns:
+        order: which pair comes at each place, int32 (P,).
+        place: where each pair comes, int32 (P,): the inverse.
+        sizes: of the groups, int32 (groups,).
+    """
+    pairs = group.shape[0]
+    at = jnp.arange(pairs, dtype=jnp.int32)
+    if pairs <= COUNTED_PAIRS:
+        # Pairs before each pair, and pairs of each group: one comparison of keys with ranges.
+        key = group * pairs + at
+        start = jnp.arange(groups, dtype=jnp.int32) * pairs
+        low = jnp.concatenate([start, jnp.zeros_like(key)])
+        high = jnp.concatenate([start + pairs, key])
+        inside = (key[None] >= low[:, None]) & (key[None] < high[:, None])
+        sizes, place = jnp.split(inside.sum(axis=1, dtype=jnp.int32), [groups])
+        order = jnp.where(place[None] == at[:, None], at[None], 0).sum(axis=1, dtype=jnp.int32)
+        return order, place, sizes
+    order = jnp.argsort(group, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(at).at[order].set(at, unique_indices=True, mode="promise_in_bounds")
+    starts = jnp.searchsorted(
+        group[order], jnp.arange(groups + 1, dtype=jnp.int32), method="scan_unrolled"
+    )
+    return order, place, jnp.diff(starts).astype(jnp.int32)
 
 
 def _repeated(x: jax.Array, top_k: int) -> jax.Array:

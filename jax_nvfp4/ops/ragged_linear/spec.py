@@ -87,7 +87,8 @@ class Ranges(NamedTuple):
         row = lax.iota(jnp.int32, m)
         # Groups of the weight follow one another, so that the last to begin is the row's.
         ends = lax.cummax(self.end)
-        group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+        # Unrolled: a loop would be many launches on a GPU.
+        group = jnp.searchsorted(ends, row, side="right", method="scan_unrolled").astype(jnp.int32)
         group = jnp.minimum(group, self.end.shape[0] - 1)
         return group, (self.begin[group] <= row) & (row < self.end[group])
 
