@@ -100,6 +100,7 @@ class Report:
         call: what one custom call costs, by the way in which it is called.
         stack: layers of a model, one after another.
         model: steps of a whole model.
+        experts: layers of experts.
         errors: results that were wrong, and times that cannot be.
     """
 
@@ -113,6 +114,7 @@ class Report:
     call: dict[str, float] = dataclasses.field(default_factory=dict)
     stack: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: list[Any] = dataclasses.field(default_factory=list)
+    experts: list[Any] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -138,11 +140,13 @@ def ceilings_line(most: Ceilings) -> str:
     )
 
 
-def _us(seconds: float | None) -> str:
+def us(seconds: float | None) -> str:
+    """A time in microseconds, or a dash."""
     return "-" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
-def _ratio(over: float | None, under: float | None) -> str:
+def ratio(over: float | None, under: float | None) -> str:
+    """How many times one time is the other, or a dash."""
     return f"{over / under:.2f}x" if over and under else "-"
 
 
@@ -153,9 +157,9 @@ def linear_line(row: LinearRow, read_ceiling: float) -> str:
     speed = f"{row.flops / main / 1e12:.3g}" if main else "-"
     return (
         f"{row.n:>6} {row.k:>6} {row.m:>5} {row.weight_bytes / 1e6:>6.0f} | "
-        f"{_us(row.w4a16):>8} {_us(row.w4a4):>8} {_us(row.bf16):>8} | "
-        f"{_ratio(row.bf16, main):>7} {_ratio(row.bf16, row.w4a4):>6} | "
-        f"{reached:>5} {speed:>7} | {_us(row.invariant):>8} {_ratio(row.invariant, main):>6}"
+        f"{us(row.w4a16):>8} {us(row.w4a4):>8} {us(row.bf16):>8} | "
+        f"{ratio(row.bf16, main):>7} {ratio(row.bf16, row.w4a4):>6} | "
+        f"{reached:>5} {speed:>7} | {us(row.invariant):>8} {ratio(row.invariant, main):>6}"
     )
 
 
@@ -173,9 +177,9 @@ def quantize_line(row: QuantizeRow, copy_ceiling: float) -> str:
     reached = f"{row.bytes / row.static / copy_ceiling:.2f}" if row.static else "-"
     return (
         f"{row.m:>6} {row.k:>6} {row.m * row.k * 2 / 1e6:>6.1f} | "
-        f"{_us(row.static):>8} {_us(row.token):>8} {_us(row.tensor):>8} {_us(row.copy):>8} | "
+        f"{us(row.static):>8} {us(row.token):>8} {us(row.tensor):>8} {us(row.copy):>8} | "
         f"{reached:>7} | "
-        f"{_ratio(row.token, row.static):>6} {_ratio(row.tensor, row.static):>6}"
+        f"{ratio(row.token, row.static):>6} {ratio(row.tensor, row.static):>6}"
     )
 
 
@@ -192,6 +196,6 @@ def stack_lines(stack: dict[str, Any]) -> list[str]:
         size = stack["bytes"]["bf16" if name == "bf16" else "nvfp4"]
         lines.append(
             f"  {name:<6} {value * 1e3:8.3f} ms  {size / value / 1e12:5.3g} TB/s of weights  "
-            f"{_ratio(seconds.get('bf16'), value):>6}"
+            f"{ratio(seconds.get('bf16'), value):>6}"
         )
     return lines

@@ -129,6 +129,7 @@ class Compiler:
         tuned: bool = False,
         graph: bool = True,
         donate: int | tuple[int, ...] = (),
+        options: dict[str, Any] | None = None,
     ) -> Future[Any]:
         """Compiles a function.
 
@@ -138,13 +139,15 @@ class Compiler:
             tuned: whether XLA tries out algorithms for it.
             graph: capture it into a CUDA graph; otherwise every kernel is launched by itself.
             donate: numbers of the arguments whose memory the results take.
+            options: of XLA's compiler on a GPU, besides its own.
 
         Returns:
             The compiled program to come, which takes `args`; one that is tuned comes in `wait`.
         """
         lowered = jax.jit(function, donate_argnums=donate).lower(*args)
-        options = (_GRAPH_OPTIONS if graph else _NO_GRAPH_OPTIONS) if on_gpu() else None
-        compile_it = functools.partial(lowered.compile, compiler_options=options)
+        of_graph = _GRAPH_OPTIONS if graph else _NO_GRAPH_OPTIONS
+        all_options = of_graph | (options or {}) if on_gpu() else None
+        compile_it = functools.partial(lowered.compile, compiler_options=all_options)
         if tuned:
             self._tuned.append((Future(), compile_it))
             return self._tuned[-1][0]
@@ -206,6 +209,7 @@ class Loop:
         *,
         single_w: bool = False,
         tuned: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> Loop:
         """Has a program compiled.
 
@@ -217,6 +221,7 @@ class Loop:
             plan: what the program is to do.
             single_w: all calls take the same w.
             tuned: whether XLA tries out algorithms for it.
+            options: of XLA's compiler on a GPU.
         """
         # Traced once: the calls in the program are calls of one function.
         function = jax.jit(function)
@@ -228,6 +233,7 @@ class Loop:
             [result] * plan.calls,
             tuned=tuned,
             donate=2,
+            options=options,
         )
         return cls(program, plan, result)
 

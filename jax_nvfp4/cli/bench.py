@@ -33,6 +33,8 @@ With --model, times the steps of a whole decoder with random weights instead: te
 loop on the device, and a prompt read, in bf16 and in NVFP4, with q k v, and gate and up, apart and
 joined to one product each; and says what memory that takes.
 
+With --experts, times the products of mixtures of experts beside the dense kernel and XLA's.
+
 On a CPU the sizes are such that a run takes a minute.
 """
 
@@ -66,6 +68,8 @@ class Defaults:
     layer_width: tuple[int, ...] = (4096, 6144, 14336)
     rotate_mb: int = 512
     model: str = "llama-8b"
+    experts: tuple[str, ...] = ("qwen3-30b", "gpt-oss-120b")
+    tokens: tuple[int, ...] = (1, 8, 64, 4096)
     prompt: int = 2048
     cache: int = 1024
     steps: int = 64
@@ -80,6 +84,8 @@ class Defaults:
             "layer_width": args.layer_width,
             "rotate_mb": args.rotate_mb,
             "model": args.model or None,
+            "experts": tuple(args.experts or ()),
+            "tokens": args.tokens,
             "prompt": args.prompt,
             "cache": args.cache,
             "steps": args.steps,
@@ -99,6 +105,8 @@ def defaults(on_gpu: bool, quick: bool) -> Defaults:
             layer_width=(512, 768, 1536),
             rotate_mb=4,
             model="tiny",
+            experts=("tiny",),
+            tokens=(1, 16),
             prompt=64,
             cache=64,
             steps=4,
@@ -173,6 +181,16 @@ def add_parser(commands: Any) -> None:
         default=(1, 8, 32),
         help="sequences that the model generates at once (default: 1,8,32)",
     )
+    parser.add_argument(
+        "--experts",
+        nargs="*",
+        metavar="MODEL",
+        help="time layers of experts: qwen3-30b, qwen3-235b, gpt-oss-120b, nemotron-3, tiny "
+        "(default: the first and the third; tiny on a CPU)",
+    )
+    parser.add_argument(
+        "--tokens", type=_numbers, metavar="T,T,...", help="tokens of a layer of experts"
+    )
     parser.add_argument("--prompt", type=int, help="tokens that the model reads")
     parser.add_argument("--cache", type=int, help="positions of the model's cache, half full")
     parser.add_argument("--steps", type=int, help="tokens that a call of the model generates")
@@ -206,6 +224,13 @@ def run(args: argparse.Namespace) -> int:
             "--prompt and --steps must be at least 2, and --steps at most half of --cache; got "
             f"{chosen.prompt}, {chosen.steps} and {chosen.cache}"
         )
+    if args.experts is not None:
+        from jax_nvfp4.bench.experts import PRESETS
+
+        if unknown := [name for name in chosen.experts if name not in PRESETS]:
+            raise BadInputError(f"--experts takes {', '.join(PRESETS)}; got {unknown[0]!r}")
+        if min(chosen.tokens) < 1:
+            raise BadInputError(f"--tokens must be at least 1; got {min(chosen.tokens)}")
     for path in (args.json, args.plot):
         if path is not None and not path.resolve().parent.is_dir():
             raise BadInputError(f"{path}: there is no folder {path.resolve().parent}")
@@ -226,10 +251,12 @@ def run(args: argparse.Namespace) -> int:
 
     if sizes is not None:
         _measure_model(report, chosen, sizes, args.batches, save)
+    elif args.experts is not None:
+        _measure_experts(report, chosen, save)
     else:
         with timing.Compiler() as compiler:
             _measure(report, chosen, compiler, save)
-    if args.plot and sizes is None:
+    if args.plot and report.linear:
         from jax_nvfp4.bench import plot
 
         plot.plot(report, args.plot)
@@ -275,6 +302,26 @@ def _measure_model(
     for row in model.measure(sizes, uses, say):
         report.model.append(row)
         print(model.line(row, report.model), flush=True)
+        save()
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+def _measure_experts(report: Report, chosen: Defaults, save: Callable[[], None]) -> None:
+    """Fills the report with layers of experts and prints them as they come."""
+    from jax_nvfp4.bench import experts
+
+    started = time.perf_counter()
+    print(f"\n{experts.NOTE}\n{experts.HEAD}", flush=True)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    layers = [(name, experts.PRESETS[name]) for name in chosen.experts]
+    rotate, most = chosen.rotate_mb * _MIB, report.ceilings
+    for row, errors in experts.measure(layers, chosen.tokens, rotate, most, say):
+        report.experts.append(row)
+        report.errors += errors
+        print(experts.line(row), flush=True)
         save()
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_nvfp4 import cli
-from jax_nvfp4.bench import measurements, model, timing
+from jax_nvfp4.bench import experts, measurements, model, timing
 from jax_nvfp4.bench.report import LinearRow, QuantizeRow, linear_line, stack_lines
 from jax_nvfp4.cli import bench
 
@@ -71,6 +71,31 @@ def test_the_steps_of_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert str(sizes) in printed
     assert len([line for line in printed.splitlines() if "GB" in line]) == len(rows)
+
+
+def test_layers_of_experts(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "experts.json"
+    options = ["--tokens", "3", "--rotate-mb", "1", "--json", str(figures)]
+    assert cli.main(["bench", "--experts", "tiny", *options]) == 0
+    report = json.loads(figures.read_text())
+    (row,) = report["experts"]
+    assert (row.pop("model"), row.pop("tokens")) == ("tiny", 3)
+    assert 2 <= row.pop("touched") <= 6
+    assert all(seconds > 0 for seconds in row.values())
+    assert report["errors"] == []
+    printed = capsys.readouterr().out
+    assert f"{row['mlp'] / (row['gated'] + row['down']):.2f}x" in printed
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_no_token_chooses_an_expert_twice(tokens: int) -> None:
+    sizes = experts.PRESETS["tiny"]
+    chosen = experts.choices(sizes, tokens, 9)
+    assert chosen.shape == (9, tokens, sizes.top_k)
+    assert all(len(set(pair)) == sizes.top_k for pair in chosen.reshape(-1, sizes.top_k).tolist())
+    assert chosen.min() >= 0 and chosen.max() < sizes.experts
+    if tokens == 1:  # in turn, so that none is met while a cache holds it
+        assert len(np.unique(chosen[:4])) == sizes.experts
 
 
 def test_a_model_reads_and_generates_alike() -> None:
@@ -247,6 +272,8 @@ def test_a_program_that_does_not_compile_says_so_when_it_is_asked_for(
         (["--model", "1,64,3,1,8,8"], "the width must be an even multiple of heads"),
         (["--model", "0,64,4,2,8,8"], "each size must be at least 1"),
         (["--model", "tiny", "--cache", "8", "--steps", "5"], "--steps at most half of --cache"),
+        (["--experts", "mixtral"], "--experts takes qwen3-30b"),
+        (["--experts", "tiny", "--tokens", "0"], "--tokens must be at least 1"),
         (["--json", "no/such/folder/file.json"], "there is no folder"),
     ],
 )
