@@ -68,6 +68,7 @@ class ExpertsRow:
     Attributes:
         model: name of the sizes.
         tokens: how many.
+        equal: whether experts had as many rows each.
         touched: experts that a call chose, in the mean.
         up: the first product, W4A16, without its activation.
         gated: the same with it.
@@ -81,6 +82,7 @@ class ExpertsRow:
 
     model: str
     tokens: int
+    equal: bool
     touched: float
     up: float | None
     gated: float | None
@@ -92,14 +94,14 @@ class ExpertsRow:
     fusion: float | None
 
 
-def choices(s: Sizes, tokens: int, calls: int) -> np.ndarray:
+def choices(s: Sizes, tokens: int, calls: int, equal: bool) -> np.ndarray:
     """The experts of each token in each call, int32 (calls, tokens, top_k), without repetition.
 
-    A single token's are those that were not met for the longest time.
+    In turn, so that all get as many rows, for one token or if `equal`; else at random.
     """
-    if tokens == 1:
-        chosen = np.arange(calls * s.top_k) % s.experts
-        return chosen.reshape(calls, 1, s.top_k).astype(np.int32)
+    if equal or tokens == 1:
+        chosen = np.arange(calls * tokens * s.top_k) % s.experts
+        return chosen.reshape(calls, tokens, s.top_k).astype(np.int32)
     rng = np.random.default_rng(tokens)
     picked = [
         np.argpartition(rng.random((tokens, s.experts), np.float32), s.top_k - 1)[:, : s.top_k]
@@ -129,8 +131,12 @@ class Experts:
         self._down = jax_nvfp4.repack(_random(keys[2], s.experts, s.hidden, s.inner))
         self._plain = jax.jit(lambda w: jnp.swapaxes(w.dequantize(jnp.bfloat16), -1, -2))(first)
 
-    def measure(self, tokens: int) -> tuple[ExpertsRow, list[str]]:
+    def measure(self, tokens: int, equal: bool) -> tuple[ExpertsRow, list[str]]:
         """Measures one number of tokens.
+
+        Args:
+            tokens: how many.
+            equal: whether experts get as many rows each; else they are chosen at random.
 
         Returns:
             The row, and what was wrong.
@@ -142,7 +148,7 @@ class Experts:
         flops = 2.0 * pairs * s.rows * s.hidden
         # Experts take turns by the choice, not by copies: any number of calls will do.
         planned = plan(size, max(size / most.read, flops / most.multiply), 1)
-        chosen = choices(s, tokens, planned.calls)
+        chosen = choices(s, tokens, planned.calls, equal)
         touched = float(np.mean([len(np.unique(c)) for c in chosen]))
         errors: list[str] = []
         with Compiler() as compiler:
@@ -154,7 +160,7 @@ class Experts:
                        for name, (loop, kind, w) in loops.items()}  # fmt: skip
             self._check(loops, operands["up"], touched, seconds, errors)
             seconds["dense"] = dense()
-        return ExpertsRow(self.name, tokens, touched, **seconds), errors
+        return ExpertsRow(self.name, tokens, equal, touched, **seconds), errors
 
     def _loops(self, compiler: Compiler, tokens: int, planned: Plan) -> dict[str, Any]:
         """By name: a loop, which operands it takes, and its weights."""
@@ -290,6 +296,7 @@ def _seconds(loop: Loop, xs: Sequence[Any], w: Any, errors: list[str], name: str
 def measure(
     chosen: Sequence[tuple[str, Sizes]],
     tokens: Sequence[int],
+    equal: bool,
     rotate: int,
     most: Ceilings,
     say: Callable[[str], None],
@@ -299,6 +306,7 @@ def measure(
     Args:
         chosen: names and sizes.
         tokens: numbers of them.
+        equal: whether experts get as many rows each.
         rotate: bytes to be moved before a dense weight is met again.
         most: what the device does at most.
         say: told what comes next.
@@ -311,7 +319,7 @@ def measure(
         experts = Experts(name, sizes, rotate, most)
         say(f"{name}: weights made in {time.perf_counter() - started:.0f} s")
         for count in tokens:
-            yield experts.measure(count)
+            yield experts.measure(count, equal)
 
 
 # ---- The table ----------------------------------------------------------------------------------

@@ -189,6 +189,9 @@ def add_parser(commands: Any) -> None:
         "(default: the first and the third; tiny on a CPU)",
     )
     parser.add_argument(
+        "--equal", action="store_true", help="experts get as many rows each; else by chance"
+    )
+    parser.add_argument(
         "--tokens", type=_numbers, metavar="T,T,...", help="tokens of a layer of experts"
     )
     parser.add_argument("--prompt", type=int, help="tokens that the model reads")
@@ -252,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
     if sizes is not None:
         _measure_model(report, chosen, sizes, args.batches, save)
     elif args.experts is not None:
-        _measure_experts(report, chosen, save)
+        _measure_experts(report, chosen, args.equal, save)
     else:
         with timing.Compiler() as compiler:
             _measure(report, chosen, compiler, save)
@@ -306,7 +309,9 @@ def _measure_model(
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
-def _measure_experts(report: Report, chosen: Defaults, save: Callable[[], None]) -> None:
+def _measure_experts(
+    report: Report, chosen: Defaults, equal: bool, save: Callable[[], None]
+) -> None:
     """Fills the report with layers of experts and prints them as they come."""
     from jax_nvfp4.bench import experts
 
@@ -318,7 +323,7 @@ def _measure_experts(report: Report, chosen: Defaults, save: Callable[[], None])
 
     layers = [(name, experts.PRESETS[name]) for name in chosen.experts]
     rotate, most = chosen.rotate_mb * _MIB, report.ceilings
-    for row, errors in experts.measure(layers, chosen.tokens, rotate, most, say):
+    for row, errors in experts.measure(layers, chosen.tokens, equal, rotate, most, say):
         report.experts.append(row)
         report.errors += errors
         print(experts.line(row), flush=True)

@@ -79,7 +79,7 @@ def test_layers_of_experts(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     assert cli.main(["bench", "--experts", "tiny", *options]) == 0
     report = json.loads(figures.read_text())
     (row,) = report["experts"]
-    assert (row.pop("model"), row.pop("tokens")) == ("tiny", 3)
+    assert (row.pop("model"), row.pop("tokens"), row.pop("equal")) == ("tiny", 3, False)
     assert 2 <= row.pop("touched") <= 6
     assert all(seconds > 0 for seconds in row.values())
     assert report["errors"] == []
@@ -90,12 +90,14 @@ def test_layers_of_experts(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_no_token_chooses_an_expert_twice(tokens: int) -> None:
     sizes = experts.PRESETS["tiny"]
-    chosen = experts.choices(sizes, tokens, 9)
+    chosen = experts.choices(sizes, tokens, 9, equal=False)
     assert chosen.shape == (9, tokens, sizes.top_k)
     assert all(len(set(pair)) == sizes.top_k for pair in chosen.reshape(-1, sizes.top_k).tolist())
     assert chosen.min() >= 0 and chosen.max() < sizes.experts
     if tokens == 1:  # in turn, so that none is met while a cache holds it
         assert len(np.unique(chosen[:4])) == sizes.experts
+    equal = experts.choices(sizes, 4 * tokens, 2, equal=True)
+    assert set(np.bincount(equal[1].reshape(-1))) == {tokens}
 
 
 def test_a_model_reads_and_generates_alike() -> None:
