@@ -24,10 +24,16 @@ multiplications that feed no addition (nothing to contract into an fma), and quo
 `divide`, since XLA may lower a float division to an approximate one or rewrite `1 / (a / b)`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
+from numpy import float32 as f32
+from numpy import int32 as i32
+from numpy import uint32 as u32
 
 from jax_nvfp4.config.quantize import BLOCK as BLOCK
 
@@ -40,6 +46,7 @@ GLOBAL_SCALE_MAX = 2.0**110
 _E4M3_NAN = 0x7F
 _INF_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
+_TWICE_E2M1 = 0xC8643210  # twice the magnitude of each code, 4 bits each
 _SMALLEST_BITS = (127 - 100) << 23  # the bits of 2**-100
 
 
@@ -61,43 +68,67 @@ def nan_where(condition: jax.Array, value: jax.Array) -> jax.Array:
         value: float32.
     """
     bits = lax.bitcast_convert_type(value, jnp.int32)
-    return lax.bitcast_convert_type(jnp.where(condition, _NAN_BITS, bits), jnp.float32)
+    bits = lax.select(condition, lax.full_like(bits, _NAN_BITS), bits)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """The correctly rounded quotient of positive float32 numbers, on every backend.
-
-    The hardware's quotient, exact or not, is only a first guess: the integer quotient of the
-    significands to 25 bits is settled by its remainder, which 32-bit arithmetic holds exactly
-    since it is small. A quotient of two 24-bit significands is never a tie at 25 bits.
 
     Args:
         a: float32, positive and normal.
         b: float32, positive and normal, broadcast against `a`.
 
     Returns:
-        float32 a / b rounded to nearest even, where that is normal; unspecified elsewhere.
+        float32 a / b rounded to nearest even, where that is normal; unspecified elsewhere. Not
+        fenced: `computed_once`, or a select, has to stand between it and another product or
+        quotient.
     """
     a, b = jnp.broadcast_arrays(a, b)
+    return lax.platform_dependent(a, b, cpu=_divide_floats, default=_divide_integers)
+
+
+def _divide_floats(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`divide` where XLA's division of floats is correctly rounded: a fraction of the operations.
+
+    The magnitude changes nothing but hides a quotient in `b`, with which XLA would merge this one.
+    """
+    return lax.div(a, lax.abs(b))
+
+
+def _divide_integers(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`divide` where XLA's division of floats may be approximate.
+
+    Its quotient is only a first guess: the integer quotient of the significands to 25 bits is
+    settled by its remainder, which 32-bit arithmetic holds exactly since it is small. A quotient
+    of two 24-bit significands is never a tie at 25 bits.
+    """
     a_bits = lax.bitcast_convert_type(a, jnp.int32)
     b_bits = lax.bitcast_convert_type(b, jnp.int32)
-    a_sig = (a_bits & 0x7FFFFF) | 0x800000
-    b_sig = (b_bits & 0x7FFFFF) | 0x800000
+    a_sig = lax.bitwise_or(lax.bitwise_and(a_bits, i32(0x7FFFFF)), i32(0x800000))
+    b_sig = lax.bitwise_or(lax.bitwise_and(b_bits, i32(0x7FFFFF)), i32(0x800000))
     b_float = b_sig.astype(jnp.float32)
-    below_one = (a_sig < b_sig).astype(jnp.int32)
+    below_one = lax.lt(a_sig, b_sig).astype(jnp.int32)
 
-    scale = jnp.where(below_one == 1, jnp.float32(2.0**25), jnp.float32(2.0**24))
-    quotient = (a_sig.astype(jnp.float32) / b_float * scale).astype(jnp.int32)
-    remainder = (a_sig << (24 + below_one)) - quotient * b_sig  # wraps; the true one is small
-    step = jnp.floor(remainder.astype(jnp.float32) / b_float).astype(jnp.int32)
-    quotient, remainder = quotient + step, remainder - step * b_sig
-    quotient = quotient + jnp.where(remainder < 0, -1, jnp.where(remainder >= b_sig, 1, 0))
+    # 2**24 or 2**25 times the quotient. The remainder wraps; the true one is small.
+    up = lax.shift_left(lax.add(below_one, i32(127 + 24)), i32(23))
+    guess = lax.div(a_sig.astype(jnp.float32), b_float)
+    guess = lax.mul(guess, lax.bitcast_convert_type(up, jnp.float32))
+    quotient = guess.astype(jnp.int32)
+    shifted = lax.shift_left(a_sig, lax.add(below_one, i32(24)))
+    remainder = lax.sub(shifted, lax.mul(quotient, b_sig))
+    step = lax.floor(lax.div(remainder.astype(jnp.float32), b_float)).astype(jnp.int32)
+    quotient = lax.add(quotient, step)
+    remainder = lax.sub(remainder, lax.mul(step, b_sig))
+    quotient = lax.add(quotient, lax.ge(remainder, b_sig).astype(jnp.int32))
+    quotient = lax.sub(quotient, lax.lt(remainder, i32(0)).astype(jnp.int32))
 
-    significand = (quotient + 1) >> 1
-    exponent = (a_bits >> 23) - (b_bits >> 23) - below_one + 127
-    bits = (exponent << 23) + (significand - 0x800000)
-    # XLA recomputes cheap operations in each loop that uses them, for a block scale 16 times.
-    return computed_once(lax.bitcast_convert_type(bits, jnp.float32))
+    significand = lax.shift_right_arithmetic(lax.add(quotient, i32(1)), i32(1))
+    a_exponent = lax.shift_right_arithmetic(a_bits, i32(23))
+    b_exponent = lax.add(lax.shift_right_arithmetic(b_bits, i32(23)), below_one)
+    exponent = lax.add(lax.sub(a_exponent, b_exponent), i32(127))
+    bits = lax.add(lax.shift_left(exponent, i32(23)), lax.sub(significand, i32(0x800000)))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def computed_once(x: jax.Array) -> jax.Array:
@@ -114,8 +145,14 @@ def computed_once(x: jax.Array) -> jax.Array:
     Returns:
         x, its NaNs made canonical.
     """
-    bits = lax.bitcast_convert_type(nan_where(jnp.isnan(x), x), jnp.uint32)
-    return lax.bitcast_convert_type(lax.rem(bits, jnp.full_like(bits, 0xFFFFFFFF)), jnp.float32)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    nan = lax.full_like(bits, _NAN_BITS)
+    return _fenced_bits(lax.select(lax.ne(x, x), nan, bits))
+
+
+def _fenced_bits(bits: jax.Array) -> jax.Array:
+    """The float32 of uint32 bits, fenced; 0 for a NaN whose bits are all ones."""
+    return lax.bitcast_convert_type(lax.rem(bits, u32(0xFFFFFFFF)), jnp.float32)
 
 
 def add_rounding_once(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -148,8 +185,9 @@ def add_rounding_once(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array
 
 def _magnitude_bits(x: jax.Array) -> jax.Array:
     """The bits of |x| as int32, which order as the magnitudes do; 0 below 2**-100."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
-    return jnp.where(bits < _SMALLEST_BITS, 0, bits)
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    bits = lax.bitwise_and(bits, i32(0x7FFFFFFF))
+    return lax.select(lax.lt(bits, i32(_SMALLEST_BITS)), lax.full_like(bits, 0), bits)
 
 
 def magnitude(x: jax.Array) -> jax.Array:
@@ -175,8 +213,9 @@ def amax(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
         float32; 0 where there is no finite element of at least 2**-100.
     """
     bits = _magnitude_bits(x)
-    finite = jnp.where(bits < _INF_BITS, bits, 0)
-    return lax.bitcast_convert_type(jnp.max(finite, axis=axis, initial=0), jnp.float32)
+    finite = lax.select(lax.lt(bits, i32(_INF_BITS)), bits, lax.full_like(bits, 0))
+    # As floats, whose maximum XLA's CPU backend takes from a library.
+    return jnp.max(lax.bitcast_convert_type(finite, jnp.float32), axis=axis, initial=0)
 
 
 def dynamic_scales(
@@ -191,10 +230,11 @@ def dynamic_scales(
     Returns:
         (S, D), float32 of the shape of `largest`.
     """
-    one = jnp.ones_like(largest)
-    safe = jnp.where(largest == 0, one, largest)
-    encode = jnp.where(largest == 0, one, divide(jnp.float32(block_scale_max * E2M1_MAX), safe))
-    return encode, divide(one, encode)
+    one, is_zero = lax.full_like(largest, 1), lax.eq(largest, f32(0))
+    safe = lax.select(is_zero, one, largest)
+    encode = divide(lax.full_like(largest, block_scale_max * E2M1_MAX), safe)
+    encode = computed_once(lax.select(is_zero, one, encode))
+    return encode, computed_once(divide(one, encode))
 
 
 def static_scales(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -212,6 +252,48 @@ def static_scales(global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return nan_where(~valid, divide(one, safe)), nan_where(~valid, safe)
 
 
+class _Format(NamedTuple):
+    """A small float format.
+
+    Attributes:
+        lowest: the exponent of its smallest normal numbers.
+        digits: of its significands, after the point.
+    """
+
+    lowest: int
+    digits: int
+
+
+_E4M3 = _Format(lowest=-6, digits=3)
+_E2M1 = _Format(lowest=0, digits=1)
+
+
+def _on_grid(value: jax.Array, to: _Format) -> tuple[jax.Array, jax.Array]:
+    """Rounds to the numbers of a small float format, to nearest even.
+
+    Args:
+        value: float32, not negative; a NaN stays one.
+        to: the format.
+
+    Returns:
+        The value as a float32 multiple of the format's spacing there, and as uint32 the bits of the
+        power of two at or below it, of the smallest normal number at least.
+    """
+    bits = lax.bitcast_convert_type(value, jnp.uint32)
+    power = lax.max(lax.bitwise_and(bits, u32(_INF_BITS)), u32((127 + to.lowest) << 23))
+    inverse = lax.sub(u32((254 + to.digits) << 23), power)
+    scaled = lax.mul(value, lax.bitcast_convert_type(inverse, jnp.float32))
+    return lax.round(scaled, lax.RoundingMethod.TO_NEAREST_EVEN), power
+
+
+def _grid_code(value: jax.Array, to: _Format) -> jax.Array:
+    """The bits of `_on_grid` in the small float format, int32; anything for a NaN."""
+    multiple, power = _on_grid(value, to)
+    above = lax.shift_right_logical(power, u32(23 - to.digits)).astype(jnp.int32)
+    code = lax.add(multiple.astype(jnp.int32), above)
+    return lax.sub(code, i32((127 + to.lowest) << to.digits))
+
+
 def e4m3_encode(value: jax.Array) -> jax.Array:
     """Rounds to e4m3, to nearest even.
 
@@ -221,12 +303,9 @@ def e4m3_encode(value: jax.Array) -> jax.Array:
     Returns:
         uint8 bits of float8_e4m3fn.
     """
-    bits = lax.bitcast_convert_type(value, jnp.int32)
-    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    normal = rounded - ((127 - 7) << 3)
-    subnormal = lax.round(value * 512.0, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
-    code = jnp.where(value < 2.0**-6, subnormal, normal)
-    return jnp.where(jnp.isnan(value), _E4M3_NAN, code).astype(jnp.uint8)
+    code = _grid_code(value, _E4M3)
+    code = lax.select(lax.ne(value, value), lax.full_like(code, _E4M3_NAN), code)
+    return code.astype(jnp.uint8)
 
 
 def e4m3_decode(bits: jax.Array) -> jax.Array:
@@ -238,12 +317,7 @@ def e4m3_decode(bits: jax.Array) -> jax.Array:
     Returns:
         float32, exact; NaN for 0x7F and 0xFF.
     """
-    bits = bits.astype(jnp.int32)
-    normal = lax.bitcast_convert_type(((bits & 0x7F) << 20) + ((127 - 7) << 23), jnp.float32)
-    subnormal = (bits & 0x7).astype(jnp.float32) * 2.0**-9
-    value = jnp.where((bits & 0x78) == 0, subnormal, normal)
-    value = nan_where((bits & 0x7F) == _E4M3_NAN, value)
-    return jnp.where(bits >= 0x80, -value, value)
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def e2m1_encode(value: jax.Array) -> jax.Array:
@@ -255,13 +329,12 @@ def e2m1_encode(value: jax.Array) -> jax.Array:
     Returns:
         uint8 codes in 0..7 (no sign bit).
     """
-    # Each midpoint between neighbors is passed on reaching it where the upper code is even,
-    # and on exceeding it where the upper code is odd. "Not below" makes a NaN pass all of them.
-    code = jnp.zeros(value.shape, jnp.uint8)
-    for lower, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
-        below = value < midpoint if lower % 2 else value <= midpoint
-        code = code + (~below).astype(jnp.uint8)
-    return code
+    return _grid_code(_up_to_6(value), _E2M1).astype(jnp.uint8)
+
+
+def _up_to_6(value: jax.Array) -> jax.Array:
+    """The smaller of a value and 6, which is also what a NaN becomes."""
+    return lax.select(lax.lt(value, f32(E2M1_MAX)), value, lax.full_like(value, E2M1_MAX))
 
 
 def e2m1_decode(code: jax.Array) -> jax.Array:
@@ -273,11 +346,12 @@ def e2m1_decode(code: jax.Array) -> jax.Array:
     Returns:
         float32 in {0, .5, 1, 1.5, 2, 3, 4, 6} with the sign (of zero, too).
     """
-    code = code.astype(jnp.int32)
-    index = code & 7
-    twice = jnp.where(index < 2, index, (2 + (code & 1)) << ((index >> 1) - 1))
-    value = twice.astype(jnp.float32) * 0.5
-    return jnp.where(code >= 8, -value, value)
+    code = code.astype(jnp.uint32)
+    place = lax.shift_left(lax.bitwise_and(code, u32(7)), u32(2))
+    twice = lax.shift_right_logical(u32(_TWICE_E2M1), place)
+    twice = lax.bitwise_and(twice, u32(15)).astype(jnp.int32).astype(jnp.float32)
+    half = lax.full_like(twice, 0.5)
+    return lax.mul(twice, lax.select(lax.ge(code, u32(8)), lax.neg(half), half))
 
 
 def pack(codes: jax.Array) -> jax.Array:
@@ -290,7 +364,13 @@ def pack(codes: jax.Array) -> jax.Array:
         uint8 (..., K/2).
     """
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    # A reduction, for XLA's CPU backend does not vectorize the reading of every other code.
+    return lax.reduce_or(lax.shift_left(pairs, _shifts(pairs)), (pairs.ndim - 1,))
+
+
+def _shifts(pairs: jax.Array) -> jax.Array:
+    """How far each code of the pairs (..., 2) is shifted in its byte."""
+    return lax.broadcast_in_dim(np.array([0, 4], np.uint8), pairs.shape, (pairs.ndim - 1,))
 
 
 def unpack(data: jax.Array) -> jax.Array:
@@ -302,7 +382,9 @@ def unpack(data: jax.Array) -> jax.Array:
     Returns:
         uint8 (..., K) in 0..15.
     """
-    codes = jnp.stack([data & 0xF, data >> 4], axis=-1)
+    pairs = lax.broadcast_in_dim(data, (*data.shape, 2), tuple(range(data.ndim)))
+    codes = lax.shift_right_logical(pairs, _shifts(pairs))
+    codes = lax.bitwise_and(codes, np.uint8(0xF))
     return codes.reshape(*data.shape[:-1], data.shape[-1] * 2)
 
 
@@ -325,6 +407,26 @@ def quantize(x: jax.Array, encode: jax.Array, decode: jax.Array) -> tuple[jax.Ar
     """
     blocks = as_blocks(x)
     return encode_blocks(blocks, block_scale_bits(scaled_amax(blocks, encode)), decode)
+
+
+def quantized_values(x: jax.Array, encode: jax.Array, decode: jax.Array) -> jax.Array:
+    """`block_values(*quantize(x, encode, decode))`, without the codes.
+
+    Args:
+        x: (..., K) of any floating dtype, any K.
+        encode: S, float32, broadcast against the leading axes `x.shape[:-1]`.
+        decode: D, likewise.
+
+    Returns:
+        float32 (..., ceil(K/16)*16).
+    """
+    blocks = as_blocks(x)
+    scale = e4m3_decode(block_scale_bits(scaled_amax(blocks, encode)))
+    multiple, power = _on_grid(_up_to_6(_scaled(blocks, scale, decode)), _E2M1)
+    spacing = lax.sub(power, u32(_E2M1.digits << 23))
+    spacing = lax.bitwise_or(spacing, _sign_bits(blocks))
+    values = lax.mul(multiple, lax.bitcast_convert_type(spacing, jnp.float32)) * scale[..., None]
+    return values.reshape(*x.shape[:-1], blocks.shape[-2] * BLOCK)
 
 
 def as_blocks(x: jax.Array) -> jax.Array:
@@ -351,10 +453,10 @@ def scaled_amax(blocks: jax.Array, encode: jax.Array) -> jax.Array:
         float32 (..., blocks), `block_amax * (S * (1/6))`; NaN where a block holds a NaN or an Inf.
     """
     largest_bits = jnp.max(_magnitude_bits(blocks), axis=-1, initial=0)
-    bad = largest_bits >= _INF_BITS
-    largest = lax.bitcast_convert_type(jnp.where(bad, 0, largest_bits), jnp.float32)
+    largest = lax.bitcast_convert_type(largest_bits, jnp.float32)
     encode = with_ndim(encode, blocks.ndim - 2)
-    return nan_where(bad, largest * (encode * jnp.float32(1 / 6))[..., None])
+    scaled = largest * (encode * jnp.float32(1 / 6))[..., None]
+    return nan_where(largest_bits >= _INF_BITS, scaled)
 
 
 def block_scale_bits(scaled: jax.Array) -> jax.Array:
@@ -366,7 +468,8 @@ def block_scale_bits(scaled: jax.Array) -> jax.Array:
     Returns:
         uint8 bits of float8_e4m3fn.
     """
-    return e4m3_encode(jnp.minimum(scaled, E4M3_MAX))
+    bits = e4m3_encode(lax.min(scaled, f32(E4M3_MAX)))
+    return lax.rem(bits, np.uint8(0xFF))  # computed once, see `computed_once`
 
 
 def block_codes(blocks: jax.Array, scale_bits: jax.Array, decode: jax.Array) -> jax.Array:
@@ -380,13 +483,33 @@ def block_codes(blocks: jax.Array, scale_bits: jax.Array, decode: jax.Array) -> 
     Returns:
         uint8 (..., blocks, 16) in 0..7; 7 under a scale or a D that is NaN.
     """
-    scale = e4m3_decode(scale_bits)
+    return e2m1_encode(_scaled(blocks, e4m3_decode(scale_bits), decode))
+
+
+def _scaled(blocks: jax.Array, scale: jax.Array, decode: jax.Array) -> jax.Array:
+    """The magnitudes of blocks in units of their scales and D, which e2m1 rounds.
+
+    Args:
+        blocks: float32 (..., blocks, 16).
+        scale: float32 (..., blocks), the values of the block scales.
+        decode: D, float32, broadcast against the rows.
+
+    Returns:
+        float32 of the shape of `blocks`; NaN under a scale or a D that is NaN.
+    """
     denominator = scale * with_ndim(decode, scale.ndim - 1)[..., None]
-    usable = denominator > 0
-    inverse = divide(jnp.float32(1), jnp.where(usable, denominator, jnp.float32(1)))
-    inverse = jnp.where(usable, inverse, jnp.float32(FLT_MAX))
-    inverse = nan_where(~usable & (scale != 0), inverse)
-    return e2m1_encode(magnitude(blocks) * inverse[..., None])
+    one, usable = lax.full_like(denominator, 1), lax.gt(denominator, f32(0))
+    inverse = divide(one, lax.select(usable, denominator, one))
+    inverse = lax.select(usable, inverse, lax.full_like(inverse, FLT_MAX))
+    nan = lax.bitwise_and(lax.bitwise_not(usable), lax.ne(scale, f32(0)))
+    # XLA recomputes cheap operations in each loop that uses them, for a block scale 16 times.
+    return magnitude(blocks) * computed_once(nan_where(nan, inverse))[..., None]
+
+
+def _sign_bits(x: jax.Array) -> jax.Array:
+    """The sign bit of float32 numbers in its place, uint32."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitwise_and(bits, u32(0x80000000))
 
 
 def encode_blocks(
@@ -402,11 +525,11 @@ def encode_blocks(
     Returns:
         (data, block_scale): uint8 (..., blocks*8) and float8_e4m3fn (..., blocks).
     """
-    decode = with_ndim(decode, scale_bits.ndim - 1)
-    codes = block_codes(blocks, scale_bits, decode)
-    negative = lax.bitcast_convert_type(blocks, jnp.int32) < 0
-    signed = negative & ~jnp.isnan(e4m3_decode(scale_bits) * decode[..., None])[..., None]
-    codes = codes | (signed.astype(jnp.uint8) << 3)
+    scaled = _scaled(blocks, e4m3_decode(scale_bits), decode)
+    sign = _sign_bits(blocks)
+    sign = lax.shift_right_logical(sign, u32(28)).astype(jnp.uint8)
+    sign = lax.select(lax.eq(scaled, scaled), sign, lax.full_like(sign, 0))  # a NaN's code is 7
+    codes = lax.bitwise_or(e2m1_encode(scaled), sign)
     data = pack(codes.reshape(*codes.shape[:-2], codes.shape[-2] * BLOCK))
     return data, lax.bitcast_convert_type(scale_bits, jnp.float8_e4m3fn)
 

@@ -106,14 +106,49 @@ def test_a_bad_element_touches_its_block_alone(value):
     np.testing.assert_array_equal(y, clean)
 
 
-def test_divide_is_correctly_rounded():
+@pytest.mark.parametrize("divide", [numerics.divide, numerics._divide_integers])
+def test_divide_is_correctly_rounded(divide):
+    """As the platform of the test does it, and as the others do."""
     rng = np.random.default_rng(1)
     a, b = np.exp2(rng.uniform(-60, 60, (2, 400_000))).astype(np.float32)
     a[:1000] = b[:1000]
     a[1000:2000] = np.nextafter(b[1000:2000], np.float32(0))
     a[2000:3000] = np.nextafter(b[2000:3000], np.float32(np.inf))
-    np.testing.assert_array_equal(numerics.divide(jnp.asarray(a), jnp.asarray(b)), a / b)
-    np.testing.assert_array_equal(jax.jit(numerics.divide)(a, b), a / b)
+    np.testing.assert_array_equal(divide(jnp.asarray(a), jnp.asarray(b)), a / b)
+    np.testing.assert_array_equal(jax.jit(divide)(a, b), a / b)
+
+
+def test_a_quotient_of_quotients_is_rounded_twice():
+    """XLA would make one division of two."""
+    rng = np.random.default_rng(4)
+    a, b, c = np.exp2(rng.uniform(-20, 20, (3, 100_000))).astype(np.float32)
+    scale = np.float32(1 / 3)
+    found = jax.jit(lambda a, b, c: numerics.divide(a, numerics.divide(b, c)))(a, b, c)
+    np.testing.assert_array_equal(found, a / (b / c))
+    np.testing.assert_array_equal(
+        jax.jit(lambda a: numerics.dynamic_scales(a)[1] * scale)(a),
+        np.float32(1) / (np.float32(2688) / a) * scale,
+    )
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("scaling", ["token", "tensor"])
+@pytest.mark.parametrize("case", cases.CASES)
+def test_values_without_codes(case, scaling):
+    """Bit for bit those of the codes."""
+    x = cases.make(case, "float32")
+
+    @jax.jit
+    def both(x):
+        largest = numerics.amax(x, axis=-1 if scaling == "token" else None)
+        encode, decode = numerics.dynamic_scales(largest)
+        values = numerics.quantized_values(x, encode, decode)
+        return values, numerics.block_values(*numerics.quantize(x, encode, decode))
+
+    direct, by_codes = both(x)
+    np.testing.assert_array_equal(
+        np.asarray(direct).view(np.uint32), np.asarray(by_codes).view(np.uint32)
+    )
 
 
 def test_e4m3_round_trip_and_values():

@@ -58,7 +58,7 @@ def reference(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     else:
         values = jnp.dtype(jnp.bfloat16)
         encode, decode, x_scale = scales(x, operands.scale_or_amax, scaling=spec.scaling)
-        x = numerics.block_values(*numerics.quantize(x, encode, decode))[:, : spec.k]
+        x = numerics.quantized_values(x, encode, decode)[:, : spec.k]
         alpha = (x_scale if x_scale.ndim == 0 else x_scale[:, None]) * numerics.with_ndim(
             w_scale, 2
         )

@@ -120,8 +120,8 @@ def _quantized(
         return x.astype(values).astype(jnp.float32), None, values
     scale_or_amax, scaling = scale_or_amax_of(operands, where, spec.scaling)
     encode, decode, x_scale = scales(x, scale_or_amax, scaling=scaling)
-    codes = numerics.quantize(x, encode, decode)
-    return numerics.block_values(*codes)[:, : spec.k], x_scale, jnp.dtype(jnp.bfloat16)
+    values = numerics.quantized_values(x, encode, decode)
+    return values[:, : spec.k], x_scale, jnp.dtype(jnp.bfloat16)
 
 
 def reference(*flat: jax.Array, spec: RaggedSpec) -> list[jax.Array]:
