@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m jax_nvfp4 info | quantize | bench`.
+"""The command line: `python -m jax_nvfp4 info | quantize | bench | report`.
 
 Each command is a module of this package with `add_parser(commands)`, which adds its arguments, and
 `run(args)`, which returns the exit code. Only the module of the command at hand is imported.
@@ -22,6 +22,7 @@ COMMANDS = {
     "info": "show versions, devices and kernels, and run a self-test",
     "quantize": "quantize a safetensors checkpoint to NVFP4",
     "bench": "measure the speed of the linear layer and the quantizer",
+    "report": "run all that tells how the kernels do on this GPU, into one file",
 }
 
 

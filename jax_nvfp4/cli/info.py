@@ -20,8 +20,11 @@ _SETTINGS = ("CUDA_VISIBLE_DEVICES", "JAX_", "NVIDIA_TF32_OVERRIDE", "XLA_")
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the arguments of the command: none."""
-    commands.add_parser("info", help=COMMANDS["info"], description=COMMANDS["info"])
+    """Adds the arguments of the command."""
+    parser = commands.add_parser("info", help=COMMANDS["info"], description=COMMANDS["info"])
+    parser.add_argument(
+        "--kernels", action="store_true", help="try each kernel of this GPU on a few tiles, too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,8 +69,33 @@ def run(args: argparse.Namespace) -> int:
     for check in selftest.checks():
         passed &= check.passed
         print(f"  {'ok  ' if check.passed else 'FAIL'} {check.name:<45} {check.detail}")
+    if args.kernels:
+        passed &= _try_kernels(local_arch())
     print("\npassed" if passed else "\nFAILED")
     return 0 if passed else 1
+
+
+def _try_kernels(arch: str) -> bool:
+    """Tries each GEMM kernel, and prints what is wrong; whether all are right."""
+    from jax_nvfp4.config import REFERENCE, configs, runnable_arches
+    from jax_nvfp4.ops import device
+    from jax_nvfp4.ops.linear import trial
+    from jax_nvfp4.ops.linear.cuda import multiply_groups
+
+    if arch == REFERENCE:
+        print("\nno kernels to try: pure JAX serves this device")
+        return True
+    print("\nkernels, each on a few tiles", flush=True)
+    own = device.kernel_arch(None) or arch
+    passed = True
+    for config in (config for each in runnable_arches(own) for config in configs(each)):
+        for split in sorted({1, config.split_k}):
+            chosen = trial.plan_of(config, split, device.limits(own))
+            fault = trial.fault_of(chosen, multiply_groups, per_row=False)
+            passed &= fault is None
+            name = config.name if split == 1 else f"{config.name}, K in {split}"
+            print(f"  {'ok  ' if fault is None else 'FAIL'} {name} {fault or ''}", flush=True)
+    return passed
 
 
 def _served_by(device: jax.Device) -> str:

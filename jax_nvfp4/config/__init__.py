@@ -10,6 +10,7 @@ This package imports nothing but the standard library, `integers` and itself.
 
 from jax_nvfp4.config.arches import (
     ARCHES,
+    PROVEN,
     REFERENCE,
     arch_of_compute_capability,
     most_specific_arch,
@@ -28,6 +29,7 @@ from jax_nvfp4.config.quantize import (
 
 __all__ = [
     "ARCHES",
+    "PROVEN",
     "REFERENCE",
     "Gate",
     "GemmConfig",

@@ -8,6 +8,10 @@ ARCHES = ("sm_90a", "sm_100f", "sm_103a", "sm_120f")
 """Architectures that kernels can be compiled for, each a full compile target."""
 
 
+PROVEN = ("sm_90a",)
+"""Architectures whose kernels have run on hardware; others' are tried on a device before use."""
+
+
 def arch_of_compute_capability(major: int, minor: int) -> str:
     """The kernel arch that serves a GPU of this compute capability.
 

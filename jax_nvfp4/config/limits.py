@@ -10,9 +10,11 @@ class Limits:
 
     Attributes:
         num_sms: its multiprocessors.
+        unusable: names of kernels that do not run there, or are wrong there.
     """
 
     num_sms: int
+    unusable: frozenset[str] = frozenset()
 
 
 TYPICAL = {

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the kernels that serve a device; warns where there are none."""
 
+import concurrent.futures
 import functools
+import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
 from jax_nvfp4 import custom_calls
 from jax_nvfp4.config import (
+    PROVEN,
     REFERENCE,
     arch_of_compute_capability,
     most_specific_arch,
     runnable_arches,
 )
 from jax_nvfp4.config.limits import TYPICAL, Limits
+
+T = TypeVar("T")
 
 
 def _cuda_device() -> jax.Device | None:
@@ -90,13 +97,52 @@ def kernel_arch(asked: str | None) -> str | None:
     return asked
 
 
+def gpu() -> jax.Device:
+    """This machine's first NVIDIA GPU; there is one."""
+    device = _cuda_device()
+    assert device is not None
+    return device
+
+
+def runs_here(arch: str) -> bool:
+    """Whether this machine's GPU, if there is one, runs kernels of `arch`."""
+    device = _cuda_device()
+    return device is not None and arch in runnable_arches(
+        most_specific_arch(*_compute_capability(device))
+    )
+
+
+def to_be_tried(arch: str) -> bool:
+    """Whether a kernel of this arch is tried before it is used: `JAX_NVFP4_CHECK` 1 all, 0 none."""
+    asked = os.environ.get("JAX_NVFP4_CHECK", "")
+    if asked == "0" or not runs_here(arch):
+        return False
+    return asked == "1" or arch not in PROVEN
+
+
+def apart(function: Callable[[], T]) -> T:
+    """Calls a function where nothing surrounds it, no trace and no mesh: in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+_unusable: dict[str, str] = {}
+"""Kernels that this process passes over, and why."""
+
+
+def pass_over(kernel: str, why: str) -> None:
+    """Leaves a kernel out of all plans from now on, and warns."""
+    _unusable[kernel] = why
+    _warn_once(
+        f"jax_nvfp4 passes over its kernel {kernel} on {gpu().device_kind}: {why}. "
+        "Results are right, but may be slow."
+    )
+
+
 def limits(arch: str) -> Limits:
     """Limits to plan a call for: this machine's GPU's if it runs `arch`, or a typical GPU's."""
-    device = _cuda_device()
-    if device is not None and arch in runnable_arches(
-        most_specific_arch(*_compute_capability(device))
-    ):
-        count = getattr(device, "core_count", None)
-        if count:
-            return Limits(num_sms=int(count))
-    return TYPICAL.get(arch, Limits(num_sms=1))
+    typical = TYPICAL.get(arch, Limits(num_sms=1))
+    if not runs_here(arch):
+        return typical
+    count = getattr(gpu(), "core_count", None) or typical.num_sms
+    return Limits(int(count), frozenset(_unusable))

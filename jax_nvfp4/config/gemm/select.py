@@ -33,7 +33,9 @@ def _takes(rule: Rule, problem: GemmProblem, num_sms: int) -> bool:
     )
 
 
-def rule_for(problem: GemmProblem, num_sms: int) -> Rule | None:
+def rule_for(
+    problem: GemmProblem, num_sms: int, unusable: frozenset[str] = frozenset()
+) -> Rule | None:
     """The row of the arch's table that serves a problem; None where none does.
 
     There is one for each plain problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's
@@ -42,8 +44,9 @@ def rule_for(problem: GemmProblem, num_sms: int) -> Rule | None:
     Args:
         problem: the call.
         num_sms: multiprocessors of the device.
+        unusable: names of kernels to pass over.
     """
-    rules = _module(problem.arch).RULES
+    rules = (r for r in _module(problem.arch).RULES if r.config.name not in unusable)
     return next((rule for rule in rules if _takes(rule, problem, num_sms)), None)
 
 

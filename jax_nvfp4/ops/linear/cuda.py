@@ -14,6 +14,7 @@ from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.plan import LinearPlan, plan
 from jax_nvfp4.ops.linear.reference import reference
 from jax_nvfp4.ops.linear.spec import LinearSpec, Operands
+from jax_nvfp4.ops.linear.trial import usable
 from jax_nvfp4.ops.quantize import cuda as quantize_cuda
 
 
@@ -22,14 +23,13 @@ def cuda(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
     operands = spec.operands(flat)
     x, scale_or_amax = operands.x, operands.scale_or_amax
     arch = device.kernel_arch(spec.arch) or REFERENCE
-    chosen = plan(
-        spec,
-        x.shape[0],
-        x.dtype.name,
-        arch=arch,
-        limits=device.limits(arch),
-        per_row=scale_or_amax is not None and bool(scale_or_amax.ndim),
-    )
+    per_row = scale_or_amax is not None and bool(scale_or_amax.ndim)
+
+    def decide() -> LinearPlan:
+        limits = device.limits(arch)
+        return plan(spec, x.shape[0], x.dtype.name, arch=arch, limits=limits, per_row=per_row)
+
+    chosen = usable(decide, multiply_groups, per_row=per_row)
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
     return [multiply(operands, chosen, Groups(None, None))]
@@ -52,6 +52,13 @@ class Groups(NamedTuple):
         if self.sizes is None or self.offset is None:
             return None
         return self.sizes, self.offset
+
+
+def multiply_groups(
+    operands: Operands, chosen: LinearPlan, groups: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Carries out a plan that has a kernel, of rows in groups where there are any."""
+    return multiply(operands, chosen, Groups(None, None) if groups is None else Groups(*groups))
 
 
 def multiply(operands: Operands, chosen: LinearPlan, groups: Groups) -> jax.Array:

@@ -181,9 +181,9 @@ def plan(
     problem, rule = plain, None
     if spec.gated and spec.activation is not None:
         problem = dataclasses.replace(plain, epilogue="gated")
-        rule = rule_for(problem, limits.num_sms)
+        rule = rule_for(problem, limits.num_sms, limits.unusable)
     if rule is None:
-        problem, rule = plain, rule_for(plain, limits.num_sms)
+        problem, rule = plain, rule_for(plain, limits.num_sms, limits.unusable)
     if rule is None and groups:
         return by_xla(f"There is no kernel for groups of rows on {arch}.")
     if rule is None:

@@ -8,7 +8,7 @@ import jax
 from jax_nvfp4 import custom_calls
 from jax_nvfp4.config.enums import OutFormat, Scaling
 from jax_nvfp4.ops import device
-from jax_nvfp4.ops.quantize import scale
+from jax_nvfp4.ops.quantize import scale, trial
 from jax_nvfp4.ops.quantize.plan import QuantizePlan, plan
 from jax_nvfp4.ops.quantize.reference import reference
 
@@ -35,17 +35,19 @@ def cuda(
     if arch is None or x.size == 0:
         return reference(x, scale_or_amax, scaling=scaling)
     *rows, k = x.shape
-    x, scale_or_amax = x.reshape(math.prod(rows), k), scale.flat(scale_or_amax)
+    flat, given = x.reshape(math.prod(rows), k), scale.flat(scale_or_amax)
     chosen = plan(
         scaling,
-        x.shape,
+        flat.shape,
         x.dtype.name,
-        per_row=scale_or_amax is not None and bool(scale_or_amax.ndim),
+        per_row=given is not None and bool(given.ndim),
         arch=arch,
         limits=device.limits(arch),
         out_format=OutFormat.LINEAR,
     )
-    data, block_scale, global_scale = call(x, scale_or_amax, chosen)
+    if not trial.usable(chosen, x.dtype.name, call):
+        return reference(x, scale_or_amax, scaling=scaling)
+    data, block_scale, global_scale = call(flat, given, chosen)
     if scaling == Scaling.TENSOR:
         global_scale = global_scale.reshape(())
     results = data, block_scale, global_scale

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear import cuda as dense
-from jax_nvfp4.ops.linear.plan import plan
+from jax_nvfp4.ops.linear.plan import LinearPlan, plan
 from jax_nvfp4.ops.linear.spec import Operands as DenseOperands
+from jax_nvfp4.ops.linear.trial import usable
 from jax_nvfp4.ops.ragged_linear.reference import reference, scale_or_amax_of
 from jax_nvfp4.ops.ragged_linear.spec import RaggedSpec, ranges
 
@@ -26,15 +27,20 @@ def cuda(*flat: jax.Array, spec: RaggedSpec) -> list[jax.Array]:
     if arch != REFERENCE:
         where = ranges(sizes, operands.offset, spec.groups, x.shape[0])
         given, scaling = scale_or_amax_of(operands, where, scaling)
-    chosen = plan(
-        dataclasses.replace(spec.each, scaling=scaling),
-        x.shape[0],
-        x.dtype.name,
-        arch=arch,
-        limits=device.limits(arch),
-        per_row=given is not None and bool(given.ndim),
-        groups=sizes.shape[0],
-    )
+    per_row = given is not None and bool(given.ndim)
+
+    def decide() -> LinearPlan:
+        return plan(
+            dataclasses.replace(spec.each, scaling=scaling),
+            x.shape[0],
+            x.dtype.name,
+            arch=arch,
+            limits=device.limits(arch),
+            per_row=per_row,
+            groups=sizes.shape[0],
+        )
+
+    chosen = usable(decide, dense.multiply_groups, per_row=per_row)
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
     offset = jnp.zeros((), jnp.int32) if operands.offset is None else operands.offset
