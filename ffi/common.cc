@@ -28,6 +28,19 @@ bool Runs(const Device& device, std::string_view arch) {
   return arch.back() == 'f' ? device.minor >= minor : device.minor == minor;
 }
 
+// What is wrong with the driver, where that may be why a kernel does not load; else nothing.
+std::string DriverNote(std::string_view arch) {
+  // Family targets, which Blackwell's kernels are for, came with CUDA 12.9.
+  const int needed = arch.substr(0, 5) == "sm_90" ? 12000 : 12090;
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != kCudaSuccess || version >= needed) return "";
+  const auto text = [](int v) {
+    return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+  };
+  return " (the driver is for CUDA " + text(version) + ", and kernels for " + std::string(arch) +
+         " need one for CUDA " + text(needed) + " or newer)";
+}
+
 }  // namespace
 
 ffi::Error Kernel::LaunchError(cudaError_t error) const {
@@ -60,7 +73,7 @@ ffi::Error Kernel::Load(int32_t device) {
     if (error != kCudaSuccess) {
       library_ = nullptr;
       return ffi::Error(ffi::ErrorCode::kInternal,
-                        CudaMessage(std::string("loading of ") + name_, error));
+                        CudaMessage(std::string("loading of ") + name_, error) + DriverNote(arch_));
     }
   }
   void* args[] = {&library, &device, &error};
@@ -69,7 +82,8 @@ ffi::Error Kernel::Load(int32_t device) {
     return ffi::Error(ffi::ErrorCode::kInternal,
                       CudaMessage(std::string("loading of ") + name_ + " on device " +
                                       std::to_string(device),
-                                  error));
+                                  error) +
+                          DriverNote(arch_));
   }
   loaded_.fetch_or(bit, std::memory_order_release);
   return ffi::Error::Success();
