@@ -19,10 +19,12 @@ if jax.default_backend() != "gpu":
 if jax.device_count() < 2:
     pytest.skip("needs several GPUs", allow_module_level=True)
 
+import test_moe
 import test_sharding
 from test_sharding import explicit, mesh  # noqa: F401 - its tests' fixtures
 
 globals().update(this_machine.tests_of(test_sharding))
+globals().update(this_machine.tests_of(test_moe))
 
 COUNT = 2
 M, N, K = 64, 1024, 2048
