@@ -149,3 +149,9 @@ LINEN_NAMES = {
         for name in "qkvo"
     },
 }
+
+
+def assert_equal_to_rounding(found, expected):
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert np.abs(found - expected).max() <= 2**-6 * np.abs(expected).max()

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from llama import DTYPE, LINEN_NAMES, NNX_NAMES, VOCAB, LinenLlama, NnxLlama, weights
+from llama import (
+    DTYPE,
+    LINEN_NAMES,
+    NNX_NAMES,
+    VOCAB,
+    LinenLlama,
+    NnxLlama,
+    assert_equal_to_rounding,
+    weights,
+)
 
 import jax_nvfp4 as nvfp4
 from jax_nvfp4.conversion.convert import path_of
@@ -47,12 +56,6 @@ def linen_model():
     """(fn, abstract params) of the linen Llama."""
     model = LinenLlama()
     return model.apply, jax.eval_shape(model.init, jax.random.key(0), IDS)
-
-
-def assert_equal_to_rounding(found, expected):
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert np.abs(found - expected).max() <= 2**-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
