@@ -53,6 +53,25 @@ def test_weight_only_of_many_rows_is_xla_s(weight, arch):
     assert "65 rows" in many.reason and "without custom calls" in str(many)
 
 
+@pytest.mark.parametrize("m", [1, 48, 200])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120f"])
+def test_the_activation_is_in_the_epilogue(weight, arch, m):
+    gated = nvfp4.gate_up(weight, weight)
+    for scale in ("token", None):
+        found = nvfp4.explain(
+            x_of(m), gated, activation_scale=scale, activation=nvfp4.GeGLU(), arch=arch
+        )
+        if found.gemm is None:  # many rows of 16-bit x on Blackwell
+            assert (scale, m > 64, arch) == (None, True, "sm_120f")
+            continue
+        assert found.gemm.epilogue == "gated" and not found.activation_by_xla
+        assert (found.gemm_n, found.gemm_out_dtype) == (2 * N, "bfloat16")
+        assert "The activation is in the kernel's epilogue." in str(found)
+        plain = nvfp4.explain(x_of(m), gated, activation_scale=scale, arch=arch)
+        assert found.gemm.name.replace("_gated", "") == plain.gemm.name
+        assert (found.split_k, found.calls) == (plain.split_k, plain.calls)
+
+
 def test_how_x_is_quantized(weight):
     kinds = {}
     for name, scale in {

@@ -31,16 +31,16 @@ CALLED: list[str] = []
 
 def product(x, x_scale, w, sfw, w_scale, bias, *, config, n, gate):
     """One group's rows by a kernel, float64."""
-    gated = config.epilogue == "gated"
+    gated, of = config.epilogue == "gated", order(config.arch)
     assert (gate is not None) == gated
     k = x.shape[1]
     if not gated:  # a plain weight to the kernel, whatever its scales' shape says
-        sfw = jnp.asarray(sfw).reshape(ORDER.shapes(n, k)[1])
-    data, scales = ORDER.unpack(jnp.asarray(w), jnp.asarray(sfw), n, k, gated=gated)
+        sfw = jnp.asarray(sfw).reshape(of.shapes(n, k)[1])
+    data, scales = of.unpack(jnp.asarray(w), jnp.asarray(sfw), n, k, gated=gated)
     values = oracle.block_values(oracle.unpack(np.asarray(data)), np.asarray(scales).view(np.uint8))
     w_scale = np.asarray(w_scale, np.float64)
     if gated and w_scale.ndim:
-        w_scale = np.asarray(ORDER.gated.deinterleave(jnp.asarray(w_scale), -1, n), np.float64)
+        w_scale = np.asarray(of.gated.deinterleave(jnp.asarray(w_scale), -1, n), np.float64)
     z = np.asarray(x, np.float64) @ values.T * w_scale
     z = z * (1 if x_scale is None else np.asarray(x_scale, np.float64).reshape(-1, 1))
     z = z + (0 if bias is None else np.asarray(bias, np.float64))
@@ -88,15 +88,15 @@ def on_hopper(monkeypatch):
     CALLED.clear()
 
 
-def weight(rng, gated, packed, lead=()):
+def weight(rng, gated, packed, lead=(), to=ORDER):
     """Codes, block scales and a global scale for each row, as operands of the primitives."""
     data = rng.integers(0, 256, (*lead, N, K // 2), dtype=np.uint8)
     scales = rng.integers(0x28, 0x40, (*lead, N, K // 16), dtype=np.uint8)
     data, scales = jnp.asarray(data), jnp.asarray(scales).view(jnp.float8_e4m3fn)
     w_scale = jnp.asarray(rng.uniform(0.01, 0.1, (*lead, N)), jnp.float32)
     if packed:
-        data, scales = ORDER.pack(data, scales, gated=gated)
-        w_scale = ORDER.gated.interleave(w_scale, -1) if gated else w_scale
+        data, scales = to.pack(data, scales, gated=gated)
+        w_scale = to.gated.interleave(w_scale, -1) if gated else w_scale
     return data, scales, w_scale
 
 
@@ -137,3 +137,22 @@ def test_plans_are_carried_out_as_the_reference_computes(gated, activation, scal
 
     assert ["gated" in name for name in CALLED] == [fused] * 2
     assert ["grouped" in name for name in CALLED] == [False, True]
+
+
+@pytest.mark.parametrize("arch", ["sm_120f"])
+@pytest.mark.parametrize(("gated", "activation", "scaling", "dtype", "packed"), CASES)
+def test_blackwell_s_plans_likewise(monkeypatch, arch, gated, activation, scaling, dtype, packed):
+    """Of ungrouped rows, for which alone there are kernels."""
+    monkeypatch.setattr(device, "kernel_arch", lambda asked: arch)
+    rng = np.random.default_rng(0)
+    spec = LinearSpec(
+        arch if packed else None, N, K, scaling, True, "float32", False, gated, activation
+    )
+    x = jnp.asarray(rng.standard_normal((M, K)), dtype)
+    bias = jnp.asarray(rng.standard_normal((2, N // 2) if gated else N), jnp.float32)
+    parts = weight(rng, gated, packed, to=order(arch))
+    flat = Operands(x, *parts, bias, None).flat()
+    (y,), (expected,) = linear_cuda(*flat, spec=spec), linear_reference(*flat, spec=spec)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(expected), rtol=1e-4, atol=1e-4)
+    fused = activation is not None and gated and dtype == "bfloat16"
+    assert ["gated" in name for name in CALLED] == [fused]

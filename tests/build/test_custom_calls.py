@@ -419,20 +419,24 @@ def test_gemm_names_operand_expected_and_got(
 
 def raw_variant(name: str, **changes: Any) -> str:
     """A call of a gated or grouped kernel for (5, 64) times (8, 64), changed as the caller says."""
-    c = next(c for c in config.configs("sm_90a") if c.name == f"gemm_sm90a_{name}")
-    call = gemm_operands("sm_90a", c.x_dtype, 5, 8, 64)
+    arch = "sm_120f" if name.startswith("sm120f") else "sm_90a"
+    name = name if arch == "sm_120f" else f"sm90a_{name}"
+    c = next(c for c in config.configs(arch) if c.name == f"gemm_{name}")
+    call = gemm_operands(arch, c.x_dtype, 5, 8, 64)
     if c.grouped:
         call = grouped_operands(call)
         call["group_sizes"], call["group_offset"] = groups(7)
     columns = 4 if c.epilogue == "gated" else 8
     call |= {"y": ((5, columns), jnp.bfloat16), "kernel": c.name} | changes
-    return raw_gemm("sm_90a", **call)
+    return raw_gemm(arch, **call)
 
 
 GROUPED = "grouped_gated_small_m_bf16_8x64"
 VARIANT_ERRORS = [
     ("gated_small_m_bf16_8x64", {"w_scale": jnp.ones((8,))}, "w_scale", "1 or 128 elements"),
     ("gated_small_m_bf16_8x64", {"bias": jnp.ones((4,))}, "bias", "8 elements (n)"),
+    ("sm120f_gated_small_m_t16x64", {"w_scale": jnp.ones((8,))}, "w_scale", "1 or 128 elements"),
+    ("sm120f_gated_small_m_t16x64", {"bias": jnp.ones((4,))}, "bias", "8 elements (n)"),
     (
         "gated_small_m_bf16_8x64",
         {"group_sizes": jnp.ones((3,), jnp.int32)},

@@ -12,7 +12,7 @@ from jax_nvfp4.config import GemmProblem, scratch_bytes, serves
 from jax_nvfp4.config.gemm import sm120
 from jax_nvfp4.config.gemm.select import select
 
-CONFIGS = sm120.CONFIGS
+CONFIGS = sm120.PLAIN
 PINGPONG, SMALL_M_16, SMALL_M_64 = W4A4 = CONFIGS[:3]
 WEIGHT_ONLY_BF16, WEIGHT_ONLY_F16 = CONFIGS[3:]
 

@@ -39,7 +39,7 @@ def rule_for(
     """The row of the arch's table that serves a problem; None where none does.
 
     There is one for each plain problem whose x is e2m1 (Blackwell) or 16-bit (Hopper). Blackwell's
-    kernels for 16-bit x are for few rows. Hopper has gated and grouped ones.
+    kernels for 16-bit x are for few rows. Hopper has grouped ones.
 
     Args:
         problem: the call.

@@ -10,8 +10,11 @@ the other writes its tile out. Bound by the tensor cores.
 the shared memory a queue of weight tiles in flight. Bound by memory.
 
 `weight_only`: small_m for 16-bit x; the weight's codes are expanded in registers.
+
+Gated weights have twins of all but the one for float16.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
@@ -74,7 +77,22 @@ WEIGHT_ONLY = tuple(
     for short, x_dtype in (("bf16", "bfloat16"), ("f16", "float16"))
 )
 
-CONFIGS = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
+PLAIN = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
+
+GATED_RUN, GATED_HALF_TILE = 8, 64
+"""A gated weight is packed in runs of so many gates and ups, each half padded to half of a tile."""
+
+
+def gated(config: GemmConfig) -> GemmConfig:
+    """The twin of a config that makes one output of a gate and its up."""
+    name = config.name.replace("f_", "f_gated_", 1)
+    return dataclasses.replace(config, name=name, epilogue="gated")
+
+
+GATED = tuple(gated(config) for config in PLAIN if config.x_dtype != "float16")
+"""Gated weights have kernels for quantized and for bfloat16 x, as on Hopper."""
+
+CONFIGS = (*PLAIN, *GATED)
 
 
 def tiles(config: GemmConfig, problem: GemmProblem) -> int:
@@ -147,12 +165,25 @@ RULES += tuple(
     for config in WEIGHT_ONLY
 )
 
+# A gated weight is as long as a plain one of as many rows, and stores half as much. Where K is
+# split its parts are those of a plain one; the activation comes after their sum.
+RULES += tuple(
+    dataclasses.replace(rule, config=gated(rule.config))
+    for rule in RULES
+    if gated(rule.config) in GATED
+)
 
-def partial_ld(n: int) -> int:
-    """Row length, in float32, of the partial sums of a split: n rounded up to 16 bytes."""
+
+def partial_ld(config: GemmConfig, n: int) -> int:
+    """Row length, in float32, of the partial sums of a split.
+
+    n rounded up to 16 bytes; the rows of a gated weight as it is packed.
+    """
+    if config.epilogue == "gated":
+        return 2 * round_up(n // 2, GATED_HALF_TILE)
     return round_up(n, 4)
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
-    """Bytes of scratch for a problem: float32 (split_k, m, partial_ld(n)), none without a split."""
-    return 4 * split_k * problem.m * partial_ld(problem.n) if split_k > 1 else 0
+    """Bytes of scratch for a problem: float32 (split_k, m, partial_ld), none without a split."""
+    return 4 * split_k * problem.m * partial_ld(config, problem.n) if split_k > 1 else 0

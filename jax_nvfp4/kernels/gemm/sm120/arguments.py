@@ -8,7 +8,7 @@ import dataclasses
 
 from cutlass import Boolean, Int32, cute
 
-from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.arguments import Activation, HostCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Scales:
         w_stride: theirs.
         bias: of the rows of the weight.
         bias_dtype: its dtype's code.
+        activation: of a gated product, after the others; else None. The scales are then in the
+            order of the weight's rows as they are packed, and the bias is in that of [gate; up].
     """
 
     x: cute.Pointer
@@ -30,6 +32,7 @@ class Scales:
     w_stride: Int32
     bias: cute.Pointer
     bias_dtype: Int32
+    activation: Activation | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Result:
         y: the result.
         scratch: Float32, parts of it where K is split.
         m: rows.
-        n: columns.
+        n: rows of the weight: the columns of y, or twice as many where the product is gated.
         out_dtype: code of y's dtype.
     """
 
@@ -98,7 +101,7 @@ class Place:
 
     Attributes:
         row: the first row of y.
-        column: the first column.
+        column: the first column, or row of a gated weight as it is packed.
         split: the part of K.
         partial: whether there are other parts, so that these sums go to scratch.
         quad_lane: the lane's place in its quad, where the epilogue needs it.
@@ -111,7 +114,7 @@ class Place:
     quad_lane: Int32 | None = None
 
 
-def scales_of(call: HostCall) -> Scales:
+def scales_of(call: HostCall, gated: bool) -> Scales:
     """Of a call: what is applied to its sums."""
     output, problem = call.output, call.problem
     return Scales(
@@ -121,6 +124,7 @@ def scales_of(call: HostCall) -> Scales:
         problem.w_scale_stride,
         output.bias,
         problem.bias_dtype,
+        call.activation if gated else None,
     )
 
 

@@ -2,9 +2,9 @@
 """The GEMMs of sm_120 and sm_121 by an NVFP4 weight: what is built of them.
 
 y (m, n) = alpha * (x @ w.T) + bias, rounded once; alpha = x_scale * w_scale, each a scalar or one
-per row. The kernels are in `pingpong`, `small_m` and
-`weight_only`, the choice between them in `config.gemm.sm120`, the performance model in
-NOTES.md.
+per row. Of a gated weight (m, n / 2), each a gate times its up (`kernels.gemm.gate`). The kernels
+are in `pingpong`, `small_m` and `weight_only`, the choice between them in `config.gemm.sm120`, the
+performance model in NOTES.md.
 """
 
 from cutlass import cute
@@ -25,7 +25,7 @@ _KINDS = {"pingpong": Pingpong, "small_m": SmallM, "weight_only": WeightOnly}
 def variant(config: GemmConfig) -> KernelVariant:
     """The kernel of a config: its launch, and the reduction's after a split."""
     gemm = _KINDS[config.kind](config)
-    reduce = Reduce()
+    reduce = Reduce(config)
 
     @cute.jit
     def launch(call: HostCall):

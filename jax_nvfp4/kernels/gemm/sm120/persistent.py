@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 import cutlass
-from cutlass import Int32, Int64, cute
+from cutlass import Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from jax_nvfp4.config import GemmConfig
@@ -13,6 +13,7 @@ from jax_nvfp4.config.gemm.sm120 import SHARED_BYTES
 from jax_nvfp4.kernels.gemm.arguments import HostCall
 from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Work, result_of, scales_of
+from jax_nvfp4.kernels.gemm.sm120.gated import packed_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Persistent:
         self.stages = config.stages
         self.tile_k = config.tile_k
         self.ctas_per_sm = config.ctas_per_sm
+        self.gated = config.epilogue == "gated"
         self.loads = self.stage_loads()
         self.stage_bytes = sum(load.bytes for load in self.loads)
         self.barriers = 2 * self.stages + more_barriers
@@ -104,14 +106,15 @@ class Persistent:
         problem = call.problem
         # A tensor map has no empty mode. Of an empty problem no tile is ever loaded.
         k_blocks = cutlass.max(cute.ceil_div(problem.k, 64), 1)
-        maps = self.maps(call.operands, problem.m, problem.n, k_blocks)
-        rows, columns = self.tiles(problem.m, problem.n)
+        n = self.packed_rows(problem.n)
+        maps = self.maps(call.operands, problem.m, n, k_blocks)
+        rows, columns = self.tiles(problem.m, n)
         k_tiles = cute.ceil_div(problem.k, self.tile_k)
         items = rows * columns * call.split_k
         self.kernel(
             tuple(atom for atom, _ in maps),
             tuple(tensor for _, tensor in maps),
-            scales_of(call),
+            scales_of(call, self.gated),
             result_of(call),
             k_tiles,
             call.split_k,
@@ -122,9 +125,13 @@ class Persistent:
             stream=call.stream,
         )
 
+    def packed_rows(self, n):
+        """The rows of the weight as it is packed."""
+        return packed_rows(n) if const_expr(self.gated) else n
+
     def work(self, result: Result, k_tiles, split_k) -> Work:
         """The items of a call."""
-        return Work(*self.tiles(result.m, result.n), k_tiles, split_k)
+        return Work(*self.tiles(result.m, self.packed_rows(result.n)), k_tiles, split_k)
 
     @cute.jit
     def prologue(self, consumers: cutlass.Constexpr, turns: cutlass.Constexpr):

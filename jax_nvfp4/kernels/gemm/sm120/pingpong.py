@@ -17,13 +17,15 @@ g - stages of the same barrier too.
 """
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.arguments import Operands
+from jax_nvfp4.kernels.gemm.gate import gated
 from jax_nvfp4.kernels.gemm.ring import Ring
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
+from jax_nvfp4.kernels.gemm.sm120.gated import Pair, packed_rows, row_scale
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, select, shared_address
 
@@ -198,7 +200,10 @@ class Pingpong(Persistent):
                 work.split_k > 1,
                 t,
             )
-            self.store(accumulators, place, scales, result)
+            if const_expr(self.gated):
+                self.store_gated(accumulators, place, scales, result)
+            else:
+                self.store(accumulators, place, scales, result)
 
     def load_a(self, fragments, addresses, stage, step):
         """Loads row block `step % 4` of half `step // 4` of a stage, for that step."""
@@ -292,9 +297,72 @@ class Pingpong(Persistent):
                         alpha * w_values[j, e], d, b_values[j, e], out_dtype
                     )
         if out_dtype == 0 or place.partial:
-            self.store_f32(accumulators, place, address, m, ld)
+            self.store_f32(accumulators, place, address, m, ld, 8)
         else:
-            self.store_16(accumulators, place, address, m, n, out_dtype == 1)
+            self.store_16(accumulators, place, address, m, n, out_dtype == 1, 8)
+
+    @cute.jit
+    def store_gated(self, accumulators, place: Place, scales: Scales, result: Result):
+        """The same for a gated weight: blocks 2*j and 2*j + 1 of 8 columns are gates and their ups.
+
+        Once the gates and ups are one, a warp has 64x32 columns of y, in blocks j.
+        """
+        m, n, out_dtype = result.m, result.n, result.out_dtype
+        if place.partial:
+            ld = packed_rows(n)
+            address = result.scratch.toint() + Int64(place.split) * m * ld * 4
+            self.store_f32(accumulators, place, address, m, ld, 8)
+        else:
+            half = n // 2
+            first = (place.column + 2 * place.quad_lane) // 2
+            outputs = Place(place.row, first, place.split, place.partial, place.quad_lane)
+            w_values, b_values = self.gated_constants(scales, first, n)
+            for i in cutlass.range_constexpr(8):
+                x_value = row_scale(scales, cutlass.min(place.row + 8 * i, m - 1))
+                for j in cutlass.range_constexpr(4):
+                    for e in cutlass.range_constexpr(2):
+                        halves = [
+                            (
+                                x_value * w_values[2 * j + up, e],
+                                accumulators[i // 2, 2 * j + up, 2 * (i % 2) + e],
+                                b_values[2 * j + up, e],
+                            )
+                            for up in range(2)
+                        ]
+                        value = gated(*halves, scales.activation)
+                        accumulators[i // 2, j, 2 * (i % 2) + e] = value
+            address = result.y.toint()
+            if out_dtype == 0:
+                self.store_f32(accumulators, outputs, address, m, half, 4)
+            else:
+                self.store_16(accumulators, outputs, address, m, half, out_dtype == 1, 4)
+
+    @cute.jit
+    def gated_constants(self, scales: Scales, first: Int32, n: Int32):
+        """Scales and biases of the lane's gates (rows 2*j) and ups (2*j + 1): (8, 2) both.
+
+        Columns that are padding get the last one's, and are not stored.
+        """
+        half = n // 2
+        w_values = cute.make_rmem_tensor((8, 2), Float32)
+        b_values = cute.make_rmem_tensor((8, 2), Float32)
+        b_values.fill(0.0)
+        for j in cutlass.range_constexpr(4):
+            for e in cutlass.range_constexpr(2):
+                pair = Pair(cutlass.min(first + 8 * j + e, half - 1), n)
+                for up in cutlass.range_constexpr(2):
+                    row = pair.packed[up]
+                    w_values[2 * j + up, e] = ops.load_global(scales.w, row * scales.w_stride)
+        for code, dtype in ((0, Float32), (1, cutlass.BFloat16), (2, cutlass.Float16)):
+            if scales.bias_dtype == code:
+                typed = cute.recast_ptr(scales.bias, dtype=dtype)
+                for j in cutlass.range_constexpr(4):
+                    for e in cutlass.range_constexpr(2):
+                        column = cutlass.min(first + 8 * j + e, half - 1)
+                        for up in cutlass.range_constexpr(2):
+                            value = ops.load_global(typed, column + up * half)
+                            b_values[2 * j + up, e] = Float32(value)
+        return w_values, b_values
 
     @cute.jit
     def load_bias(self, values, scales: Scales, first_column: Int32, n: Int32):
@@ -308,7 +376,9 @@ class Pingpong(Persistent):
                         values[j, e] = Float32(ops.load_global(typed, column))
 
     @cute.jit
-    def store_f32(self, accumulators, place: Place, address: Int64, m, n):
+    def store_f32(
+        self, accumulators, place: Place, address: Int64, m, n, blocks: cutlass.Constexpr[int]
+    ):
         """Stores Float32 rows of length `n`: a quad's 32 bytes, one sector, at a time."""
         first_column = place.column
         paired = n % 2 == 0
@@ -316,7 +386,7 @@ class Pingpong(Persistent):
             row = place.row + 8 * i
             if row < m:
                 start = address + (Int64(row) * n + first_column) * 4
-                for j in cutlass.range_constexpr(8):
+                for j in cutlass.range_constexpr(blocks):
                     pair = [accumulators[i // 2, j, 2 * (i % 2) + e] for e in range(2)]
                     column = first_column + 8 * j
                     if column < n:
@@ -329,26 +399,33 @@ class Pingpong(Persistent):
 
     @cute.jit
     def store_16(
-        self, accumulators, place: Place, address: Int64, m: Int32, n: Int32, bf16: Boolean
+        self,
+        accumulators,
+        place: Place,
+        address: Int64,
+        m: Int32,
+        n: Int32,
+        bf16: Boolean,
+        blocks: cutlass.Constexpr[int],
     ):
         """Stores bf16 or f16 rows: a quad 64 contiguous bytes of a row where rows are aligned."""
         first_column, t = place.column, place.quad_lane
         for i in cutlass.range_constexpr(8):
             row = place.row + 8 * i
             words = []
-            for j in cutlass.range_constexpr(8):
+            for j in cutlass.range_constexpr(blocks):
                 pair = [accumulators[i // 2, j, 2 * (i % 2) + e] for e in range(2)]
                 words.append(select(bf16, ops.pack_bf16x2(*pair), ops.pack_f16x2(*pair)))
             start = address + (Int64(row) * n + first_column) * 2
             if n % 8 == 0:
                 # Lane t gets the 8 columns of block 4*g + t, 16 bytes of its row.
-                for g in cutlass.range_constexpr(2):
+                for g in cutlass.range_constexpr(blocks // 4):
                     chunk = ops.transpose_quad(words[4 * g : 4 * g + 4], t)
                     column = first_column - 2 * t + 32 * g + 8 * t
                     if row < m and column < n:
                         ops.store_global(start + 64 * g + 12 * t, chunk, Int32)
             elif row < m:
-                for j in cutlass.range_constexpr(8):
+                for j in cutlass.range_constexpr(blocks):
                     for e in cutlass.range_constexpr(2):
                         if first_column + 8 * j + e < n:
                             half = cutlass.Int16(words[j] >> (16 * e))

@@ -10,16 +10,26 @@ of K in flight, across the boundaries of the CTA's tiles.
 The 64 weight rows of tile 2*b + h are 128*b + 32*j + 16*h + i, j = 0..3, i = 0..15: in the 128x4
 order the scales of these rows are 256 contiguous bytes of each 512, so that only scales that are
 used are read. Warp j takes rows 32*j.
+
+Of a gated weight 8 gates and their 8 ups follow one another, so that rows q and q + 8 of the MMA,
+which one lane holds, are a gate and its up.
 """
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.arguments import Operands
 from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
+from jax_nvfp4.kernels.gemm.sm120.gated import (
+    Pair,
+    activated,
+    output_of,
+    packed_rows,
+    row_scale,
+)
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, shared_address
 
@@ -143,7 +153,10 @@ class SmallM(Persistent):
             column = item.column // 2 * 128 + 32 * warp + item.column % 2 * 16 + lane // 4
             row = item.row * self.tile_m + lane % 4 * 2
             place = Place(row, column, item.split, work.split_k > 1)
-            self.store(accumulators, place, scales, result)
+            if const_expr(self.gated):
+                self.store_gated(accumulators, place, scales, result)
+            else:
+                self.store(accumulators, place, scales, result)
             index += grid
 
     def addresses(self, bases, warp, lane):
@@ -267,3 +280,33 @@ class SmallM(Persistent):
                                 address = result.y.toint() + (Int64(row) * n + column) * width
                                 value = fma_to(alpha, value, added, out_dtype)
                                 ops.store_output(address, value, out_dtype)
+
+    @cute.jit
+    def store_gated(self, accumulators, place: Place, scales: Scales, result: Result):
+        """The epilogue of a gated weight; the arguments are those of `store`."""
+        n, out_dtype = result.n, result.out_dtype
+        output = output_of(place.column)
+        if place.partial:
+            ld = packed_rows(n)
+            start = result.scratch.toint() + (Int64(place.split) * result.m * ld + place.column) * 4
+            for j in cutlass.range_constexpr(self.blocks):
+                for e in cutlass.range_constexpr(2):
+                    row = place.row + 8 * j + e
+                    if row < result.m:
+                        for half in cutlass.range_constexpr(2):
+                            address = start + (Int64(row) * ld + 8 * half) * 4
+                            ops.store_global(address, [accumulators[j, 2 * half + e]], Float32)
+        elif output < n // 2:
+            constants = Pair(output, n).constants(scales)
+            width = Int64(4)
+            if out_dtype != 0:
+                width = Int64(2)
+            for j in cutlass.range_constexpr(self.blocks):
+                for e in cutlass.range_constexpr(2):
+                    row = place.row + 8 * j + e
+                    if row < result.m:
+                        sums = [accumulators[j, 2 * half + e] for half in range(2)]
+                        value = activated(sums, row_scale(scales, row), constants, scales)
+                        address = result.y.toint()
+                        address += (Int64(row) * (n // 2) + output) * width
+                        ops.store_output(address, value, out_dtype)

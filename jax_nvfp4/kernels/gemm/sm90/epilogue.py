@@ -11,6 +11,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.integers import ceil_div
+from jax_nvfp4.kernels.gemm.gate import gated
 from jax_nvfp4.kernels.gemm.ring import Ring
 from jax_nvfp4.kernels.gemm.sm90 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm90.arguments import (
@@ -393,7 +394,7 @@ class Epilogue:
                     )
                     for half in range(2)
                 ]
-                pair.append(ops.gated(*halves, activation))
+                pair.append(gated(*halves, activation))
             pairs.append(pair)
         return pairs
 
