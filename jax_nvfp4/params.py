@@ -18,6 +18,7 @@ from jax_nvfp4.ops.concatenate import gate_up
 from jax_nvfp4.ops.quantize import api
 from jax_nvfp4.products import kernel as kernels
 from jax_nvfp4.products.kernel import Nvfp4Kernel
+from jax_nvfp4.search import Search
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 Path = tuple[str, ...]
@@ -28,18 +29,19 @@ def is_kernel(path: Path, leaf: Any) -> bool:
     return path[-1] == "kernel" and jnp.ndim(leaf) == 2
 
 
-def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
+def quantize_kernel(kernel: jax.Array, search: Search | None = None) -> Nvfp4Tensor:
     """Quantizes a kernel (..., in, out), each matrix with a global scale of its own.
 
     Args:
         kernel: bfloat16, float16 or float32; axes before the last two are stacked layers.
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
 
     Returns:
         An Nvfp4Tensor (..., out, in).
     """
 
     def quantize(matrix: jax.Array) -> Nvfp4Tensor:
-        return api.quantize(matrix.T)
+        return api.quantize(matrix.T, search=search)
 
     for _ in range(jnp.ndim(kernel) - 2):
         quantize = jax.vmap(quantize)
@@ -47,7 +49,7 @@ def quantize_kernel(kernel: jax.Array) -> Nvfp4Tensor:
 
 
 def quantize_experts(
-    gate: jax.Array | None, up: jax.Array, down: jax.Array
+    gate: jax.Array | None, up: jax.Array, down: jax.Array, search: Search | None = None
 ) -> dict[str, Nvfp4Tensor]:
     """Quantizes the kernels of a mixture of experts, as models store them, for `expert_mlp`.
 
@@ -55,6 +57,7 @@ def quantize_experts(
         gate: (..., E, K, I), or None where the experts have no gate.
         up: (..., E, K, I).
         down: (..., E, I, K).
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
 
     Returns:
         `w13`, gated (..., E, 2I, K) or plain (..., E, I, K), and `w2`, (..., E, K, I), each matrix
@@ -70,10 +73,10 @@ def quantize_experts(
             f"the kernels of experts must have the shapes (E, K, I), (E, K, I) and (E, I, K); got "
             f"gate {None if gate is None else gates}, up {jnp.shape(up)}, down {jnp.shape(down)}"
         )
-    w13 = quantize_kernel(up)
+    w13 = quantize_kernel(up, search)
     if gate is not None:
-        w13 = gate_up(quantize_kernel(gate), w13)
-    return {"w13": w13, "w2": quantize_kernel(down)}
+        w13 = gate_up(quantize_kernel(gate, search), w13)
+    return {"w13": w13, "w2": quantize_kernel(down, search)}
 
 
 def box_like(
@@ -135,7 +138,12 @@ def _key_name(key: Any) -> Any:
     return key
 
 
-def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) -> Any:
+def quantize_params(
+    params: Any,
+    where: Callable[[Path, Any], Any] = is_kernel,
+    *,
+    search: Search | None = None,
+) -> Any:
     """Turns kernels of a model's params into NVFP4 weights.
 
     For `Nvfp4Dense` in place of `flax.linen.Dense`, or for the model as it is, within
@@ -152,6 +160,7 @@ def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) 
             A tuple of axes: products contract these, as (0, 1) of (heads, dim, out).
             Two tuples, (contracted, batch): the latter are axes of stacked kernels, as ((1,), (0,))
             of the kernels (layers, in, out) of `nn.scan`.
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
 
     Returns:
         The tree with each Dense kernel (in, out) replaced by an Nvfp4Tensor (out, in), and each
@@ -175,7 +184,7 @@ def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) 
             return leaf
         boxed = isinstance(leaf, meta.AxisMetadata)
         kernel = leaf.value if boxed else leaf
-        weight = _as_chosen("/".join(names), kernel, where(names, kernel))
+        weight = _as_chosen("/".join(names), kernel, where(names, kernel), search)
         if weight is None:
             return leaf
         quantized += 1
@@ -187,10 +196,12 @@ def quantize_params(params: Any, where: Callable[[Path, Any], Any] = is_kernel) 
     return result
 
 
-def _as_chosen(name: str, kernel: Any, choice: Any) -> Nvfp4Tensor | Nvfp4Kernel | None:
+def _as_chosen(
+    name: str, kernel: Any, choice: Any, search: Search | None
+) -> Nvfp4Tensor | Nvfp4Kernel | None:
     """A leaf as `where` of `quantize_params` wants it; None: it stays."""
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda kernel: _as_chosen(name, kernel, choice), kernel)
+        return jax.eval_shape(lambda kernel: _as_chosen(name, kernel, choice, search), kernel)
     if isinstance(choice, bool | np.bool_):
         if not choice:
             return None
@@ -199,7 +210,7 @@ def _as_chosen(name: str, kernel: Any, choice: Any) -> Nvfp4Tensor | Nvfp4Kernel
                 f"{name} of shape {jnp.shape(kernel)} is no Dense kernel with the axes (in, out): "
                 f"where must return the axes to contract, or (contracted, batch)"
             )
-        return quantize_kernel(kernel)
+        return quantize_kernel(kernel, search)
     pair = isinstance(choice, tuple) and [isinstance(axes, tuple) for axes in choice] == [True] * 2
     contracted, batch = choice if pair else (choice, ())
     if not all(
@@ -211,7 +222,7 @@ def _as_chosen(name: str, kernel: Any, choice: Any) -> Nvfp4Tensor | Nvfp4Kernel
             f"(contracted, batch); got {choice!r} for {name}"
         )
     try:
-        return kernels.quantize_kernel(kernel, contracted, batch)
+        return kernels.quantize_kernel(kernel, contracted, batch, search=search)
     except ValueError as error:
         raise ValueError(f"{name} of shape {jnp.shape(kernel)}: {error}") from None
 

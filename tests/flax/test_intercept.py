@@ -184,3 +184,21 @@ def apply_abstract(layer, params):
 def test_bad_use_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_params_with_a_search():
+    kernel = jnp.asarray(np.random.default_rng(3).standard_normal((2, 64, 16)), jnp.float32)
+    params = {"Dense_0": {"kernel": kernel[0]}, "layers": {"kernel": kernel}}
+    axes = {"Dense_0": True, "layers": ((1,), (0,))}
+    found = nvfp4.quantize_params(params, lambda path, _: axes[path[0]], search="4over6")
+    each = [nvfp4.quantize(matrix.T, search="4over6") for matrix in kernel]
+    plain = nvfp4.quantize(kernel[0].T)
+    assert (np.asarray(each[0].block_scale) != np.asarray(plain.block_scale)).any()
+    stacked = found["layers"]["kernel"].weight
+    for part in ("data", "block_scale", "global_scale"):
+        got = getattr(found["Dense_0"]["kernel"], part)
+        np.testing.assert_array_equal(got, getattr(each[0], part))
+        wanted = jnp.stack([getattr(tensor, part) for tensor in each])
+        np.testing.assert_array_equal(getattr(stacked, part), wanted)
+    with pytest.raises(ValueError, match="search must be None"):
+        nvfp4.quantize_params(params, lambda path, _: axes[path[0]], search="best")
