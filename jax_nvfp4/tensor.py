@@ -43,7 +43,8 @@ def _keyed_parts(tensor: Any) -> tuple[tuple[PartKey, Any], ...]:
 
 
 def _nbytes(tensor: Any) -> int:
-    return sum(part.size * part.dtype.itemsize for _, part in _keyed_parts(tensor))
+    # Of the shape, which what Flax prints in the place of an array has too.
+    return sum(math.prod(part.shape) * part.dtype.itemsize for _, part in _keyed_parts(tensor))
 
 
 def _global_scale_name(tensor: Any) -> str:

@@ -25,6 +25,10 @@ class QuantStat(nnx.Variable[jax.Array]):
 
 Weight = Nvfp4Tensor | RepackedWeight
 
+# A module holds a weight as it holds an array: as data, without `nnx.data`.
+for _kind in (Nvfp4Tensor, RepackedWeight, Nvfp4Kernel):
+    nnx.register_data_type(_kind)
+
 
 def quantized(kernel: nnx.Variable[Any]) -> Any:
     """The weight of a kernel (..., in, out), a variable for each part.

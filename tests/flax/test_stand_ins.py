@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jax_nvfp4 as nvfp4
 from jax_nvfp4 import params
 from jax_nvfp4.nnx import Nvfp4Linear, QuantizedParam, QuantStat, quantize_model, repack_model
+from jax_nvfp4.products.kernel import Nvfp4Kernel
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32)), jnp.float32)
 KEY = jax.random.key(0)
@@ -287,3 +288,49 @@ def test_what_save_pretrained_does():
     blob = serialization.to_bytes(traverse_util.unflatten_dict(flat, sep="/"))
     restored = serialization.from_bytes(params, blob)
     np.testing.assert_array_equal(restored["kernel"].dequantize(), params["kernel"].dequantize())
+
+
+class Holder(nnx.Module):
+    """A user's own module, which holds a weight as it would hold an array."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        if isinstance(self.weight, Nvfp4Kernel):
+            return x @ self.weight
+        return nvfp4.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: nvfp4.quantize(w.T),
+        lambda w: nvfp4.repack(nvfp4.quantize(w.T)),
+        nvfp4.quantize_kernel,
+    ],
+    ids=["canonical", "repacked", "kernel"],
+)
+def test_a_module_holds_a_weight_as_it_holds_an_array(make):
+    weight = make(jax.random.normal(KEY, (32, 16)))
+    holder = Holder(weight)
+    leaves = jax.tree.leaves(nnx.state(holder))
+    assert len(leaves) == len(jax.tree.leaves(weight))
+    y = holder(X)
+    np.testing.assert_array_equal(nnx.jit(lambda module, x: module(x))(holder, X), y)
+    assert f"nbytes={sum(part.nbytes for part in jax.tree.leaves(weight))})" in repr(holder)
+    again = nnx.merge(*nnx.split(holder))
+    np.testing.assert_array_equal(again(X), y)
+
+
+def test_a_kernel_is_shared_as_a_param_is():
+    layer = Nvfp4Linear(32, 16, rngs=nnx.Rngs(0))
+
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.layer = layer
+            self.shared = layer.kernel
+
+    model = nnx.merge(*nnx.split(Tied()))
+    assert model.shared.data is model.layer.kernel.data
+    assert len(jax.tree.leaves(nnx.state(model))) == len(jax.tree.leaves(nnx.state(layer)))
