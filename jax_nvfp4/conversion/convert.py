@@ -110,8 +110,11 @@ def convert(
         seen = None if calibration is None else calibration.get(plan.name)
         own = None if plan.joined else target
         result = leaf if plan.layout is None else make(plan, leaf, seen, arch=own)
-        if donate and plan.layout and not plan.keeps_dense and isinstance(leaf, jax.Array):
+        in_memory = isinstance(leaf, jax.Array)
+        if plan.layout and (donate or not in_memory):
+            # Dispatch is asynchronous: the copies of all leaves would be on the device at once.
             jax.block_until_ready(result)
+        if donate and plan.layout and not plan.keeps_dense and in_memory:
             leaf.delete()
         converted.append(result)
     _join_kernels(plans, converted, target)

@@ -2,7 +2,7 @@
 """Runs a traced program on arrays and views: the loop, and what happens where no rule applies."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,19 +51,20 @@ class Interpreter:
         """
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env |= dict(zip(jaxpr.invars, operands, strict=True))
-        last = {v: eqn for eqn in jaxpr.eqns for v in eqn.invars if not _is_literal(v)}
-        keep = {v for v in jaxpr.outvars if not _is_literal(v)}
-
-        def read(v: Any) -> Any:
-            return v.val if _is_literal(v) else env[v]
+        literal = core.Literal
+        last = {v: eqn for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, literal)}
+        for v in jaxpr.outvars:
+            if not isinstance(v, literal):
+                last.pop(v, None)
 
         for eqn in jaxpr.eqns:
-            results = self.equation(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, results, strict=True))
-            for v in {v for v in eqn.invars if not _is_literal(v)}:
-                if last[v] is eqn and v not in keep:
-                    del env[v]  # memory, where this runs outside of jit
-        return [read(v) for v in jaxpr.outvars]
+            inputs = eqn.invars
+            operands = [v.val if isinstance(v, literal) else env[v] for v in inputs]
+            env.update(zip(eqn.outvars, self.equation(eqn, operands), strict=True))
+            for v in inputs:
+                if not isinstance(v, literal) and last.get(v) is eqn:
+                    env.pop(v, None)  # memory, where this runs outside of jit
+        return [v.val if isinstance(v, literal) else env[v] for v in jaxpr.outvars]
 
     def held(self, program: Any, operands: Sequence[Any]) -> list[Any]:
         """The same for a program that an equation holds, with its constants or without any."""
@@ -106,14 +107,12 @@ class Interpreter:
         return self._traced[key]
 
 
-def _is_literal(v: Any) -> bool:
-    return isinstance(v, core.Literal)
-
-
-def _context(eqn: Any) -> Any:
+@contextlib.contextmanager
+def _context(eqn: Any) -> Iterator[None]:
     """The names, the place in the source and the settings that an equation was traced under."""
-    stack = contextlib.ExitStack()
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    stack.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=names))
-    stack.enter_context(eqn.ctx.manager)
-    return stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
+        eqn.ctx.manager,
+    ):
+        yield

@@ -89,6 +89,13 @@ class Runner(Interpreter):
         self._scale = activation_scale if given else None
         self._how = How(None if given else activation_scale, batch_invariant)
         self._shared = threading.local()
+        self._how_of: dict[Any, How] = {}
+
+    def _how_to(self, dtype: Any) -> How:
+        """How a product with results of a dtype is taken."""
+        if dtype not in self._how_of:
+            self._how_of[dtype] = dataclasses.replace(self._how, out_dtype=dtype)
+        return self._how_of[dtype]
 
     def forget(self) -> None:
         """Drops the products that several leaves share."""
@@ -105,14 +112,14 @@ class Runner(Interpreter):
             return [self._ragged(view, product)]
         weight, input_scale = view.value
         scale = self._scale if input_scale is None else jnp.max(input_scale)
-        how = dataclasses.replace(self._how, out_dtype=product.dtype)
+        how = self._how_to(product.dtype)
         if leaf.part is not None:
             return [self._joined(view, product, weight, scale, how)]
         of_kernel = (*view.batch, *leaf.free, *leaf.contracting)
         labels = (product.of_x, of_kernel, product.of_result)
         axes = _kernel_axes(view)
         result = nvfp4_product(product.x, weight, scale, labels=labels, axes=axes, how=how)
-        return [result.reshape(product.shape)]
+        return [result if result.shape == product.shape else result.reshape(product.shape)]
 
     def _joined(self, view: View, product: Product, weight: Any, scale: Any, how: How) -> jax.Array:
         """The leaf's part of the product of a weight that several leaves share."""
