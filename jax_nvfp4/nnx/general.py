@@ -54,7 +54,9 @@ class General(nnx.Module):
         self.input_scale: Any = QuantStat(jnp.ones((), jnp.float32)) if static else nnx.data(None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "kernel" and isinstance(value, Nvfp4Kernel):
+        is_weight = isinstance(value, Nvfp4Kernel)
+        # One of variables is another layer's, and shared, as a Param would be.
+        if name == "kernel" and is_weight and not isinstance(value.weight.data, nnx.Variable):
             old = self.kernel.weight.data
             metadata = old.get_metadata() if isinstance(old, nnx.Variable) else {}
             # Axis names are those of canonical weights, and the weight lies where it belongs.

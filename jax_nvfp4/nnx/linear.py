@@ -92,8 +92,8 @@ class Nvfp4Linear(nnx.Module):
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         if not isinstance(kernel, nnx.Variable):
             kernel = nnx.Param(kernel, **kernel_metadata)
+        *stacked, _, _ = kernel.get_value().shape
         self.kernel: Any = nnx.data(quantized(kernel))
-        *stacked, _, _ = self.kernel.shape
         self.bias: Any = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), (out_features,), param_dtype)
@@ -115,10 +115,11 @@ class Nvfp4Linear(nnx.Module):
             self.input_scale = QuantStat(jnp.ones(stacked, jnp.float32))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "kernel" and isinstance(value, Nvfp4Tensor | RepackedWeight):
-            old, metadata = self.kernel.data, {}
-            if isinstance(old, nnx.Variable) and not isinstance(value.data, nnx.Variable):
-                metadata = old.get_metadata()
+        is_weight = isinstance(value, Nvfp4Tensor | RepackedWeight)
+        # One of variables is another layer's, and shared, as a Param would be.
+        if name == "kernel" and is_weight and not isinstance(value.data, nnx.Variable):
+            old = self.kernel.data
+            metadata = old.get_metadata() if isinstance(old, nnx.Variable) else {}
             names = metadata.pop("out_sharding", None)
             if isinstance(value, RepackedWeight):
                 names = None  # those of canonical weights say nothing of its axes

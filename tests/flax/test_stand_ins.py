@@ -323,7 +323,25 @@ def test_a_module_holds_a_weight_as_it_holds_an_array(make):
     np.testing.assert_array_equal(again(X), y)
 
 
-def test_a_kernel_is_shared_as_a_param_is():
+def _general(rngs):
+    model = nnx.Sequential(nnx.LinearGeneral(32, (4, 4), rngs=rngs))
+    quantize_model(model)
+    return model.layers[0]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda rngs: Nvfp4Linear(32, 16, rngs=rngs), _general], ids=["linear", "general"]
+)
+def test_a_kernel_is_shared_as_a_param_is(make):
+    first, second = make(nnx.Rngs(0)), make(nnx.Rngs(1))
+    alone = len(jax.tree.leaves(nnx.state(nnx.Sequential(first, second))))
+    parts = len(jax.tree.leaves(first.kernel, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+    second.kernel = first.kernel
+    assert len(jax.tree.leaves(nnx.state(nnx.Sequential(first, second)))) == alone - parts
+    np.testing.assert_array_equal(second(X), first(X))
+
+
+def test_an_attribute_is_a_layer_s_kernel():
     layer = Nvfp4Linear(32, 16, rngs=nnx.Rngs(0))
 
     class Tied(nnx.Module):
@@ -334,3 +352,12 @@ def test_a_kernel_is_shared_as_a_param_is():
     model = nnx.merge(*nnx.split(Tied()))
     assert model.shared.data is model.layer.kernel.data
     assert len(jax.tree.leaves(nnx.state(model))) == len(jax.tree.leaves(nnx.state(layer)))
+
+
+def test_abstract_with_variables_that_jax_knows():
+    with nnx.var_defaults(hijax=True):
+        layer = nnx.eval_shape(
+            lambda: Nvfp4Linear(32, 16, rngs=nnx.Rngs(0)), graph=True, graph_updates=True
+        )
+    assert isinstance(layer.kernel.data.get_value(), jax.ShapeDtypeStruct)
+    assert layer.kernel.data.get_value().shape == (16, 16)
