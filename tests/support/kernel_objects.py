@@ -17,6 +17,8 @@ import unittest.mock
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = pathlib.Path(os.environ.get("JAX_NVFP4_KERNELS_DIR", ROOT / "kernel_objects"))
 
@@ -30,8 +32,15 @@ def _lock(name: str) -> Iterator[None]:
         yield
 
 
+def _skip(reason: str) -> None:
+    """Skips the test, or the module that is being collected: this machine lacks what it needs."""
+    pytest.skip(reason, allow_module_level=True)
+
+
 def run_build(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the kernel build's command line."""
+    if importlib.util.find_spec("cutlass") is None:
+        _skip("nvidia-cutlass-dsl, which compiles the kernels, is not installed")
     command = [sys.executable, "-m", "jax_nvfp4.kernels.build", *args]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {})
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -43,7 +52,7 @@ def folder() -> pathlib.Path:
 
     Where the compiler is not installed, the folder has to be complete and up to date already.
     """
-    if importlib.util.find_spec("cutlass") is None:
+    if importlib.util.find_spec("cutlass") is None and FOLDER.exists():
         _assert_up_to_date()
         return FOLDER
     with _lock("kernels"):
@@ -97,8 +106,9 @@ def tool(name: str) -> str:
             if file.name == name and file.parent.name == "bin":
                 return str(file.locate())
     found = shutil.which(name)
-    assert found, f"{name} is not installed: pip install nvidia-cuda-{name}"
-    return found
+    if found is None:
+        _skip(f"{name} is not installed: pip install nvidia-cuda-{name}")
+    return str(found)
 
 
 def cmake(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -106,8 +116,12 @@ def cmake(*args: str, env: dict[str, str] | None = None) -> subprocess.Completed
     # The wheels' programs, where the environment is not activated, and then the system's.
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     program, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
-    assert program and ninja, "pip install cmake ninja"
-    command = [program, *args]
+    if program is None or ninja is None:
+        _skip("cmake or ninja is not installed: pip install cmake ninja")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not any(map(shutil.which, compilers)):
+        _skip("there is no C++ compiler")
+    command = [str(program), *args]
     if args[0] == "-S":
         command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         command += [f"-DPython_EXECUTABLE={sys.executable}"]
