@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jax_nvfp4.config import ARCHES, REFERENCE
+from jax_nvfp4.config.gemm.blackwell import GATED_HALF_TILE, GATED_RUN
 from jax_nvfp4.config.quantize import BLOCK
 from jax_nvfp4.integers import ceil_div, round_up
 from jax_nvfp4.layout import sm90, swizzle
@@ -203,7 +204,7 @@ _BLACKWELL = Order(
     k_multiple=_SCALE_TILE,
     scale_tiled=True,
     marks=0,  # its scales end in tiles of 512
-    gated=Interleaving(run=8, half_tile=swizzle.ROWS // 2),
+    gated=Interleaving(run=GATED_RUN, half_tile=GATED_HALF_TILE),
     matrix_shapes=_swizzled_shapes,
     pack_matrix=_pack_swizzled,
     unpack_matrix=_unpack_swizzled,

@@ -155,13 +155,17 @@ def test_nan_passes_the_clamps_and_stays_in_its_row(name):
 @pytest.mark.parametrize("activation", [None, nvfp4.SwiGLU()])
 @pytest.mark.parametrize("arch", [None, "sm_100f"])
 def test_around_a_kernel_without_the_activation(monkeypatch, arch, activation):
-    """What XLA does before and after a kernel to which a gated weight is a plain one."""
+    """What XLA does before and after a kernel to which a gated weight is a plain one.
+
+    That for float16 activations which are not quantized is one.
+    """
     w = nvfp4.gate_up(GATE, UP)
     w = w if arch is None else nvfp4.repack(w, arch)
     spec = LinearSpec(
-        arch, 2 * I, K, Scaling.TOKEN, True, "bfloat16", False, gated=True, activation=activation
+        arch, 2 * I, K, Scaling.NONE, True, "bfloat16", False, gated=True, activation=activation
     )
-    flat = Operands(X, w.data, w.block_scale, w.global_scale, BIAS.reshape(2, I), None).flat()
+    x = X.astype(jnp.float16)
+    flat = Operands(x, w.data, w.block_scale, w.global_scale, BIAS.reshape(2, I), None).flat()
 
     def kernel(operands, chosen, groups):
         assert chosen.gate is None

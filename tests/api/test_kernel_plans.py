@@ -139,7 +139,7 @@ def test_plans_are_carried_out_as_the_reference_computes(gated, activation, scal
     assert ["grouped" in name for name in CALLED] == [False, True]
 
 
-@pytest.mark.parametrize("arch", ["sm_120f"])
+@pytest.mark.parametrize("arch", ["sm_100f", "sm_103a", "sm_120f"])
 @pytest.mark.parametrize(("gated", "activation", "scaling", "dtype", "packed"), CASES)
 def test_blackwell_s_plans_likewise(monkeypatch, arch, gated, activation, scaling, dtype, packed):
     """Of ungrouped rows, for which alone there are kernels."""

@@ -45,13 +45,13 @@ from jax_nvfp4.config.gemm.select import select
 from jax_nvfp4.layout import swizzle
 from jax_nvfp4.layout.orders import order
 
-CONFIGS = (*sm100.CONFIGS, *sm120.PLAIN)  # gated ones: test_gated_blackwell.py
+CONFIGS = (*sm100.PLAIN, *sm120.PLAIN)  # gated ones: test_gated_blackwell.py
 DISTINCT = [c for c in CONFIGS if c not in sm100.WEIGHT_ONLY]
 """Those whose PTX no other one has: sm_120f's kernels for 16-bit x are sm_100f's, too."""
 SPLITS = [(config, split) for config in DISTINCT for split in sorted({1, config.split_k})]
 EXECUTED = [
     config
-    for config in (*sm100.CONFIGS, *sm120.PLAIN[:3])
+    for config in (*sm100.PLAIN, *sm120.PLAIN[:3])
     if config not in (sm100.TWO_CTA_256, sm100.TWO_CTA_256_K96)
 ]
 EPILOGUES = [(c, split) for c, split in SPLITS if c.arch != "sm_103a"]  # its are those of sm_100f

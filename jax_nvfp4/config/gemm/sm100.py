@@ -8,6 +8,8 @@ as shared memory holds. sm_103 runs these kernels too; where its longer MMAs pay
 The performance model behind the table is in `kernels/NOTES.md`; no row has been measured.
 
 "weight_only", for few rows of 16-bit activations, is sm_120's kernel: mma.sync is on every arch.
+
+Gated weights have twins of all but the one for float16.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_nvfp4.config.gemm import sm120
+from jax_nvfp4.config.gemm.blackwell import gated
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 from jax_nvfp4.integers import ceil_div
 
@@ -76,7 +79,12 @@ WEIGHT_ONLY = tuple(
 )
 """sm_120's kernels for 16-bit x, two CTAs on each multiprocessor."""
 
-CONFIGS = (*W4A4, *WEIGHT_ONLY)
+PLAIN = (*W4A4, *WEIGHT_ONLY)
+
+GATED = tuple(gated(config) for config in PLAIN if config.x_dtype != "float16")
+"""Gated weights have kernels for quantized and for bfloat16 x, as on the other architectures."""
+
+CONFIGS = (*PLAIN, *GATED)
 
 
 def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
@@ -205,6 +213,14 @@ RULES += tuple(
     for config in WEIGHT_ONLY
 )
 
+# A gated weight is as long as a plain one of as many rows, and stores half as much. Where a cluster
+# splits K, the activation comes after the sum.
+RULES += tuple(
+    dataclasses.replace(rule, config=gated(rule.config))
+    for rule in RULES
+    if gated(rule.config) in GATED
+)
+
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:
     """Bytes of scratch memory that a call needs.
@@ -212,6 +228,6 @@ def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sm
     With e2m1 activations none: the partial sums of a split K meet in distributed shared memory, so
     that nothing is left in global memory to be initialized or reset.
     """
-    if config in WEIGHT_ONLY:
+    if config.kind == "weight_only":
         return sm120.scratch_bytes(config, problem, split_k, num_sms)
     return 0

@@ -17,6 +17,7 @@ Gated weights have twins of all but the one for float16.
 import dataclasses
 from collections.abc import Callable
 
+from jax_nvfp4.config.gemm.blackwell import GATED_HALF_TILE, gated
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 from jax_nvfp4.integers import ceil_div, round_up
 
@@ -78,16 +79,6 @@ WEIGHT_ONLY = tuple(
 )
 
 PLAIN = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
-
-GATED_RUN, GATED_HALF_TILE = 8, 64
-"""A gated weight is packed in runs of so many gates and ups, each half padded to half of a tile."""
-
-
-def gated(config: GemmConfig) -> GemmConfig:
-    """The twin of a config that makes one output of a gate and its up."""
-    name = config.name.replace("f_", "f_gated_", 1)
-    return dataclasses.replace(config, name=name, epilogue="gated")
-
 
 GATED = tuple(gated(config) for config in PLAIN if config.x_dtype != "float16")
 """Gated weights have kernels for quantized and for bfloat16 x, as on Hopper."""

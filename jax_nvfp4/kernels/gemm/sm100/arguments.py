@@ -8,9 +8,9 @@ MMA's M side, B that of its N side.
 import dataclasses
 from typing import Any
 
-from cutlass import Float32, Int16, Int32, cute
+from cutlass import Boolean, Float32, Int16, Int32, cute
 
-from jax_nvfp4.kernels.gemm.arguments import Output, Problem
+from jax_nvfp4.kernels.gemm.arguments import Activation, Output, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,14 @@ class Call:
         problem: the sizes.
         store: of y, by TMA.
         use_tma: whether it is.
+        activation: of a gated product; else None.
     """
 
     output: Output
     problem: TiledProblem
     store: Tma
     use_tma: Int32
+    activation: Activation | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,52 @@ class Feature:
     index: Int32
     scale: Float32
     bias: Float32
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedFeature:
+    """The same where lanes l and l ^ 8 have a gate and its up.
+
+    Attributes:
+        index: the number of the output feature that is theirs.
+        is_up: the thread has the up.
+        gate_scale: the gate's global scale.
+        gate_bias: its bias.
+        up_scale: up's global scale.
+        up_bias: its bias.
+    """
+
+    index: Int32
+    is_up: Boolean
+    gate_scale: Float32
+    gate_bias: Float32
+    up_scale: Float32
+    up_bias: Float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile that the epilogue stores, where x is A.
+
+    Attributes:
+        row: of y, the first.
+        warp: the thread's, which has 32 rows.
+        column: of the accumulators, the first.
+        vectors: where the scales of the columns are in shared memory.
+        buffer: the number of the accumulator in tensor memory.
+        barrier: the number of the barriers that it is handed over by.
+        leader: the CTA whose MMA warp that is for.
+        row_scale: the scale of the thread's row.
+    """
+
+    row: Int32
+    warp: Int32
+    column: Int32
+    vectors: Int32
+    buffer: Int32
+    barrier: Int32
+    leader: Int32
+    row_scale: Float32
 
 
 @dataclasses.dataclass(frozen=True)

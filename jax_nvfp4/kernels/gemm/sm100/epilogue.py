@@ -13,6 +13,7 @@ from jax_nvfp4.kernels.gemm.sm100.arguments import (
     Exchange,
     Feature,
     Handover,
+    Tile,
 )
 from jax_nvfp4.kernels.gemm.sm100.ptx import (
     CHUNK,
@@ -112,12 +113,7 @@ class PairEpilogue(Epilogue):
             vectors = count % 2 * (2 * s.columns)
             for i in cutlass.range_constexpr(s.columns // 128):
                 col = thread + i * 128
-                scale = self.read_scale(
-                    output.w_scale, problem.w_scale_stride, col0 + col, problem.n
-                )
-                self.write_column(storage, vectors + col, scale)
-                col_bias = self.read_bias(output.bias, problem.bias_dtype, col0 + col, problem.n)
-                self.write_column(storage, vectors + s.columns + col, col_bias)
+                self.write_constants(storage, vectors + col, col0 + col, call)
             row_scale = self.read_scale(
                 output.x_scale, problem.x_scale_stride, row0 + thread, problem.m
             )
@@ -127,34 +123,63 @@ class PairEpilogue(Epilogue):
             barrier = count % s.acc_barriers
             cute.arch.mbarrier_wait(handover.full + barrier, count // s.acc_barriers % 2)
             tcgen05_fence_after()
-            groups = s.columns // 64
-            for i in cutlass.range(groups, unroll=1):
-                group = i
-                if cutlass.const_expr(s.overlapped):
-                    # The columns that the next tile overwrites first: the last ones of the first
-                    # accumulator, the first ones of the second.
-                    group = i if buffer == 1 else groups - 1 - i
-                acc = self.accumulators(
-                    handover.tmem, buffer * s.acc_stride + group * 64, 2 * CHUNK
-                )
-                halves = [
-                    cute.make_tensor(acc.iterator + half * CHUNK, cute.make_layout(CHUNK))
-                    for half in range(2)
-                ]
-                if i == (0 if s.overlapped else groups - 1):
-                    self.release(handover.empty + barrier, leader)
-                for half in cutlass.range_constexpr(2):
-                    col = vectors + group * 64 + half * CHUNK
-                    self.finish(
-                        halves[half], row_scale, self._column_values(storage, col),
-                        self._column_values(storage, col + s.columns), problem.out_dtype,
-                    )  # fmt: skip
-                used = self.store_group(
-                    halves, buffers, used, call, row0 + warp * 32, col0 + group * 64
-                )
+            tile = Tile(row0, warp, col0, vectors, buffer, barrier, leader, row_scale)
+            used = self.store_tile(call, storage, handover, tile, buffers, used)
             index = next_tile(tiles, count)
             count += 1
         cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def write_constants(self, storage, place, col, call: Call):
+        """Puts the scale and the bias of column `col` of y where the tile's threads find them."""
+        output, problem = call.output, call.problem
+        scale = self.read_scale(output.w_scale, problem.w_scale_stride, col, problem.n)
+        self.write_column(storage, place, scale)
+        bias = self.read_bias(output.bias, problem.bias_dtype, col, problem.n)
+        self.write_column(storage, place + self.shape.columns, bias)
+
+    @cute.jit
+    def store_tile(self, call: Call, storage, handover: Handover, tile: Tile, buffers, used):
+        """Scales and stores the warp's rows of a tile; returns the staging buffers used so far."""
+        s = self.shape
+        groups = s.columns // 64
+        for i in cutlass.range(groups, unroll=1):
+            group = self.group_of(i, tile)
+            halves = self.load_group(i, group, handover, tile)
+            for half in cutlass.range_constexpr(2):
+                col = tile.vectors + group * 64 + half * CHUNK
+                self.finish(
+                    halves[half], tile.row_scale, self._column_values(storage, col),
+                    self._column_values(storage, col + s.columns), call.problem.out_dtype,
+                )  # fmt: skip
+            used = self.store_group(
+                halves, buffers, used, call, tile.row + tile.warp * 32, tile.column + group * 64
+            )
+        return used
+
+    @cute.jit
+    def group_of(self, i, tile: Tile):
+        """The i-th group of 64 columns to read."""
+        group = i
+        if cutlass.const_expr(self.shape.overlapped):
+            # The columns that the next tile overwrites first: the last ones of the first
+            # accumulator, the first ones of the second.
+            group = i if tile.buffer == 1 else self.shape.columns // 64 - 1 - i
+        return group
+
+    @cute.jit
+    def load_group(self, i, group, handover: Handover, tile: Tile):
+        """A thread's 64 accumulators of a group, the i-th to be read, in two halves."""
+        s = self.shape
+        column = tile.buffer * s.acc_stride + group * 64
+        acc = self.accumulators(handover.tmem, column, 2 * CHUNK)
+        halves = [
+            cute.make_tensor(acc.iterator + half * CHUNK, cute.make_layout(CHUNK))
+            for half in range(2)
+        ]
+        if i == (0 if s.overlapped else s.columns // 64 - 1):
+            self.release(handover.empty + tile.barrier, tile.leader)
+        return halves
 
     def finish(self, acc, row_scale, col_scale, col_bias, out_dtype):
         """Sets acc to (row_scale * col_scale) * acc + col_bias, to be stored as `out_dtype`."""
@@ -273,11 +298,7 @@ class SwapEpilogue(Epilogue):
                     output.x_scale, problem.x_scale_stride, token0 + thread, problem.m
                 )
                 self.write_column(storage, vectors + thread, token_scale)
-            feature = Feature(
-                row,
-                self.read_scale(output.w_scale, problem.w_scale_stride, row, problem.n),
-                self.read_bias(output.bias, problem.bias_dtype, row, problem.n),
-            )
+            feature = self.feature(row, call)
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
 
             buffer = count % 2
@@ -300,6 +321,15 @@ class SwapEpilogue(Epilogue):
                     self.store_reduced(acc, storage, exchange, chunk, feature, call, cta)
             index = next_tile(tiles, count)
             count += 1
+
+    def feature(self, row, call: Call):
+        """What a thread has to know of its row of the weight."""
+        output, problem = call.output, call.problem
+        return Feature(
+            row,
+            self.read_scale(output.w_scale, problem.w_scale_stride, row, problem.n),
+            self.read_bias(output.bias, problem.bias_dtype, row, problem.n),
+        )
 
     @cute.jit
     def store_features(self, acc, scales, feature: Feature, call: Call, token):
@@ -336,7 +366,6 @@ class SwapEpilogue(Epilogue):
         into the owner's shared memory, one slot for each source; the owner adds the slots in the
         order of K, whatever the order of their arrival.
         """
-        m, n, out_dtype = call.problem.m, call.problem.n, call.problem.out_dtype
         rank, split = cta.rank, cta.split
         thread = cute.arch.thread_idx()[0]
         lane = cute.arch.lane_idx()
@@ -367,13 +396,27 @@ class SwapEpilogue(Epilogue):
             scale = cute.make_tensor(
                 storage.columns.data_ptr() + (chunk.vectors + column), cute.make_layout(1)
             )[0]
-            value = fma_to(feature.scale * scale, total, feature.bias, out_dtype)
-            if chunk.token + column < m and feature.index < n:
-                at = Int64(chunk.token + column) * n + feature.index
-                for code, kind in enumerate(KINDS):
-                    if out_dtype == code:
-                        out = cute.recast_ptr(call.output.y, dtype=kind) + at
-                        cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)
+            self.store_sum(total, (scale, chunk.token, column), feature, call)
         cute.arch.sync_warp()
         if lane < split:
             cute.arch.mbarrier_arrive(exchange.empty + buffer, peer, scope=CLUSTER)
+
+    @cute.jit
+    def store_sum(self, total, of, feature: Feature, call: Call):
+        """Stores one token's output, from the sum of all parts of K.
+
+        Args:
+            total: the sum.
+            of: the token's scale, the chunk's first token, and which of the chunk's it is.
+            feature: the thread's.
+            call: says where to.
+        """
+        m, n, out_dtype = call.problem.m, call.problem.n, call.problem.out_dtype
+        scale, first, token = of
+        value = fma_to(feature.scale * scale, total, feature.bias, out_dtype)
+        if first + token < m and feature.index < n:
+            at = Int64(first + token) * n + feature.index
+            for code, kind in enumerate(KINDS):
+                if out_dtype == code:
+                    out = cute.recast_ptr(call.output.y, dtype=kind) + at
+                    cute.make_tensor(out, cute.make_layout(1))[0] = value.to(kind)

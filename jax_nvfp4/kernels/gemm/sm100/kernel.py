@@ -2,7 +2,8 @@
 """NVFP4 x NVFP4 GEMM for Blackwell data-center GPUs (sm_100f, sm_103a), written in CuTeDSL.
 
 `y (m, n) = round_once(x_scale * w_scale * acc + bias)` where `acc` is the block-scaled product of
-two e2m1 operands, both K-major, with e4m3 block scales in the 128x4 order.
+two e2m1 operands, both K-major, with e4m3 block scales in the 128x4 order. Of a gated weight y is
+(m, n / 2), each a gate times its up (`kernels.gemm.gate`).
 
 One persistent kernel, specialized by warp:
 
@@ -32,8 +33,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from jax_nvfp4.config import GemmConfig, configs
-from jax_nvfp4.kernels.gemm.arguments import HostCall, Operands, Output
+from jax_nvfp4.kernels.gemm.arguments import Activation, HostCall, Operands, Output
 from jax_nvfp4.kernels.gemm.host import example_args, host_function
+from jax_nvfp4.kernels.gemm.interleaved import packed_rows
 from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm100.arguments import (
     Boxes,
@@ -51,6 +53,7 @@ from jax_nvfp4.kernels.gemm.sm100.arguments import (
     Tma,
 )
 from jax_nvfp4.kernels.gemm.sm100.epilogue import PairEpilogue, SwapEpilogue
+from jax_nvfp4.kernels.gemm.sm100.gated import GatedPairEpilogue, GatedSwapEpilogue
 from jax_nvfp4.kernels.gemm.sm100.k96 import MultiplyK96, counts
 from jax_nvfp4.kernels.gemm.sm100.ptx import (
     ANSWERS,
@@ -91,6 +94,12 @@ class GemmSm100:
         self.cta_group = tcgen05.CtaGroup.TWO if self.shape.pair else tcgen05.CtaGroup.ONE
         self.mma_tile = (ROWS * self.shape.ctas, self.shape.columns, 256)
         self.red_buffers = reduce_buffers(config)
+        self.gated = config.epilogue == "gated"
+        if self.swap:
+            swap = GatedSwapEpilogue if self.gated else SwapEpilogue
+            self.epilogue = swap(self.shape, self.red_buffers)
+        else:
+            self.epilogue = (GatedPairEpilogue if self.gated else PairEpilogue)(self.shape)
         self.shared_bytes = self._storage().size_in_bytes()
 
     # ------------------------------------------------------------------------------- host
@@ -160,10 +169,12 @@ class GemmSm100:
         """Encodes the tensor maps and launches the kernel."""
         s = self.shape
         problem = call.problem
-        m, n = problem.m, problem.n
+        m, n, columns = problem.m, problem.n, problem.n
+        if cutlass.const_expr(self.gated):
+            n, columns = packed_rows(problem.n), problem.n // 2
         k_tiles = cute.ceil_div(problem.k, 64)
         loads = self._load_maps(call.operands, m, n, k_tiles)
-        store_y, use_tma = self._store_map(call.output.y, m, n, problem.out_dtype)
+        store_y, use_tma = self._store_map(call.output.y, m, columns, problem.out_dtype)
         mma = blackwell_helpers.make_blockscaled_trivial_tiled_mma(
             Float4E2M1FN,
             Float4E2M1FN,
@@ -184,7 +195,8 @@ class GemmSm100:
         steal = Int32(tiles_a * tiles_b > call.num_sms // cluster)
         tiled = TiledProblem(**(vars(problem) | {"k": k_tiles}))
         grid = Grid(use_tma, Int32(split), tiles_a, tiles_b, steal)
-        self.kernel(mma, Maps(*loads, store_y), call.output, tiled, grid).launch(
+        activation = call.activation if cutlass.const_expr(self.gated) else None
+        self.kernel(mma, Maps(*loads, store_y), call.output, tiled, grid, activation).launch(
             grid=(tiles_a * tiles_b * cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(cluster, 1, 1),
@@ -227,7 +239,13 @@ class GemmSm100:
 
     @cute.kernel
     def kernel(
-        self, mma: cute.TiledMma, maps: Maps, output: Output, problem: TiledProblem, grid: Grid
+        self,
+        mma: cute.TiledMma,
+        maps: Maps,
+        output: Output,
+        problem: TiledProblem,
+        grid: Grid,
+        activation: Activation | None,
     ):
         """The kernel: sets up barriers and tensor memory, then runs each warp's role."""
         s = self.shape
@@ -275,11 +293,11 @@ class GemmSm100:
                 self.multiply(mma, ring, handover, cta, tiles)
         if warp < EPILOGUE_WARPS:
             cute.arch.griddepcontrol_wait()
-            call = Call(output, problem, maps.y, grid.use_tma)
+            call = Call(output, problem, maps.y, grid.use_tma, activation)
             if cutlass.const_expr(self.swap):
-                SwapEpilogue(s, self.red_buffers).run(call, storage, handover, exchange, cta, tiles)
+                self.epilogue.run(call, storage, handover, exchange, cta, tiles)
             else:
-                PairEpilogue(s).run(call, storage, handover, rank, tiles)
+                self.epilogue.run(call, storage, handover, rank, tiles)
 
         # No CTA may leave while another can still write to its shared memory or signal its
         # barriers, and a pair frees its tensor memory together, when each warp has read its part.

@@ -1,26 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated products in the epilogues of sm_120: where a gate and its up are, and what they make.
-
-A gated weight is packed in runs of 8 gates and their 8 ups, each half padded to half of a tile of
-128 rows (`layout.gated`). Its scales are in that order, its bias and y in the logical one.
-"""
+"""Gated products in the epilogues of sm_120: what a gate and its up make of each other."""
 
 from cutlass import Float32, Int32, cute
 
-from jax_nvfp4.config.gemm.sm120 import GATED_HALF_TILE, GATED_RUN
+from jax_nvfp4.config.gemm.blackwell import GATED_RUN
 from jax_nvfp4.kernels.gemm.gate import gated
+from jax_nvfp4.kernels.gemm.interleaved import gate_of
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Scales
-
-
-def packed_rows(n):
-    """The rows of a gated weight of n rows as it is packed."""
-    return 2 * cute.round_up(n // 2, GATED_HALF_TILE)
-
-
-def output_of(gate):
-    """The column of y that a gate's row of the packed weight has a part in."""
-    return gate // (2 * GATED_RUN) * GATED_RUN + gate % GATED_RUN
 
 
 class Pair:
@@ -36,7 +23,7 @@ class Pair:
     """
 
     def __init__(self, output, n):
-        gate = output // GATED_RUN * (2 * GATED_RUN) + output % GATED_RUN
+        gate = gate_of(output)
         self.packed = (gate, gate + GATED_RUN)
         self.logical = (output, output + n // 2)
 

@@ -11,9 +11,9 @@ from cutlass.cute.nvgpu import cpasync
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config.gemm.sm120 import SHARED_BYTES
 from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.interleaved import packed_rows
 from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Work, result_of, scales_of
-from jax_nvfp4.kernels.gemm.sm120.gated import packed_rows
 
 
 @dataclasses.dataclass(frozen=True)

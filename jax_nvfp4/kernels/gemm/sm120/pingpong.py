@@ -22,10 +22,11 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.arguments import Operands
 from jax_nvfp4.kernels.gemm.gate import gated
+from jax_nvfp4.kernels.gemm.interleaved import packed_rows
 from jax_nvfp4.kernels.gemm.ring import Ring
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
-from jax_nvfp4.kernels.gemm.sm120.gated import Pair, packed_rows, row_scale
+from jax_nvfp4.kernels.gemm.sm120.gated import Pair, row_scale
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, select, shared_address
 

@@ -20,16 +20,11 @@ from cutlass import Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.kernels.gemm.arguments import Operands
+from jax_nvfp4.kernels.gemm.interleaved import output_of, packed_rows
 from jax_nvfp4.kernels.gemm.ring import Ring, advance
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Item, Place, Result, Scales, Work
-from jax_nvfp4.kernels.gemm.sm120.gated import (
-    Pair,
-    activated,
-    output_of,
-    packed_rows,
-    row_scale,
-)
+from jax_nvfp4.kernels.gemm.sm120.gated import Pair, activated, row_scale
 from jax_nvfp4.kernels.gemm.sm120.persistent import Load, Persistent, scales_load, scales_tma
 from jax_nvfp4.kernels.ptx import fma_to, shared_address
 

@@ -11,11 +11,12 @@ import cutlass
 from cutlass import Float32, Int32, Int64, const_expr, cute
 
 from jax_nvfp4.config import GemmConfig
-from jax_nvfp4.config.gemm.sm120 import GATED_RUN
+from jax_nvfp4.config.gemm.blackwell import GATED_RUN
 from jax_nvfp4.kernels.gemm.arguments import HostCall
+from jax_nvfp4.kernels.gemm.interleaved import packed_rows
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Scales, result_of, scales_of
-from jax_nvfp4.kernels.gemm.sm120.gated import Pair, activated, packed_rows, row_scale
+from jax_nvfp4.kernels.gemm.sm120.gated import Pair, activated, row_scale
 from jax_nvfp4.kernels.ptx import fma_to
 
 _THREADS = 256
