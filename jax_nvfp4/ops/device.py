@@ -104,6 +104,14 @@ def gpu() -> jax.Device:
     return device
 
 
+def host() -> jax.Device:
+    """The CPU or, where JAX was told to have none (`JAX_PLATFORMS=cuda`), the GPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return gpu()
+
+
 def runs_here(arch: str) -> bool:
     """Whether this machine's GPU, if there is one, runs kernels of `arch`."""
     device = _cuda_device()

@@ -146,6 +146,17 @@ def test_there_is_a_problem_for_each_kernel(arch):
             assert all(np.isfinite(part.x.astype(np.float32)).all() for part in operands)
 
 
+def test_where_jax_has_no_cpu_the_gpu_stands_in(monkeypatch):
+    here = jax.local_devices()[0]
+
+    def none(backend=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(device, "gpu", lambda: here)
+    monkeypatch.setattr(jax, "local_devices", none)
+    assert device.host() is here
+
+
 @pytest.mark.parametrize("scaling", [Scaling.TENSOR, Scaling.STATIC, Scaling.AMAX_ROWS])
 def test_a_quantizer_that_is_wrong_gives_way_to_the_reference(scaling):
     config = select_quantize(ARCH, "bfloat16", scaling)

@@ -126,7 +126,7 @@ def _try(trial: LinearPlan, multiply: Multiply, per_row: bool) -> str | None:
             y = np.asarray(on_gpu(whole, groups))
     except jax.errors.JaxRuntimeError as error:
         return f"it does not run: {str(error).strip().splitlines()[0]}"
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(device.host()):
         on_cpu = jax.jit(functools.partial(reference, spec=trial.spec))
         expected = np.concatenate([np.asarray(on_cpu(*part.flat())[0]) for part in parts])
     difference = np.max(np.abs(y - expected))

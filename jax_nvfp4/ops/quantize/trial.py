@@ -56,7 +56,7 @@ def _try(chosen: QuantizePlan, x_dtype: str, call: Call) -> str | None:
         return f"it does not run: {str(error).strip().splitlines()[0]}"
     plain = {Scaling.STATIC_ROWS: Scaling.STATIC, Scaling.AMAX_ROWS: Scaling.AMAX}
     scaling = plain.get(chosen.scaling, chosen.scaling)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(device.host()):
         expected = jax.jit(functools.partial(reference, scaling=scaling))(x, given)
     wrong = sum(
         int(np.sum(part.reshape(-1).view(np.uint8) != np.asarray(right).reshape(-1).view(np.uint8)))
