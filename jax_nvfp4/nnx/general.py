@@ -13,6 +13,7 @@ from jax_nvfp4.nnx.variables import QuantStat, arrays, quantized_kernel, variabl
 from jax_nvfp4.products.api import einsum_with_bias, linear_general
 from jax_nvfp4.products.contraction import How
 from jax_nvfp4.products.kernel import Nvfp4Kernel
+from jax_nvfp4.search import Search
 
 
 class General(nnx.Module):
@@ -35,6 +36,7 @@ class General(nnx.Module):
         *,
         activation_scale: _layer.LayerActivationScale = "token",
         batch_invariant: bool = False,
+        search: Search | None = None,
     ) -> None:
         own = {
             field: getattr(layer, field)
@@ -42,7 +44,7 @@ class General(nnx.Module):
             if getattr(layer, field) is not usual
         }
         _layer.check_fields(type(self).__name__, activation_scale, layer.param_dtype, **own)
-        self.kernel = nnx.data(quantized_kernel(layer.kernel, contracting, batch))
+        self.kernel = nnx.data(quantized_kernel(layer.kernel, contracting, batch, search))
         self.bias: Any = nnx.data(None) if layer.bias is None else layer.bias
         for field in (*self._COPIED, "dtype", "param_dtype", "precision", "preferred_element_type"):
             setattr(self, field, getattr(layer, field))
@@ -100,7 +102,7 @@ class Nvfp4LinearGeneral(General):
 
         Args:
             layer: its bias variable is shared, not copied.
-            **fields: activation_scale and batch_invariant of the new layer.
+            **fields: activation_scale, batch_invariant and search of the new layer.
 
         Raises:
             ValueError: the layer has a product or a promotion of its own.
@@ -139,7 +141,7 @@ class Nvfp4Einsum(General):
 
         Args:
             layer: its bias variable is shared, not copied.
-            **fields: activation_scale and batch_invariant of the new layer.
+            **fields: activation_scale, batch_invariant and search of the new layer.
 
         Raises:
             ValueError: the layer has a product or a promotion of its own, or its `einsum_str` does

@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 from jax_nvfp4 import _layer, numerics
 from jax_nvfp4.nnx.variables import QuantStat, arrays, quantized, variables
 from jax_nvfp4.ops.linear.api import linear
+from jax_nvfp4.search import Search
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 
@@ -52,6 +53,7 @@ class Nvfp4Linear(nnx.Module):
         preferred_element_type: dtype of the output; that of the computation if None.
         activation_scale: "token", "tensor", "static" or None, as in `jax_nvfp4.linear`.
         batch_invariant: as in `jax_nvfp4.linear`.
+        search: how the kernel's block scales are chosen, as in `jax_nvfp4.quantize`.
         rngs: streams for the initializers.
         kernel_metadata: metadata of the kernel's variable, axis names in the order (in, out).
         bias_metadata: metadata of the bias's variable.
@@ -77,6 +79,7 @@ class Nvfp4Linear(nnx.Module):
         preferred_element_type: Dtype | None = None,
         activation_scale: _layer.LayerActivationScale = "token",
         batch_invariant: bool = False,
+        search: Search | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -93,7 +96,7 @@ class Nvfp4Linear(nnx.Module):
         if not isinstance(kernel, nnx.Variable):
             kernel = nnx.Param(kernel, **kernel_metadata)
         *stacked, _, _ = kernel.get_value().shape
-        self.kernel: Any = nnx.data(quantized(kernel))
+        self.kernel: Any = nnx.data(quantized(kernel, search))
         self.bias: Any = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), (out_features,), param_dtype)
@@ -132,7 +135,7 @@ class Nvfp4Linear(nnx.Module):
 
         Args:
             linear: the layer, abstract or stacked too; its bias variable is shared, not copied.
-            **fields: activation_scale and batch_invariant of the new layer.
+            **fields: activation_scale, batch_invariant and search of the new layer.
 
         Returns:
             The new layer.

@@ -53,7 +53,7 @@ def quantize_model(
         where: given a layer's path and the layer, whether to swap it. None swaps all but routers
             of mixtures of experts, as the command line knows them, and layers that cannot be
             swapped, such as those with a product of their own.
-        **fields: activation_scale and batch_invariant of the new layers.
+        **fields: activation_scale, batch_invariant and search of the new layers.
 
     Returns:
         What became of each param of the model, and why; `print` shows a table.

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_nvfp4 import params
 from jax_nvfp4.products.kernel import Nvfp4Kernel, quantize_kernel
 from jax_nvfp4.products.placement import shardings
+from jax_nvfp4.search import Search
 from jax_nvfp4.tensor import Nvfp4Tensor, RepackedWeight
 
 
@@ -30,7 +31,7 @@ for _kind in (Nvfp4Tensor, RepackedWeight, Nvfp4Kernel):
     nnx.register_data_type(_kind)
 
 
-def quantized(kernel: nnx.Variable[Any]) -> Any:
+def quantized(kernel: nnx.Variable[Any], search: Search | None = None) -> Any:
     """The weight of a kernel (..., in, out), a variable for each part.
 
     Parts, each with axes of its own, need variables of their own: Flax's tools for sharding know
@@ -40,7 +41,8 @@ def quantized(kernel: nnx.Variable[Any]) -> Any:
     metadata = kernel.get_metadata()
     names = metadata.pop("out_sharding", None)
     if not isinstance(value, jax.ShapeDtypeStruct):
-        return variables(params.quantize_kernel(value), metadata, _swapped(names, value.ndim))
+        weight = params.quantize_kernel(value, search)
+        return variables(weight, metadata, _swapped(names, value.ndim))
     weight = jax.eval_shape(params.quantize_kernel, value)
     if isinstance(value.sharding, NamedSharding):
         place = _swapped(value.sharding, value.ndim)
@@ -103,7 +105,10 @@ def arrays(weight: Any) -> Any:
 
 
 def quantized_kernel(
-    kernel: nnx.Variable[Any], contracting: tuple[int, ...], batch: tuple[int, ...]
+    kernel: nnx.Variable[Any],
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...],
+    search: Search | None = None,
 ) -> Any:
     """An Nvfp4Kernel of a kernel, concrete or abstract, with a variable for each part.
 
@@ -111,10 +116,13 @@ def quantized_kernel(
         kernel: of any shape; its axis names are kept, those of axes that became one joined.
         contracting: as of `jax_nvfp4.quantize_kernel`.
         batch: likewise.
+        search: how block scales are chosen, as of `jax_nvfp4.quantize`.
     """
     value, metadata = kernel.get_value(), kernel.get_metadata()
     names = metadata.pop("out_sharding", None)
-    quantize = functools.partial(quantize_kernel, contracting=contracting, batch=batch)
+    quantize = functools.partial(
+        quantize_kernel, contracting=contracting, batch=batch, search=search
+    )
     abstract = isinstance(value, jax.ShapeDtypeStruct)
     weight = jax.eval_shape(quantize, value) if abstract else quantize(value)
     if abstract and isinstance(value.sharding, NamedSharding):

@@ -193,3 +193,20 @@ def test_einsum_has_one_product():
     layer = Nvfp4Einsum.from_layer(nnx.Einsum("bd,df->bf", (32, 8), rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="quantized for 'bd,df->bf'"):
         layer(X[0], "bd,df->fb")
+
+
+def test_layers_with_a_search():
+    rngs = nnx.Rngs(0)
+    general = nnx.LinearGeneral(64, (4, 8), use_bias=False, rngs=rngs)
+    einsum = nnx.Einsum("td,dnh->tnh", (64, 4, 8), rngs=rngs)
+    model = nnx.List([nnx.Linear(64, 32, use_bias=False, rngs=rngs), general, einsum])
+    dense = [layer.kernel[...] for layer in model]
+    nvfp4.nnx.quantize_model(model, search="4over6")
+    for layer, kernel in zip(model, dense, strict=True):
+        expected = nvfp4.quantize(kernel.reshape(64, -1).T, search="4over6")
+        plain = nvfp4.quantize(kernel.reshape(64, -1).T)
+        weight = getattr(layer.kernel, "weight", layer.kernel)
+        got = np.asarray(weight.block_scale[...])
+        np.testing.assert_array_equal(got, expected.block_scale)
+        assert (got != np.asarray(plain.block_scale)).any()
+        np.testing.assert_array_equal(weight.data[...], expected.data)
