@@ -2,6 +2,7 @@
 """`load_params`: a checkpoint into the params of a model, dense or converted."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from jax_nvfp4.ops.quantize.api import quantize
 from jax_nvfp4.ops.repack import repack
 from jax_nvfp4.products.kernel import Nvfp4Kernel
 from jax_nvfp4.products.leaf import ConvertedLeaf, JoinedLeaf, is_converted
+from jax_nvfp4.search import Search
 from jax_nvfp4.tensor import FLOATS, Nvfp4Tensor, RepackedWeight
 
 Name = Any  # str | Sequence[str] | tuple[str, tuple[int, ...]]
@@ -29,7 +31,9 @@ _INPUT_SCALE = ".input_scale"
 _PRE_QUANT_SCALE = ".pre_quant_scale"
 
 
-def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any:
+def load_params(
+    path: str | os.PathLike[str], *, like: Any, names: Names, search: Search | None = None
+) -> Any:
     """Fills the params of a model from an NVFP4 checkpoint, or from one in 16 or 32 bits.
 
     Each tensor of the file is read once, and brought into the layout that its leaf needs: the codes
@@ -58,6 +62,8 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
               their rows one after another (fused q, k, v);
             - (string, axes): the axes of the file's tensor are permuted so first, as by
               `transpose`. A dense leaf needs it where its shape does not say the order.
+        search: how the block scales of 16-bit tensors are chosen, as of `jax_nvfp4.quantize`. Each
+            matrix of a stack has a global scale of its own.
 
     Returns:
         The params.
@@ -80,7 +86,7 @@ def load_params(path: str | os.PathLike[str], *, like: Any, names: Names) -> Any
         if others := joined.get(".".join(leaf_path)):
             name = _together(leaf_path, [name, *others])
         if name is not None:
-            item = _Pending(i, leaf_path, leaf, *_tensors_of(leaf_path, leaf, name))
+            item = _Pending(i, leaf_path, leaf, search, *_tensors_of(leaf_path, leaf, name))
             for tensor in item.wanted:
                 pending.setdefault(tensor, []).append(item)
         elif any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
@@ -226,6 +232,7 @@ class _Pending:
         number: of the leaf.
         path: of the leaf.
         leaf: what it is to be like.
+        search: of the block scales of a tensor that is quantized.
         wanted: the tensors it is made of, in order.
         lead: the leading axes that they are stacked along.
         parts: how many there are for each index of these.
@@ -237,6 +244,7 @@ class _Pending:
     number: int
     path: tuple[str, ...]
     leaf: Any
+    search: Search | None
     wanted: list[str]
     lead: tuple[int, ...]
     parts: int
@@ -274,7 +282,7 @@ class _Pending:
         if not isinstance(tensor, Nvfp4Tensor):
             if tensor.dtype not in FLOATS:
                 raise ValueError(f"{key}, for {self.name}, is {tensor.dtype.name}, no weight")
-            tensor = _quantized(tensor)
+            tensor = _quantized(tensor, self.search)
         if tensor.ndim < 2 or tensor.k != kernel.weight.shape[-1]:
             raise ValueError(
                 f"{key} of shape {tensor.shape} does not fit {self.name}, whose NVFP4 weight has "
@@ -384,7 +392,13 @@ class _Pending:
         return candidates[0].reshape(shape)
 
 
-_quantized = jax.jit(quantize)
+@functools.partial(jax.jit, static_argnums=1)
+def _quantized(tensor: jax.Array, search: Search | None) -> Nvfp4Tensor:
+    """A tensor (..., N, K) in NVFP4, each matrix by itself."""
+    one: Callable[[jax.Array], Nvfp4Tensor] = functools.partial(quantize, search=search)
+    for _ in range(tensor.ndim - 2):
+        one = jax.vmap(one)
+    return one(tensor)
 
 
 def _input_scale(name: str) -> str:

@@ -230,3 +230,24 @@ def test_axes_in_names_say_the_order(tmp_path):
         params = nvfp4.load_params(tmp_path, like=like, names={"w": ("w", axes)})
         np.testing.assert_array_equal(np.asarray(params["w"]), np.asarray(expected))
     assert not isinstance(params["w"], Nvfp4Kernel)
+
+
+@pytest.mark.parametrize("search", [None, "4over6"])
+def test_a_stacked_tensor_is_quantized_matrix_by_matrix(tmp_path, search):
+    """As `convert` does it: each layer of the stack with a global scale of its own."""
+    w = np.random.default_rng(2).standard_normal((3, 32, 32), np.float32)
+    w *= np.array([1, 100, 0.01], np.float32)[:, None, None]
+    nvfp4.save_checkpoint(tmp_path, {"layers": jnp.asarray(w.swapaxes(1, 2), DTYPE)})
+    params = {"w": jnp.asarray(w, DTYPE)}
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    x = jnp.ones((2, 32), DTYPE)
+    how = {"activation_scale": None, "search": search}
+    run, expected, _ = nvfp4.convert(fn, params, x, **how)
+    found = nvfp4.load_params(tmp_path, like=expected, names={"w": "layers"}, search=search)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(jax.jit(run)(found, x), jax.jit(run)(expected, x))
+    with pytest.raises(ValueError, match="search must be None"):
+        nvfp4.load_params(tmp_path, like=expected, names={"w": "layers"}, search="best")
