@@ -69,14 +69,16 @@ def load_params(
         The params.
 
     Raises:
-        ValueError: a leaf has no name or a wrong one, or a joined leaf more than one; a shape does
-            not fit or fits in two ways; or the checkpoint needs its activations scaled first
-            (`pre_quant_scale`).
+        ValueError: a leaf has no name or a wrong one, or a joined leaf more than one; a path of
+            `names` is that of no leaf; a shape does not fit or fits in two ways; or the checkpoint
+            needs its activations scaled first (`pre_quant_scale`).
         CheckpointError: the checkpoint is damaged, or not supported.
         FileNotFoundError: there is no checkpoint.
     """
     keyed, tree = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_converted)
     name_of = _name_of(names)
+    if not callable(names):
+        _check_paths(names, [".".join(path_of(key_path)) for key_path, _ in keyed])
     results: list[Any] = [leaf for _, leaf in keyed]
     pending: dict[str, list[_Pending]] = {}
     joined = _joined(keyed, name_of)
@@ -128,12 +130,31 @@ def _name_of(names: Names) -> Callable[[tuple[str, ...]], Name | None]:
         if joined in names:
             return names[joined]
         for pattern, name in names.items():
-            parts = re.fullmatch(re.escape(pattern).replace(r"\*", "(.*?)"), joined)
-            if parts and "*" in pattern:
+            if "*" in pattern and (parts := _matched(pattern, joined)):
                 return _filled(name, parts.groups())
         return None
 
     return name_of
+
+
+def _matched(pattern: str, path: str) -> re.Match[str] | None:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", "(.*?)"), path)
+
+
+def _check_paths(names: Mapping[str, Name], paths: Sequence[str]) -> None:
+    """Refuses paths that are those of no leaf: the leaf that was meant would stay as it is."""
+    wrong = [
+        pattern
+        for pattern in names
+        if pattern not in paths
+        and not ("*" in pattern and any(_matched(pattern, path) for path in paths))
+    ]
+    if wrong:
+        shown = ", ".join(map(repr, sorted(paths)[:6])) + (", ..." if len(paths) > 6 else "")
+        raise ValueError(
+            f"names has {', '.join(map(repr, wrong[:4]))}{', ...' if len(wrong) > 4 else ''}, "
+            f"which is the path of no leaf of like; paths are {shown}"
+        )
 
 
 def _joined(

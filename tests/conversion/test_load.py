@@ -206,6 +206,9 @@ def kernel(shape, contracting=0):
         ({"w": jax.ShapeDtypeStruct((4, 4), DTYPE)}, {"w": "square.weight"}, "as it is and trans"),
         ({"w": kernel((16, 16))}, {"w": "scaled.weight"}, "pre_quant_scale"),
         ({"w": jax.ShapeDtypeStruct((32, 16), DTYPE)}, {"w": "x.{}.{}.{}.weight"}, "stacked axes"),
+        # Not abstract: without a word it would keep the ones.
+        ({"w": jnp.ones((2, 2))}, {"v": "a"}, "names has 'v', .* no leaf of like; paths are 'w'"),
+        ({"w": {"k": jnp.ones((2, 2))}}, {"w.k": "a", "w.*.k": "b"}, r"names has 'w\.\*\.k'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, like, names, message):

@@ -104,7 +104,8 @@ def _here(spec: LinearSpec) -> tuple[str, str]:
     if local.platform != "gpu":
         return REFERENCE, (
             f"The default device is a {local.device_kind}, for which there are no kernels; name an "
-            f"arch to see what a GPU runs."
+            f"arch to see what a GPU runs, as explain(..., arch='sm_90a') for an H100, with a "
+            f"weight that is not repacked, or repacked for it."
         )
     if spec.arch == REFERENCE:
         return REFERENCE, _IN_REFERENCE_ORDER
@@ -118,7 +119,10 @@ def _here(spec: LinearSpec) -> tuple[str, str]:
 def _named(spec: LinearSpec, arch: str) -> tuple[str, str]:
     """The arch that the user names, and what keeps this machine from running its kernels."""
     if arch not in (*ARCHES, REFERENCE):
-        raise ValueError(f"arch must be one of {', '.join((*ARCHES, REFERENCE))}; got {arch!r}")
+        raise ValueError(
+            f"arch must be one of {', '.join((*ARCHES, REFERENCE))} (sm_90a: H100 and H200, "
+            f"sm_100f: B200, sm_103a: B300, sm_120f: RTX 50, RTX PRO, DGX Spark); got {arch!r}"
+        )
     if arch == REFERENCE:
         return arch, ""
     if spec.arch == REFERENCE:
@@ -133,5 +137,6 @@ def _named(spec: LinearSpec, arch: str) -> tuple[str, str]:
 
 
 _IN_REFERENCE_ORDER = (
-    'The weight is repacked for "reference", an order that no kernel reads; repack it for the GPU.'
+    'The weight is repacked for "reference", an order that no kernel reads; ask with the weight '
+    "before repack, or with repack(weight, arch=...)."
 )
