@@ -204,11 +204,11 @@ RULES += tuple(
         lambda p, sms: p.m <= 64 and not p.batch_invariant,
         config,
         _split_weight_only,
-        "Reads the weight's 0.56 bytes an element where dequantizing to bf16 first moves 4.56. The "
-        "codes are expanded by instructions, about 2.5 for each weight of the issue slots that 8 "
-        "TB/s leave, so that it may reach a half of the bandwidth. Above 64 rows XLA's dot of the "
-        "dequantized weight, on tcgen05, is the better one; a batch-invariant call is left to it "
-        "for each m.",
+        "Reads the weight's 0.56 bytes an element where dequantizing to bf16 first moves 4.56. "
+        "Instructions expand the codes, so that at most about half of the memory's bandwidth is to "
+        "be expected. Each further 16 rows read the weight from L2 once more. Above 64 rows XLA's "
+        "dot of the dequantized weight, on tcgen05, is the better one; a batch-invariant call is "
+        "left to it for each m.",
     )
     for config in WEIGHT_ONLY
 )

@@ -262,9 +262,9 @@ _FEW_BFLOAT16 = (
         _rows(128, lambda p, sms: _tiles(p, 64, 64) <= sms),
         "intra_split_k_64x64",
         _split_to_fill(64, 64, 2),
-        "the most multiprocessors, and the least to exchange (64 rows: 4096x4096 7.2 us,"
-        " intra_split_k_64x128 split in 3 9.0; 6144x4096 9.8, 10.4; 8192x28672 63, 62;"
-        " 128 rows: 4096x4096 10.0, 10.7)",
+        "busies the most multiprocessors and exchanges the fewest sums (us, and those of"
+        " intra_split_k_64x128 split in 3; 64 rows: 4096x4096 7.2, 9.0; 6144x4096 9.8, 10.4;"
+        " 8192x28672 63, 62; 128 rows: 4096x4096 10.0, 10.7)",
     ),
     _Row(
         _rows(64, _one_wave(128)),
