@@ -224,8 +224,8 @@ def test_layers_are_swapped_one_by_one(monkeypatch):
     del layers
     quantize, live = params.quantize_kernel, []
 
-    def counted(kernel):
-        weight = quantize(kernel)
+    def counted(kernel, search):
+        weight = quantize(kernel, search)
         gc.collect()
         live.append(sum(array.nbytes for array in jax.live_arrays()))
         return weight
