@@ -113,27 +113,15 @@ def shared_address(pointer):
 @dsl_user_op
 def wait_cluster(barrier, phase, *, loc=None, ip=None):
     """Waits for a phase of an mbarrier that orders the writes of other CTAs of the cluster."""
-    llvm.inline_asm(
-        None,
-        [barrier.to_llvm_ptr(loc=loc, ip=ip), Int32(phase).ir_value(loc=loc, ip=ip)],
+    text = (
         "{ .reg .pred p; WAIT: "
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
-        "r,r,~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }"
     )
+    return asm([], [shared_address(barrier), Int32(phase)], text, "r,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
 def fence_release_shared(*, loc=None, ip=None):
     """Releases to the cluster what this thread did with its own CTA's shared memory, only."""
-    llvm.inline_asm(
-        None,
-        [],
-        "fence.release.sync_restrict::shared::cta.cluster;",
-        "~{memory}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
+    text = "fence.release.sync_restrict::shared::cta.cluster;"
+    return asm([], [], text, "~{memory}", True, loc, ip)

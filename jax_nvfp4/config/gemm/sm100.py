@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_nvfp4.config.gemm import sm120
-from jax_nvfp4.config.gemm.blackwell import gated
+from jax_nvfp4.config.gemm.blackwell import gated_configs, gated_rules
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 from jax_nvfp4.integers import ceil_div
 
@@ -81,10 +81,7 @@ WEIGHT_ONLY = tuple(
 
 PLAIN = (*W4A4, *WEIGHT_ONLY)
 
-GATED = tuple(gated(config) for config in PLAIN if config.x_dtype != "float16")
-"""Gated weights have kernels for quantized and for bfloat16 x, as on the other architectures."""
-
-CONFIGS = (*PLAIN, *GATED)
+CONFIGS = (*PLAIN, *gated_configs(PLAIN))
 
 
 def _tiles(config: GemmConfig, problem: GemmProblem) -> int:
@@ -213,13 +210,7 @@ RULES += tuple(
     for config in WEIGHT_ONLY
 )
 
-# A gated weight is as long as a plain one of as many rows, and stores half as much. Where a cluster
-# splits K, the activation comes after the sum.
-RULES += tuple(
-    dataclasses.replace(rule, config=gated(rule.config))
-    for rule in RULES
-    if gated(rule.config) in GATED
-)
+RULES += gated_rules(RULES)
 
 
 def scratch_bytes(config: GemmConfig, problem: GemmProblem, split_k: int, num_sms: int) -> int:

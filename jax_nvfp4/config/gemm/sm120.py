@@ -14,10 +14,9 @@ the shared memory a queue of weight tiles in flight. Bound by memory.
 Gated weights have twins of all but the one for float16.
 """
 
-import dataclasses
 from collections.abc import Callable
 
-from jax_nvfp4.config.gemm.blackwell import GATED_HALF_TILE, gated
+from jax_nvfp4.config.gemm.blackwell import GATED_HALF_TILE, gated_configs, gated_rules
 from jax_nvfp4.config.gemm.types import GemmConfig, GemmProblem, Rule
 from jax_nvfp4.integers import ceil_div, round_up
 
@@ -80,10 +79,7 @@ WEIGHT_ONLY = tuple(
 
 PLAIN = (PINGPONG, SMALL_M_16, SMALL_M_64, *WEIGHT_ONLY)
 
-GATED = tuple(gated(config) for config in PLAIN if config.x_dtype != "float16")
-"""Gated weights have kernels for quantized and for bfloat16 x, as on Hopper."""
-
-CONFIGS = (*PLAIN, *GATED)
+CONFIGS = (*PLAIN, *gated_configs(PLAIN))
 
 
 def tiles(config: GemmConfig, problem: GemmProblem) -> int:
@@ -156,13 +152,7 @@ RULES += tuple(
     for config in WEIGHT_ONLY
 )
 
-# A gated weight is as long as a plain one of as many rows, and stores half as much. Where K is
-# split its parts are those of a plain one; the activation comes after their sum.
-RULES += tuple(
-    dataclasses.replace(rule, config=gated(rule.config))
-    for rule in RULES
-    if gated(rule.config) in GATED
-)
+RULES += gated_rules(RULES)
 
 
 def partial_ld(config: GemmConfig, n: int) -> int:

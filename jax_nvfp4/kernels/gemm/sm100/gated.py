@@ -12,7 +12,7 @@ from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint32
 
 from jax_nvfp4.config.gemm.blackwell import GATED_RUN
 from jax_nvfp4.kernels.gemm.gate import gated
-from jax_nvfp4.kernels.gemm.interleaved import output_of, packed_rows
+from jax_nvfp4.kernels.gemm.interleaved import gate_of, output_of, packed_rows
 from jax_nvfp4.kernels.gemm.sm100.arguments import Call, GatedFeature, Handover, Tile
 from jax_nvfp4.kernels.gemm.sm100.epilogue import KINDS, Epilogue, PairEpilogue, SwapEpilogue
 from jax_nvfp4.kernels.gemm.sm100.ptx import CHUNK
@@ -86,7 +86,7 @@ class GatedPairEpilogue(PairEpilogue):
             scales = self._column_values(storage, col)
             biases = self._column_values(storage, col + self.shape.columns)
             for j in range(CHUNK // 2):
-                gate = j // GATED_RUN * (2 * GATED_RUN) + j % GATED_RUN
+                gate = gate_of(j)
                 pair = [
                     (tile.row_scale * scales[c], halves[part][c], biases[c])
                     for c in (gate, gate + GATED_RUN)

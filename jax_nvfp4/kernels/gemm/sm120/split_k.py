@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64, const_expr, cute
 from jax_nvfp4.config import GemmConfig
 from jax_nvfp4.config.gemm.blackwell import GATED_RUN
 from jax_nvfp4.kernels.gemm.arguments import HostCall
-from jax_nvfp4.kernels.gemm.interleaved import packed_rows
+from jax_nvfp4.kernels.gemm.interleaved import gate_of, packed_rows
 from jax_nvfp4.kernels.gemm.sm120 import ptx as ops
 from jax_nvfp4.kernels.gemm.sm120.arguments import Result, Scales, result_of, scales_of
 from jax_nvfp4.kernels.gemm.sm120.gated import Pair, activated, row_scale
@@ -61,9 +61,7 @@ class Reduce:
                 for e in cutlass.range_constexpr(4):
                     total[e] = total[e] + part[e]
                 start += Int64(m) * groups * 16
-            alpha = Float32(1.0)
-            if scales.x_stride >= 0:
-                alpha = ops.load_global(scales.x, row * scales.x_stride)
+            alpha = row_scale(scales, row)
             width = Int64(4)
             if out_dtype != 0:
                 width = Int64(2)
@@ -86,7 +84,7 @@ class Reduce:
             row = index // groups
             column = (index - row * groups) * 4
             # Of a run of 8 gates, 4; the ups to them are 8 further.
-            first = column // GATED_RUN * (2 * GATED_RUN) + column % GATED_RUN
+            first = gate_of(column)
             totals = cute.make_rmem_tensor((2, 4), Float32)
             totals.fill(0.0)
             start = result.scratch.toint() + (Int64(row) * ld + first) * 4
