@@ -279,7 +279,9 @@ class Pingpong(Persistent):
                 for e in cutlass.range_constexpr(2):
                     column = cutlass.min(place.column + 8 * j + e, n - 1)
                     w_values[j, e] = ops.load_global(scales.w, column * scales.w_stride)
-            self.load_bias(b_values, scales, place.column, n)
+            self.load_bias(
+                b_values, scales, lambda j, e: cutlass.min(place.column + 8 * j + e, n - 1)
+            )
         # Parts are stored to the end of their padded rows, which `Reduce` reads whole.
         ld = n
         address = result.y.toint()
@@ -354,27 +356,22 @@ class Pingpong(Persistent):
                 for up in cutlass.range_constexpr(2):
                     row = pair.packed[up]
                     w_values[2 * j + up, e] = ops.load_global(scales.w, row * scales.w_stride)
-        for code, dtype in ((0, Float32), (1, cutlass.BFloat16), (2, cutlass.Float16)):
-            if scales.bias_dtype == code:
-                typed = cute.recast_ptr(scales.bias, dtype=dtype)
-                for j in cutlass.range_constexpr(4):
-                    for e in cutlass.range_constexpr(2):
-                        column = cutlass.min(first + 8 * j + e, half - 1)
-                        for up in cutlass.range_constexpr(2):
-                            value = ops.load_global(typed, column + up * half)
-                            b_values[2 * j + up, e] = Float32(value)
+        self.load_bias(
+            b_values,
+            scales,
+            lambda block, e: cutlass.min(first + 8 * (block // 2) + e, half - 1) + block % 2 * half,
+        )
         return w_values, b_values
 
     @cute.jit
-    def load_bias(self, values, scales: Scales, first_column: Int32, n: Int32):
-        """Fills `values` (8, 2) with the bias of the lane's columns, unless there is none."""
+    def load_bias(self, values, scales: Scales, column_of: cutlass.Constexpr):
+        """Fills `values` (8, 2) with the bias of columns, by (block, e), unless there is none."""
         for code, dtype in ((0, Float32), (1, cutlass.BFloat16), (2, cutlass.Float16)):
             if scales.bias_dtype == code:
                 typed = cute.recast_ptr(scales.bias, dtype=dtype)
                 for j in cutlass.range_constexpr(8):
                     for e in cutlass.range_constexpr(2):
-                        column = cutlass.min(first_column + 8 * j + e, n - 1)
-                        values[j, e] = Float32(ops.load_global(typed, column))
+                        values[j, e] = Float32(ops.load_global(typed, column_of(j, e)))
 
     @cute.jit
     def store_f32(

@@ -51,16 +51,8 @@ class Reduce:
         if index < m * groups:
             row = index // groups
             column = (index - row * groups) * 4
-            total = cute.make_rmem_tensor((4,), Float32)
-            total.fill(0.0)
             start = result.scratch.toint() + (Int64(row) * groups * 4 + column) * 4
-            for _ in cutlass.range(split_k, unroll=4):
-                part = cute.make_rmem_tensor((4,), Float32)
-                source = ops.global_address(start, Float32, 16)
-                cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), part)
-                for e in cutlass.range_constexpr(4):
-                    total[e] = total[e] + part[e]
-                start += Int64(m) * groups * 16
+            total = self.added(start, Int64(m) * groups * 16, split_k, 1)
             alpha = row_scale(scales, row)
             width = Int64(4)
             if out_dtype != 0:
@@ -70,8 +62,33 @@ class Reduce:
                 if column + e < n:
                     w_value = ops.load_global(scales.w, (column + e) * scales.w_stride)
                     added = ops.load_bias(scales.bias, scales.bias_dtype, column + e)
-                    value = fma_to(alpha * w_value, total[e], added, out_dtype)
+                    value = fma_to(alpha * w_value, total[0, e], added, out_dtype)
                     ops.store_output(target + e * width, value, out_dtype)
+
+    @cute.jit
+    def added(self, start: Int64, step: Int64, split_k: Int32, count: cutlass.Constexpr[int]):
+        """Adds up four columns of all parts, or so many times four that are a run apart.
+
+        Args:
+            start: address of the first part's.
+            step: bytes from a part to the next.
+            split_k: how many parts there are.
+            count: 1, or 2 for gates and their ups.
+
+        Returns:
+            The sums, Float32 (count, 4).
+        """
+        totals = cute.make_rmem_tensor((count, 4), Float32)
+        totals.fill(0.0)
+        for _ in cutlass.range(split_k, unroll=4):
+            for i in cutlass.range_constexpr(count):
+                part = cute.make_rmem_tensor((4,), Float32)
+                source = ops.global_address(start + i * (4 * GATED_RUN), Float32, 16)
+                cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), part)
+                for e in cutlass.range_constexpr(4):
+                    totals[i, e] = totals[i, e] + part[e]
+            start += step
+        return totals
 
     @cute.kernel
     def gated_kernel(self, scales: Scales, result: Result, split_k: Int32):
@@ -85,17 +102,8 @@ class Reduce:
             column = (index - row * groups) * 4
             # Of a run of 8 gates, 4; the ups to them are 8 further.
             first = gate_of(column)
-            totals = cute.make_rmem_tensor((2, 4), Float32)
-            totals.fill(0.0)
             start = result.scratch.toint() + (Int64(row) * ld + first) * 4
-            for _ in cutlass.range(split_k, unroll=4):
-                for up in cutlass.range_constexpr(2):
-                    part = cute.make_rmem_tensor((4,), Float32)
-                    source = ops.global_address(start + up * (4 * GATED_RUN), Float32, 16)
-                    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), part)
-                    for e in cutlass.range_constexpr(4):
-                        totals[up, e] = totals[up, e] + part[e]
-                start += Int64(m) * ld * 4
+            totals = self.added(start, Int64(m) * ld * 4, split_k, 2)
             x_value = row_scale(scales, row)
             width = Int64(4)
             if out_dtype != 0:
