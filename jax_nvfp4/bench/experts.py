@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 import jax_nvfp4
-from jax_nvfp4.bench.measurements import NotCredibleError, check_result, check_time
+from jax_nvfp4.bench.measurements import NotCredibleError, check_result, check_time, plan_product
 from jax_nvfp4.bench.report import BYTES_PER_WEIGHT, ratio, us
 from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, Plan, plan
 
@@ -223,9 +223,8 @@ class Experts:
     def _dense(self, compiler: Compiler, touched: int, pairs: int) -> Callable[[], float]:
         """Has `linear` compiled with one weight of as many bytes; the result measures it."""
         n, k, m = touched * self.s.rows, self.s.hidden, math.ceil(pairs / touched)
-        size = n * k * BYTES_PER_WEIGHT + 2 * m * (n + k)
-        shortest = max(size / self._most.read, 2.0 * m * n * k / self._most.multiply)
-        planned = plan(size, shortest, self._rotate)
+        weight_bytes = n * k * BYTES_PER_WEIGHT
+        planned = plan_product((m, n, k), weight_bytes, self._rotate, self._most)
         make = jax.jit(
             lambda key: jax_nvfp4.repack(
                 jax_nvfp4.quantize(jax.random.normal(key, (n, k), jnp.bfloat16))

@@ -21,7 +21,7 @@ import numpy as np
 
 import jax_nvfp4
 from jax_nvfp4.bench.report import BYTES_PER_WEIGHT, LinearRow, QuantizeRow
-from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, measure, on_gpu, plan
+from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, Plan, measure, on_gpu, plan
 from jax_nvfp4.config import REFERENCE, Scaling
 from jax_nvfp4.ops.device import limits, local_arch
 from jax_nvfp4.ops.linear.plan import LinearPlan
@@ -151,6 +151,22 @@ class _Case:
     loops: dict[str, Loop]
 
 
+def plan_product(
+    sizes: tuple[int, int, int], weight_bytes: float, rotate: int, most: Ceilings
+) -> Plan:
+    """Plans a loop of products.
+
+    Args:
+        sizes: (m, n, k).
+        weight_bytes: of the weight.
+        rotate: bytes to be moved before a weight is met again.
+        most: what the device does at most.
+    """
+    m, n, k = sizes
+    size = weight_bytes + 2 * m * (n + k)
+    return plan(size, max(size / most.read, 2.0 * m * n * k / most.multiply), rotate)
+
+
 class Linear:
     """One weight shape, with each number of rows."""
 
@@ -187,9 +203,8 @@ class Linear:
         loops = {}
         for name, function in functions.items():
             plain = name == "bf16"
-            size = n * k * (2 if plain else BYTES_PER_WEIGHT) + 2 * m * (n + k)
-            shortest = max(size / self._most.read, 2.0 * m * n * k / self._most.multiply)
-            planned = plan(size, shortest, rotate)
+            weight_bytes = n * k * (2 if plain else BYTES_PER_WEIGHT)
+            planned = plan_product((m, n, k), weight_bytes, rotate, self._most)
             w = self._shapes[0 if plain else 1]
             loops[name] = Loop.of(compiler, function, x, w, planned, tuned=plain)
         calls = max(loop.plan.calls for loop in loops.values())

@@ -80,7 +80,7 @@ def _try_kernels(arch: str) -> bool:
     from jax_nvfp4.config import REFERENCE, configs, runnable_arches
     from jax_nvfp4.ops import device
     from jax_nvfp4.ops.linear import trial
-    from jax_nvfp4.ops.linear.cuda import multiply_groups
+    from jax_nvfp4.ops.linear.cuda import multiply
 
     if arch == REFERENCE:
         print("\nno kernels to try: pure JAX serves this device")
@@ -91,7 +91,7 @@ def _try_kernels(arch: str) -> bool:
     for config in (config for each in runnable_arches(own) for config in configs(each)):
         for split in sorted({1, config.split_k}):
             chosen = trial.plan_of(config, split, device.limits(own))
-            fault = trial.fault_of(chosen, multiply_groups, per_row=False)
+            fault = trial.fault_of(chosen, multiply, per_row=False)
             passed &= fault is None
             name = config.name if split == 1 else f"{config.name}, K in {split}"
             print(f"  {'ok  ' if fault is None else 'FAIL'} {name} {fault or ''}", flush=True)

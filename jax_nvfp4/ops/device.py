@@ -6,9 +6,10 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from jax_nvfp4 import custom_calls
 from jax_nvfp4.config import (
@@ -132,6 +133,21 @@ def apart(function: Callable[[], T]) -> T:
     """Calls a function where nothing surrounds it, no trace and no mesh: in a thread of its own."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+def run_on_gpu(function: Callable[..., Any], *operands: Any) -> tuple[Any, str | None]:
+    """What a jitted function gives on this machine's GPU, or why it does not run there."""
+    try:
+        with jax.default_device(gpu()):
+            return jax.tree.map(np.asarray, jax.jit(function)(*operands)), None
+    except jax.errors.JaxRuntimeError as error:
+        return None, f"it does not run: {str(error).strip().splitlines()[0]}"
+
+
+def run_on_host(function: Callable[..., Any], *operands: Any) -> Any:
+    """What a jitted function gives on the host."""
+    with jax.default_device(host()):
+        return jax.tree.map(np.asarray, jax.jit(function)(*operands))
 
 
 _unusable: dict[str, str] = {}

@@ -53,7 +53,7 @@ class Kernels:
         self.tried.append(name)
         if name in self.broken:
             raise jax.errors.JaxRuntimeError("INTERNAL: out of clusters\nmore")
-        if groups is None:
+        if groups.sizes is None:
             (y,) = reference(*operands.flat(), spec=chosen.spec)
         else:
             first = chosen.m - trial.GROUPS + 1
@@ -141,7 +141,7 @@ def test_there_is_a_problem_for_each_kernel(arch):
             assert small.gemm is config
             assert (small.gate is None) == (config.epilogue == "plain")
             operands, groups = trial._operands(small, False)
-            assert (groups is not None) == config.grouped
+            assert (groups.sizes is not None) == config.grouped
             assert sum(len(part.x) for part in operands) == small.m > config.tile_m
             assert all(np.isfinite(part.x.astype(np.float32)).all() for part in operands)
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_nvfp4 as nvfp4
+from jax_nvfp4.conversion.convert import path_of
 
 EXPERTS, TOP_K, INNER = 6, 2, 48
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, llama.VOCAB, (2, 5)), jnp.int32)
@@ -61,8 +62,7 @@ class Model(llama.NnxLlama):
 
 def representable(path, leaf):
     """Random values that NVFP4 has, each block of the contracted axis with its largest one."""
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    which = next((name for name in names if name in AXIS), None)
+    which = next((name for name in path_of(path) if name in AXIS), None)
     if which is None:
         return leaf
     rng = np.random.default_rng(len(jax.tree_util.keystr(path)))

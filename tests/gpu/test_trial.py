@@ -11,7 +11,7 @@ from jax_nvfp4 import custom_calls
 from jax_nvfp4.config import REFERENCE, configs
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear import trial
-from jax_nvfp4.ops.linear.cuda import multiply_groups
+from jax_nvfp4.ops.linear.cuda import multiply
 
 if jax.local_devices()[0].platform != "gpu" or device.local_arch() == REFERENCE:
     pytest.skip("the default device is no GPU with kernels", allow_module_level=True)
@@ -34,7 +34,7 @@ def nothing_is_known(monkeypatch):
 def test_every_kernel_is_right(config):
     for split in sorted({1, config.split_k}):
         chosen = trial.plan_of(config, split, device.limits(ARCH))
-        assert trial.fault_of(chosen, multiply_groups, per_row=False) is None
+        assert trial.fault_of(chosen, multiply, per_row=False) is None
 
 
 @pytest.mark.parametrize("scale", [None, "token", "tensor", 0.01])

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from gates import ACTIVATIONS
 from gemm_blackwell import NAN_SCALE, NO_GROUPS, label, poisoned, ptx_of
 from ptx_machine.host import record_launches, run_object
 from ptx_machine.memory import GlobalMemory
@@ -35,15 +36,6 @@ DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)  # by out_dtype and bias_d
 F32, BF16, F16 = range(3)
 NONE = -1
 GUARD = 32
-
-# limit, alpha, cubic, beta: SwiGLU, gpt-oss's, DeepSeek-V4's, and GeGLU by its tanh form.
-SIGMOID_OF_TANH = 2 * np.sqrt(2 / np.pi)
-ACTIVATIONS = (
-    (np.inf, 1.0, 0.0, 0.0),
-    (7.0, 1.702, 0.0, 1.0),
-    (10.0, 1.0, 0.0, 0.0),
-    (np.inf, SIGMOID_OF_TANH, SIGMOID_OF_TANH * 0.044715, 0.0),
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from gates import ACTIVATIONS
 from ptx_machine.host import record_launches, run_object
 from ptx_machine.memory import GlobalMemory
 from sweep import sample
@@ -33,16 +34,6 @@ OUT = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 UNIT = (2.0**-23, 2.0**-7, 2.0**-10)
 X_DTYPE = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GUARD = 64
-
-
-# limit, alpha, cubic, beta: SwiGLU, gpt-oss's, DeepSeek-V4's, and GeGLU by its tanh form.
-SIGMOID_OF_TANH = 2 * np.sqrt(2 / np.pi)
-ACTIVATIONS = (
-    (np.inf, 1.0, 0.0, 0.0),
-    (7.0, 1.702, 0.0, 1.0),
-    (10.0, 1.0, 0.0, 0.0),
-    (np.inf, SIGMOID_OF_TANH, SIGMOID_OF_TANH * 0.044715, 0.0),
-)
 
 
 @functools.cache

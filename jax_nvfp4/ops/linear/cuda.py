@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear operation by kernels, where the GPU has any for the call: carries out its plan."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,7 @@ from jax_nvfp4.layout.orders import Order, order
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.plan import LinearPlan, plan
 from jax_nvfp4.ops.linear.reference import reference
-from jax_nvfp4.ops.linear.spec import LinearSpec, Operands
+from jax_nvfp4.ops.linear.spec import Groups, LinearSpec, Operands
 from jax_nvfp4.ops.linear.trial import usable
 from jax_nvfp4.ops.quantize import cuda as quantize_cuda
 
@@ -29,36 +27,10 @@ def cuda(*flat: jax.Array, spec: LinearSpec) -> list[jax.Array]:
         limits = device.limits(arch)
         return plan(spec, x.shape[0], x.dtype.name, arch=arch, limits=limits, per_row=per_row)
 
-    chosen = usable(decide, multiply_groups, per_row=per_row)
+    chosen = usable(decide, multiply, per_row=per_row)
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
     return [multiply(operands, chosen, Groups(None, None))]
-
-
-class Groups(NamedTuple):
-    """Which rows of x are whose, where the weight has a leading axis of groups.
-
-    Attributes:
-        sizes: int32 (S,), the rows of each group; None: there are no groups.
-        offset: int32 (1,), which of the sizes is that of the weight's first group.
-    """
-
-    sizes: jax.Array | None
-    offset: jax.Array | None
-
-    @property
-    def operands(self) -> tuple[jax.Array, jax.Array] | None:
-        """As the custom calls take them."""
-        if self.sizes is None or self.offset is None:
-            return None
-        return self.sizes, self.offset
-
-
-def multiply_groups(
-    operands: Operands, chosen: LinearPlan, groups: tuple[jax.Array, jax.Array] | None
-) -> jax.Array:
-    """Carries out a plan that has a kernel, of rows in groups where there are any."""
-    return multiply(operands, chosen, Groups(None, None) if groups is None else Groups(*groups))
 
 
 def multiply(operands: Operands, chosen: LinearPlan, groups: Groups) -> jax.Array:

@@ -42,6 +42,25 @@ class Operands(NamedTuple):
         return tuple(operand for operand in self if operand is not None)
 
 
+class Groups(NamedTuple):
+    """Which rows of x are whose, where the weight has a leading axis of groups.
+
+    Attributes:
+        sizes: int32 (S,), the rows of each group; None: there are no groups.
+        offset: int32 (1,), which of the sizes is that of the weight's first group.
+    """
+
+    sizes: jax.Array | None
+    offset: jax.Array | None
+
+    @property
+    def operands(self) -> tuple[jax.Array, jax.Array] | None:
+        """As the custom calls take them."""
+        if self.sizes is None or self.offset is None:
+            return None
+        return self.sizes, self.offset
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
     """The static part of a call of `linear`.

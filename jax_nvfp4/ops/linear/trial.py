@@ -9,7 +9,6 @@ JAX. It happens while a program is lowered, once in a process, and never when it
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jax_nvfp4.integers import ceil_div
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear.plan import LinearPlan
 from jax_nvfp4.ops.linear.reference import reference
-from jax_nvfp4.ops.linear.spec import LinearSpec, Operands
+from jax_nvfp4.ops.linear.spec import Groups, LinearSpec, Operands
 from jax_nvfp4.ops.quantize.plan import plan as plan_quantize
 
 GROUPS = 2
@@ -33,8 +32,8 @@ _TOLERANCE = 2.0**-8
 order of a sum and approximations of an activation change is far less.
 """
 
-Multiply = Callable[[Operands, LinearPlan, Any], jax.Array]
-"""Carries out a plan: of the operands, the plan, and None or the groups' (sizes, offset)."""
+Multiply = Callable[[Operands, LinearPlan, Groups], jax.Array]
+"""Carries out a plan."""
 
 
 def usable(decide: Callable[[], LinearPlan], multiply: Multiply, *, per_row: bool) -> LinearPlan:
@@ -119,26 +118,20 @@ def _try(trial: LinearPlan, multiply: Multiply, per_row: bool) -> str | None:
     gemm = trial.gemm
     assert gemm is not None
     parts, groups = _operands(trial, per_row)
-    try:
-        on_gpu = jax.jit(lambda operands, groups: multiply(operands, trial, groups))
-        with jax.default_device(device.gpu()):
-            whole = _joined(parts) if groups is not None else parts[0]
-            y = np.asarray(on_gpu(whole, groups))
-    except jax.errors.JaxRuntimeError as error:
-        return f"it does not run: {str(error).strip().splitlines()[0]}"
-    with jax.default_device(device.host()):
-        on_cpu = jax.jit(functools.partial(reference, spec=trial.spec))
-        expected = np.concatenate([np.asarray(on_cpu(*part.flat())[0]) for part in parts])
+    whole = parts[0] if groups.sizes is None else _joined(parts)
+    y, fault = device.run_on_gpu(lambda x, groups: multiply(x, trial, groups), whole, groups)
+    if fault is not None:
+        return fault
+    of_part = functools.partial(reference, spec=trial.spec)
+    expected = np.concatenate([device.run_on_host(of_part, *part.flat())[0] for part in parts])
     difference = np.max(np.abs(y - expected))
     if difference <= _TOLERANCE * np.sqrt(np.mean(np.square(expected))):
         return None
     return f"it is wrong: a result differs by {difference:.3g} from what pure JAX gives"
 
 
-def _operands(
-    trial: LinearPlan, per_row: bool
-) -> tuple[list[Operands], tuple[np.ndarray, np.ndarray] | None]:
-    """Random operands, of each group its own, and the groups' sizes and offset, if any."""
+def _operands(trial: LinearPlan, per_row: bool) -> tuple[list[Operands], Groups]:
+    """Random operands, of each group its own, and the groups, if any."""
     spec, gemm = trial.spec, trial.gemm
     assert gemm is not None
     rng = np.random.default_rng(0)
@@ -163,8 +156,8 @@ def _operands(
             )
         )
     if not gemm.grouped:
-        return parts, None
-    return parts, (np.asarray(sizes, np.int32), np.zeros(1, np.int32))
+        return parts, Groups(None, None)
+    return parts, Groups(jnp.asarray(sizes, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
 def _joined(parts: list[Operands]) -> Operands:

@@ -48,18 +48,14 @@ def _try(chosen: QuantizePlan, x_dtype: str, call: Call) -> str | None:
     if chosen.scaling.given:
         given = np.abs(x.astype(np.float32)).max(-1 if chosen.scaling.per_row else None)
         given = np.asarray(given / 2688 if chosen.scaling.scale_given else given, np.float32)
-    try:
-        with jax.default_device(device.gpu()):
-            found = jax.jit(lambda x, given: call(x, given, chosen))(x, given)
-            found = [np.asarray(part) for part in found]
-    except jax.errors.JaxRuntimeError as error:
-        return f"it does not run: {str(error).strip().splitlines()[0]}"
+    found, fault = device.run_on_gpu(lambda x, given: call(x, given, chosen), x, given)
+    if fault is not None:
+        return fault
     plain = {Scaling.STATIC_ROWS: Scaling.STATIC, Scaling.AMAX_ROWS: Scaling.AMAX}
     scaling = plain.get(chosen.scaling, chosen.scaling)
-    with jax.default_device(device.host()):
-        expected = jax.jit(functools.partial(reference, scaling=scaling))(x, given)
+    expected = device.run_on_host(functools.partial(reference, scaling=scaling), x, given)
     wrong = sum(
-        int(np.sum(part.reshape(-1).view(np.uint8) != np.asarray(right).reshape(-1).view(np.uint8)))
+        int(np.sum(part.reshape(-1).view(np.uint8) != right.reshape(-1).view(np.uint8)))
         for part, right in zip(found, expected, strict=True)
     )
     return f"it is wrong: {wrong} bytes differ from what pure JAX gives" if wrong else None

@@ -10,6 +10,7 @@ from jax_nvfp4.config import REFERENCE
 from jax_nvfp4.ops import device
 from jax_nvfp4.ops.linear import cuda as dense
 from jax_nvfp4.ops.linear.plan import LinearPlan, plan
+from jax_nvfp4.ops.linear.spec import Groups
 from jax_nvfp4.ops.linear.spec import Operands as DenseOperands
 from jax_nvfp4.ops.linear.trial import usable
 from jax_nvfp4.ops.ragged_linear.reference import reference, scale_or_amax_of
@@ -40,9 +41,9 @@ def cuda(*flat: jax.Array, spec: RaggedSpec) -> list[jax.Array]:
             groups=sizes.shape[0],
         )
 
-    chosen = usable(decide, dense.multiply_groups, per_row=per_row)
+    chosen = usable(decide, dense.multiply, per_row=per_row)
     if chosen.gemm is None:
         return reference(*flat, spec=spec)
     offset = jnp.zeros((), jnp.int32) if operands.offset is None else operands.offset
     of_all = DenseOperands(x, *operands.weight, operands.bias, given)
-    return [dense.multiply(of_all, chosen, dense.Groups(sizes, offset.reshape(1)))]
+    return [dense.multiply(of_all, chosen, Groups(sizes, offset.reshape(1)))]
