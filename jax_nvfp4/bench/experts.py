@@ -22,7 +22,7 @@ from jax import lax
 import jax_nvfp4
 from jax_nvfp4.bench.measurements import NotCredibleError, check_result, check_time, plan_product
 from jax_nvfp4.bench.report import BYTES_PER_WEIGHT, ratio, us
-from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, Plan, plan
+from jax_nvfp4.bench.timing import Ceilings, Compiler, Loop, Plan, on_gpu, plan
 
 _FUSION = {"xla_gpu_experimentaluse_ragged_dot_fusion": True}
 _CHECKED_ROWS = 16
@@ -77,7 +77,7 @@ class ExpertsRow:
         mlp_w4a4: the same, W4A4.
         dense: `linear` with one weight of the bytes, and of the operations, of `up`.
         ragged_dot: XLA's default of `up` with bfloat16 weights.
-        fusion: the same in XLA's own fusion by Triton.
+        fusion: the same in XLA's own fusion by Triton, on a GPU.
     """
 
     model: str
@@ -113,7 +113,9 @@ def choices(s: Sizes, tokens: int, calls: int, equal: bool) -> np.ndarray:
 class Experts:
     """One layer, with each number of tokens."""
 
-    def __init__(self, name: str, s: Sizes, rotate: int, most: Ceilings) -> None:
+    def __init__(
+        self, name: str, s: Sizes, rotate: int, most: Ceilings, say: Callable[[str], None]
+    ) -> None:
         """Makes the weights.
 
         Args:
@@ -121,8 +123,9 @@ class Experts:
             s: the sizes.
             rotate: bytes to be moved before a dense weight is met again.
             most: what the device does at most.
+            say: told what of XLA's could not be measured.
         """
-        self.name, self.s, self._rotate, self._most = name, s, rotate, most
+        self.name, self.s, self._rotate, self._most, self._say = name, s, rotate, most, say
         keys = jax.random.split(jax.random.key(0), 3)
         first = _random(keys[0], s.experts, s.inner, s.hidden)
         if s.gated:
@@ -156,8 +159,9 @@ class Experts:
             dense = self._dense(compiler, round(touched), pairs)
             compiler.wait()
             operands = self._operands(tokens, chosen)
-            seconds = {name: _seconds(loop, operands[kind], w, errors, name)
+            seconds = {name: self._seconds(loop, operands[kind], w, errors, name)
                        for name, (loop, kind, w) in loops.items()}  # fmt: skip
+            seconds.setdefault("fusion", None)
             self._check(loops, operands["up"], touched, seconds, errors)
             seconds["dense"] = dense()
         return ExpertsRow(self.name, tokens, equal, touched, **seconds), errors
@@ -190,7 +194,7 @@ class Experts:
             return lax.ragged_dot(x[0], w, x[1])
 
         both = self._up, self._down
-        return {
+        loops = {
             "up": (of(lambda x, w: ragged(x[0], w, x[1]), up, self._up), "up", self._up),
             "gated": (
                 of(lambda x, w: ragged(x[0], w, x[1], activation=activation), up, self._up),
@@ -201,8 +205,24 @@ class Experts:
             "mlp": (of(experts(None), mlp, both), "mlp", both),
             "mlp_w4a4": (of(experts("token"), mlp, both), "mlp", both),
             "ragged_dot": (of(dot, up, self._plain), "up", self._plain),
-            "fusion": (of(dot, up, self._plain, options=_FUSION), "up", self._plain),
         }
+        if on_gpu():
+            loops["fusion"] = of(dot, up, self._plain, options=_FUSION), "up", self._plain
+        return loops
+
+    def _seconds(
+        self, loop: Loop, xs: Sequence[Any], w: Any, errors: list[str], name: str
+    ) -> float | None:
+        """The time of a call; None where it does not run, which is an error unless it is XLA's."""
+        try:
+            return loop.seconds(xs, [w])
+        except jax.errors.JaxRuntimeError as error:
+            if name in ("ragged_dot", "fusion"):
+                why = str(error).strip().splitlines()[0]
+                self._say(f"{self.name}: {name} could not be measured: {why}")
+            else:
+                errors.append(f"{name}: {error}")
+            return None
 
     def _operands(self, tokens: int, chosen: np.ndarray) -> dict[str, list[Any]]:
         """What each kind of loop takes in each of its calls."""
@@ -283,15 +303,6 @@ def _random(key: jax.Array, experts: int, n: int, k: int) -> Any:
     return jax.jit(lambda keys: lax.map(one, keys))(jax.random.split(key, experts))
 
 
-def _seconds(loop: Loop, xs: Sequence[Any], w: Any, errors: list[str], name: str) -> float | None:
-    try:
-        return loop.seconds(xs, [w])
-    except jax.errors.JaxRuntimeError as error:
-        if name not in ("ragged_dot", "fusion"):  # XLA's may not compile, or not fit
-            errors.append(f"{name}: {error}")
-        return None
-
-
 def measure(
     chosen: Sequence[tuple[str, Sizes]],
     tokens: Sequence[int],
@@ -315,7 +326,7 @@ def measure(
     """
     for name, sizes in chosen:
         started = time.perf_counter()
-        experts = Experts(name, sizes, rotate, most)
+        experts = Experts(name, sizes, rotate, most, say)
         say(f"{name}: weights made in {time.perf_counter() - started:.0f} s")
         for count in tokens:
             yield experts.measure(count, equal)
